@@ -1,0 +1,261 @@
+"""Reading: a data file or hub data set to records, with every row either kept or quarantined.
+
+`read_records` takes the source and the recipe's data section; it gives the records, what was found (format, notes,
+hashes) and the quarantined rows, each with path, line, reason and what stood there. rows in = kept + quarantined, always.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataRefused, MissingFile, RecipeError
+from . import hub
+from .files import MAX_ROW_BYTES, RawRow, kept, read_rows, too_long
+from .formats import FIELDS, REQUIRED, USED, RowRefused, detect, short, to_record
+from .records import Record, Source
+
+if TYPE_CHECKING:
+    from ..recipe import DataSection
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """A row that is not used: where it stands, why, and its text (of a long one the beginning, size and sha256)."""
+
+    path: str
+    line: int
+    reason: str
+    row: str | dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.reason}"
+
+    def to_json(self) -> dict[str, Any]:
+        """One line of data/quarantine.jsonl."""
+        return {"path": self.path, "line": self.line, "reason": self.reason, "row": self.row}
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file to read: where it lies, and how it is named to people."""
+
+    path: Path
+    shown: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReadResult:
+    """What one source held.
+
+    format: the record format of every row. sha256: of the file, or of the files' hashes where there are several.
+    revision: the commit of a hub data set. notes: what was found and decided on the way, as sentences.
+    """
+
+    records: list[Record]
+    format: str
+    rows_in: int
+    rejected: list[Quarantined]
+    notes: list[str]
+    sha256: str
+    files: dict[str, str]
+    revision: str | None = None
+
+
+@dataclass(slots=True)
+class _Reading:
+    """What accumulates while the files of one source are read."""
+
+    records: list[Record] = field(default_factory=list)
+    rejected: list[Quarantined] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    formats: dict[str, tuple[int, str]] = field(default_factory=dict)  # format -> (rows, where the first one stands)
+    keys: Counter[str] = field(default_factory=Counter)
+    rows_in: int = 0
+
+
+def read_records(
+    source: str,
+    section: DataSection,
+    *,
+    system: str | None = None,
+    quarantine: list[dict[str, Any]] | None = None,
+    default_split: str = "train",
+) -> ReadResult:
+    """Reads `source`: a file's path, or a hub data set where no such path exists (`default_split` where it names none).
+
+    `system` (the task's description) becomes the system message of rows that bring none. Rejected rows are appended to
+    `quarantine` as they are met, so it is complete even when the data are refused. Raises MissingFile; RecipeError for
+    a wrong data.columns; DataRefused for a file that is empty, no text or a mixture of formats, without one usable
+    row, or with more than data.max_rejected of its rows rejected.
+    """
+    _check_columns_setting(section)
+    files, revision = locate(source, default_split)
+    reading = _Reading()
+    hashes: dict[str, str] = {}
+    for file in files:
+        hasher = hashlib.sha256()
+        for raw in open_rows(file, reading.notes, hasher, section.columns):
+            _take(raw, file, section, system, reading, quarantine)
+        hashes[file.shown] = hasher.hexdigest()
+    form = _agreed_format(reading, section, source)
+    _refuse_bad_shares(reading, section, source)
+    _note_keys(reading, form, section)
+    notes = [f"{source}: {len(reading.records)} of {reading.rows_in} rows are {form}"]
+    notes += [f"{source}: {text}" + (f" ({count} times)" if count > 1 else "") for text, count in reading.notes.items()]
+    total = hashes[files[0].shown] if len(files) == 1 else _hash_of_hashes(hashes)
+    return ReadResult(reading.records, form, reading.rows_in, reading.rejected, notes, total, hashes, revision)
+
+
+def locate(source: str, default_split: str = "train") -> tuple[list[DataFile], str | None]:
+    """The files of a source and, for a hub data set, its commit. Raises MissingFile or DataRefused."""
+    path = Path(source).expanduser()
+    try:
+        if path.is_dir():
+            raise MissingFile("this is a folder, not a data file", where=source, mend="name one file in it")
+        if path.exists():
+            return [DataFile(path, source)], None
+    except OSError as error:
+        raise MissingFile(f"cannot be looked at: {error.strerror}", where=short(source), mend="check the path") from error
+    if hub.is_hub_name(source):
+        found, revision = hub.fetch(source, default_split)
+        return [DataFile(path, shown) for path, shown in found], revision
+    neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, neighbours, n=1)
+    raise MissingFile("no such data file", where=source, mend=f"did you mean {path.parent / near[0]}?" if near else "check the path")
+
+
+def open_rows(file: DataFile, notes: Counter[str], hasher: Any, columns: dict[str, str] | None = None) -> Iterator[RawRow]:
+    """The raw rows of one file; an unreadable file is a MissingFile, and so is one that vanishes while it is read."""
+
+    def on_columns(names: list[str]) -> None:
+        for ours, theirs in (columns or {}).items():
+            if theirs not in names:
+                near = difflib.get_close_matches(theirs, names, n=1)
+                mend = f"did you mean `{near[0]}`?" if near else f"its columns: {', '.join(map(short, names))}"
+                raise RecipeError(f"data.columns takes `{ours}` from `{theirs}`, which the file does not have", where=file.shown, mend=mend)
+
+    try:
+        yield from read_rows(file.path, file.shown, notes, hasher, on_columns)
+    except OSError as error:
+        raise MissingFile(
+            f"cannot be read: {error.strerror or error}", where=file.shown, mend="check that the file is there and readable"
+        ) from error
+
+
+def _check_columns_setting(section: DataSection) -> None:
+    for ours in section.columns:
+        if ours not in FIELDS:
+            near = difflib.get_close_matches(ours, sorted(FIELDS), n=1)
+            mend = f"did you mean `{near[0]}`?" if near else f"fields: {', '.join(sorted(FIELDS))}"
+            raise RecipeError(
+                f"`{ours}` is no field of ours; data.columns maps our field to the file's column", where="data.columns", mend=mend
+            )
+
+
+def _take(
+    raw: RawRow, file: DataFile, section: DataSection, system: str | None, reading: _Reading, quarantine: list[dict[str, Any]] | None
+) -> None:
+    """Keeps one row as a record, or quarantines it."""
+    reading.rows_in += 1
+    source = Source(file.shown, raw.line)
+    try:
+        reading.records.append(_record(raw, source, section, system, reading))
+    except RowRefused as error:
+        stood = raw.raw if raw.raw is not None else json.dumps(raw.row, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace")
+        rejected = Quarantined(source.path, source.line, str(error), kept(stood))
+        reading.rejected.append(rejected)
+        if quarantine is not None:
+            quarantine.append(rejected.to_json())
+
+
+def _record(raw: RawRow, source: Source, section: DataSection, system: str | None, reading: _Reading) -> Record:
+    if raw.row is None:
+        raise RowRefused(raw.reason)
+    row = _mapped(raw.row, section.columns, reading.notes)
+    reading.keys.update(key for key, value in row.items() if value is not None)
+    if section.format == "auto":
+        found, why = detect(row)
+        if not found:
+            raise RowRefused(why)
+        form = found[0]
+        if len(found) > 1:
+            reading.notes[f"rows have the keys of {' and of '.join(found)}; {form} was taken (data.format says otherwise)"] += 1
+    else:
+        form = section.format
+    if raw.raw is None and (size := _size(row, form)) > MAX_ROW_BYTES:
+        raise RowRefused(too_long(size))
+    rows, first = reading.formats.get(form, (0, str(source)))
+    reading.formats[form] = (rows + 1, first)
+    return to_record(row, form, source, system, reading.notes)
+
+
+def _mapped(row: dict[str, Any], columns: dict[str, str], notes: Counter[str]) -> dict[str, Any]:
+    """The row under our names. A whole number in a mapped prompt or completion, such as a label's, is read as text."""
+    if not columns:
+        return row
+    if absent := [theirs for theirs in columns.values() if theirs not in row]:
+        raise RowRefused(f"missing key {', '.join(map(short, absent))}, which data.columns names")
+    theirs = set(columns.values())
+    mapped = {key: value for key, value in row.items() if key not in theirs}
+    for ours, name in columns.items():
+        value = row[name]
+        if ours in ("prompt", "completion") and isinstance(value, int) and not isinstance(value, bool):
+            notes[f"numbers in `{name}` are read as text"] += 1
+            value = str(value)
+        mapped[ours] = value
+    return mapped
+
+
+def _size(row: dict[str, Any], form: str) -> int:
+    """Bytes of the values that the format uses, as JSON; a Parquet row has no text of its own to measure."""
+    used = {key: value for key, value in row.items() if key in USED[form]}
+    return len(json.dumps(used, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace"))
+
+
+def _agreed_format(reading: _Reading, section: DataSection, source: str) -> str:
+    """The one format of all rows; where the recipe leaves it open, a mixture is refused."""
+    if section.format != "auto":
+        return section.format
+    if len(reading.formats) > 1:
+        parts = [f"{rows} {form} (first at {first})" for form, (rows, first) in reading.formats.items()]
+        most = max(reading.formats, key=lambda form: reading.formats[form][0])
+        mend = f"split the file by format, or set data.format: {most} to quarantine the other rows"
+        raise DataRefused(f"the rows are a mixture of formats: {', '.join(parts)}", where=source, mend=mend)
+    return next(iter(reading.formats), "auto")
+
+
+def _refuse_bad_shares(reading: _Reading, section: DataSection, source: str) -> None:
+    rejected, rows_in = len(reading.rejected), reading.rows_in
+    first = "".join(f"\n  {entry}" for entry in reading.rejected[:3])
+    if not reading.records:
+        what = (
+            f"no row is usable; {rejected} of {rows_in} were rejected, the first of them:{first}" if rejected else "the file holds no rows"
+        )
+        formats = ", ".join(f"{name} ({', '.join(keys)})" for name, keys in REQUIRED.items())
+        raise DataRefused(what, where=source, mend=f"give rows in one of the formats {formats}, or map them by data.columns")
+    if rejected > section.max_rejected * rows_in:
+        raise DataRefused(
+            f"{rejected} of {rows_in} rows were rejected, and data.max_rejected is {section.max_rejected:g}; the first of them:{first}",
+            where=source,
+            mend="mend the rows, or raise data.max_rejected to train without them",
+        )
+
+
+def _note_keys(reading: _Reading, form: str, section: DataSection) -> None:
+    for ours, theirs in section.columns.items():
+        reading.notes[f"`{ours}` is taken from `{theirs}`"] += 1
+    unused = sorted(key for key in reading.keys if key not in USED[form])
+    if unused:
+        names = ", ".join(short(key) for key in unused[:10]) + (f" and {len(unused) - 10} more" if len(unused) > 10 else "")
+        reading.notes[f"keys that are not used: {names}"] += 1
+
+
+def _hash_of_hashes(hashes: dict[str, str]) -> str:
+    return hashlib.sha256("".join(f"{digest}  {Path(shown).name}\n" for shown, digest in hashes.items()).encode()).hexdigest()

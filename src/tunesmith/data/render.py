@@ -1,0 +1,311 @@
+"""Rendering: a record becomes token ids and a loss weight for each, by the model's own chat template.
+
+What carries loss is everything the model itself has to write once it is asked: from the end of the generation prompt (or, where the
+template writes that differently in a finished conversation, from the answer itself) over reasoning, content and tool calls as the template
+writes them, to the end-of-turn token. The newline after it is the template's. Spans are found in the full render by marks (_marks.py),
+never by rendering prefixes, since many templates rewrite earlier turns; what cannot be found exactly is refused with a TemplateError.
+The text is tokenised once and split by offsets (_encode.py), with no token that the template did not write, and strings in a row
+that look like control tokens stay text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+from rich.text import Text
+
+from ..errors import TemplateError
+from ._encode import Encoded, Encoder, Rule, encoder_for
+from ._marks import Located, Marked, data_spans, locate, mark, unmarked
+from ._spans import Layout, Turn, find_turn, layout_for, with_parts
+from .records import Conversation, Document, Message, Record
+from .template import ChatTemplate, RenderJob
+
+ROWS_PER_BATCH = 256
+
+TrainOn = Literal["all", "last"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A rendered example.
+
+    ids: int32[T]. weights: float32[T], weights[t] the loss weight of predicting token t from those before it; weights[0] is 0.
+    prompt_length: the tokens before the last answer, the same ids that `encode_prompt` gives for the messages before it.
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
+    prompt_length: int
+
+
+@dataclass(slots=True)
+class _Row:
+    """A record on its way: what is rendered, and then what was found. loss: weight by message index, where it is above 0."""
+
+    record: Record
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    loss: dict[int, float]
+    last: int | None
+    marked: Marked | None = None
+    text: str = ""
+    rules: tuple[Rule, ...] = ()
+    turns: dict[int, Turn] | None = None
+    prompt: str | None = None
+    prompt_rules: tuple[Rule, ...] = ()
+
+
+def render(record: Record, template: ChatTemplate | None, tokenizer: Any, *, train_on: TrainOn = "all") -> Rendered:
+    """One record as a rendered example; raises TemplateError where it is ambiguous. See `render_records`."""
+    (result,) = render_records([record], template, tokenizer, train_on)
+    if isinstance(result, TemplateError):
+        raise result
+    return result
+
+
+def render_records(
+    records: Iterable[Record], template: ChatTemplate | None, tokenizer: Any, train_on: TrainOn = "all"
+) -> Iterator[Rendered | TemplateError]:
+    """Each record's rendered example or the reason it has none, in order, some 250 rows at a time (about 1 ms a row).
+
+    A Conversation: assistant turns carry loss, all or the last; a message's own `weight` wins (0 for none, any number above it scales).
+    A Document: every token but the first has weight 1, and the end-of-sequence token is appended. template may be None where there
+    are only documents. Raises ModelError where the tokenizer cannot say which characters a token covers.
+    """
+    encoder = encoder_for(tokenizer)
+    rest = iter(records)
+    while chunk := list(islice(rest, ROWS_PER_BATCH)):
+        rows = [_attempt(record, _prepare, record, template, encoder, train_on) for record in chunk]
+        _render_rows(rows, template, encoder)
+        texts = [text for row in rows if isinstance(row, _Row) for text in (row.text, row.prompt) if text is not None]
+        encoded = iter(encoder.encode_all(texts))
+        for record, row in zip(chunk, rows, strict=True):
+            if isinstance(row, TemplateError):
+                yield row
+            else:
+                whole, prompt = next(encoded), None if row.prompt is None else next(encoded)
+                yield _attempt(record, _finish, row, whole, prompt, encoder)
+
+
+def _attempt(record: Record, function: Any, *arguments: Any) -> Any:
+    """The function's result, or its TemplateError with the row's place."""
+    try:
+        return function(*arguments)
+    except TemplateError as error:
+        return _at(record, error)
+
+
+def _at(record: Record, error: TemplateError) -> TemplateError:
+    return TemplateError(error.what, where=f"{record.source} ({record.row_id})", mend=error.mend)
+
+
+def _prepare(record: Record, template: ChatTemplate | None, encoder: Encoder, train_on: TrainOn) -> _Row:
+    if isinstance(record, Document):
+        if encoder.eos is None:
+            raise TemplateError("the tokenizer has no end-of-sequence token to end a document with", mend="set eos_token in the tokenizer")
+        rule = Rule(encoder.mask(encoder.special), [(0, len(record.text))])
+        return _Row(record, [], None, {}, None, text=record.text + encoder.eos, rules=(rule,))
+    if template is None:
+        raise TemplateError("a conversation needs a chat template", mend="set model.chat_template")
+    layout = layout_for(template, encoder)
+    tools = list(record.tools) if record.tools else None
+    messages = with_parts(record.to_hf(), layout)
+    _refuse_hidden_control(messages, tools, encoder)
+    answers = [index for index, message in enumerate(record.messages) if message.role == "assistant"]
+    last = answers[-1] if answers else None
+    loss = {index: weight for index in range(len(messages)) if (weight := _weight(record.messages[index], index == last, train_on))}
+    return _Row(record, messages, tools, loss, last, marked=mark(messages))
+
+
+def _weight(message: Message, is_last: bool, train_on: TrainOn) -> float:
+    if message.role != "assistant":
+        if message.weight:
+            raise TemplateError(f"a {message.role} message has a weight; only assistant turns carry loss", mend="take the weight out")
+        return 0.0
+    if message.weight is None:
+        return 1.0 if train_on == "all" or is_last else 0.0
+    if not 0 <= message.weight < float("inf"):
+        raise TemplateError(f"a message's weight is {message.weight}", mend="give 0 or a number above it")
+    return float(message.weight)
+
+
+def _refuse_hidden_control(messages: Sequence[dict], tools: Sequence[dict] | None, encoder: Encoder) -> None:
+    if token := encoder.holds_special("\0".join(unmarked(messages, tools))):
+        raise TemplateError(
+            f"a role, a name or a tool's description holds the control token {token!r}", mend="take it out: it would steer the model"
+        )
+
+
+def _render_rows(rows: list[_Row | TemplateError], template: ChatTemplate | None, encoder: Encoder) -> None:
+    """Fills each row's text, turns and prompt; a row that fails becomes its error. One batch for the child process."""
+    jobs: list[RenderJob] = []
+    places: list[tuple[int, dict[str, int]]] = []
+    for number, row in enumerate(rows):
+        if isinstance(row, _Row) and row.marked is not None:
+            names = {"whole": (row.messages, None), "marked": (row.marked.messages, None)}
+            if row.last is not None:
+                names["prompt"] = (row.messages, row.last)
+            names.update({f"marked {turn}": (row.marked.messages, turn) for turn in {*row.loss, row.last} - {None}})
+            places.append((number, {name: len(jobs) + place for place, name in enumerate(names)}))
+            jobs.extend(RenderJob(messages[:stop], row.tools, stop is not None) for messages, stop in names.values())
+    if not jobs:
+        return
+    results = template.render_many(jobs)
+    layout = layout_for(template, encoder)
+    for number, names in places:
+        row = rows[number]
+        outcome = _attempt(row.record, _locate_row, row, {name: results[place] for name, place in names.items()}, layout, encoder)
+        rows[number] = outcome if isinstance(outcome, TemplateError) else row
+
+
+def _locate_row(row: _Row, texts: dict[str, str | TemplateError], layout: Layout, encoder: Encoder) -> None:
+    located = _checked(texts["whole"], texts["marked"], row.marked)
+    if row.tools and not any(name in located.text for name in map(_tool_name, row.tools)):
+        raise TemplateError("the template does not write the row's tools", mend="use a template that knows tools, or leave them out")
+    row.text, row.rules = located.text, _rules(located, row.messages, row.marked, layout, encoder)
+    row.turns = {}
+    for index in sorted({*row.loss, row.last} - {None}):
+        prompt = texts[f"marked {index}"]
+        opening = locate(prompt, row.marked) if isinstance(prompt, str) else None
+        try:
+            row.turns[index] = find_turn(index, row.messages, located, opening, row.marked.fields, layout, encoder)
+        except TemplateError:
+            if index in row.loss:
+                raise
+    if row.last in row.loss:
+        opening = _checked(texts["prompt"], texts[f"marked {row.last}"], row.marked)
+        turn = row.turns[row.last]
+        if not located.text.startswith(opening.text) or turn.start != len(opening.text):
+            raise TemplateError(
+                f"the template asks for the last answer in another way than it writes it: the prompt ends {opening.text[-40:]!r}, the whole "
+                f"conversation reads {located.text[max(0, turn.start - 40) : turn.start + 20]!r} there",
+                mend="give the answer the reasoning that the prompt opens, or name a template that fits in model.chat_template",
+            )
+        row.prompt, row.prompt_rules = opening.text, _rules(opening, row.messages, row.marked, layout, encoder)
+        if turn.appends_eos:
+            row.text += encoder.eos
+
+
+def _tool_name(tool: dict[str, Any]) -> str:
+    inner = tool.get("function")
+    return str((inner if isinstance(inner, dict) else tool).get("name"))
+
+
+def _checked(real: str | TemplateError, with_marks: str | TemplateError, marked: Marked) -> Located:
+    """The real render with the marks' places, when both renders agree."""
+    for result in (real, with_marks):
+        if isinstance(result, TemplateError):
+            raise result
+    located = locate(with_marks, marked)
+    if located.text != real:
+        raise TemplateError(
+            "the template writes other text when a message's content changes, so what belongs to the answer is not certain",
+            mend="take markup that the template reads (such as <think> or <tool_response>) out of the content, or leave the row out",
+        )
+    return located
+
+
+def _rules(located: Located, messages: Sequence[dict], marked: Marked, layout: Layout, encoder: Encoder) -> tuple[Rule, ...]:
+    spans = data_spans(located, marked.fields)
+    found = {number for number, opens, _ in located.marks if opens} & {number for number, opens, _ in located.marks if not opens}
+    for number, _, _ in located.marks:
+        if number not in found and (token := encoder.holds_special(marked.fields[number].text)):
+            raise TemplateError(f"the template cuts into a message that holds the control token {token!r}", mend="take it out of the message")
+    users = [(start, end) for start, end, index in spans if messages[index]["role"] != "assistant"]
+    return Rule(layout.special, [span[:2] for span in spans]), Rule(layout.markup, users)
+
+
+def _finish(row: _Row, whole: Encoded, prompt: Encoded | None, encoder: Encoder) -> Rendered:
+    """Ids and weights of a row that was located."""
+    whole = encoder.protect(row.text, whole, row.rules)
+    weights = np.zeros(len(whole.ids), dtype=np.float32)
+    if row.marked is None:
+        weights[1:] = 1.0
+        return Rendered(whole.ids, weights, 0)
+    prompt_length = len(whole.ids)
+    if prompt is not None:
+        prompt = encoder.protect(row.prompt, prompt, row.prompt_rules)
+        prompt_length = len(prompt.ids)
+        if not _begins_with(whole, prompt):  # a token spans the end of the prompt: split it there, as it is when the model is asked
+            whole = encoder.protect(row.text, encoder.encode_split(row.text, [len(row.prompt)]), row.rules, [len(row.prompt)])
+            weights = np.zeros(len(whole.ids), dtype=np.float32)
+        if not _begins_with(whole, prompt):
+            raise TemplateError("the prompt's tokens differ from those of the whole conversation", mend="report this template and tokenizer")
+    elif row.last in row.turns:
+        prompt_length = int(np.searchsorted(whole.starts, row.turns[row.last].start))
+    for index, weight in row.loss.items():
+        turn = row.turns[index]
+        covered = _covered(row, turn, whole, encoder)
+        weights[max(covered.start, prompt_length if index == row.last else 1) : covered.stop] = weight
+    return Rendered(whole.ids, weights, prompt_length)
+
+
+def _begins_with(whole: Encoded, prompt: Encoded) -> bool:
+    return np.array_equal(whole.ids[: len(prompt.ids)], prompt.ids)
+
+
+def _covered(row: _Row, turn: Turn, whole: Encoded, encoder: Encoder) -> slice:
+    """The tokens of a turn: those that share a character with it, but for a control token that begins before it."""
+    end = len(row.text) if turn.appends_eos else turn.end
+    first, stop = int(np.searchsorted(whole.ends, turn.start, side="right")), int(np.searchsorted(whole.starts, end, side="left"))
+    while first < stop and whole.starts[first] < turn.start and int(whole.ids[first]) in encoder.special:
+        first += 1
+    for token in {first, stop - 1}:
+        place = (int(whole.starts[token]), int(whole.ends[token]))
+        if first < stop and (place[0] < turn.start or place[1] > end) and row.rules[1].holds(place):
+            raise TemplateError(
+                f"one token holds the end of a question and the beginning of an answer: {row.text[slice(*place)]!r}",
+                mend="use a template that separates turns by special tokens",
+            )
+    return slice(first, stop)
+
+
+def encode_prompt(
+    messages: Sequence[Message], template: ChatTemplate, tokenizer: Any, tools: Sequence[dict[str, Any]] | None = None
+) -> np.ndarray:
+    """The token ids (int32[T]) that ask for the next answer: the messages and the generation prompt, tokenised as in training."""
+    return encode_prompts([messages], template, tokenizer, tools)[0]
+
+
+def encode_prompts(
+    prompts: Sequence[Sequence[Message]], template: ChatTemplate, tokenizer: Any, tools: Sequence[dict[str, Any]] | None = None
+) -> list[np.ndarray]:
+    """`encode_prompt` of many, at once. Raises TemplateError for the first that cannot be rendered, naming its number."""
+    encoder = encoder_for(tokenizer)
+    layout = layout_for(template, encoder)
+    tools = list(tools) if tools else None
+    given = [with_parts([message.to_hf() for message in messages], layout) for messages in prompts]
+    marked = [mark(messages) for messages in given]
+    jobs = [RenderJob(messages, tools, True) for pair in zip(given, marked, strict=True) for messages in (pair[0], pair[1].messages)]
+    texts = template.render_many(jobs)
+    ids = []
+    for number, messages in enumerate(given):
+        try:
+            _refuse_hidden_control(messages, tools, encoder)
+            located = _checked(texts[2 * number], texts[2 * number + 1], marked[number])
+            rules = _rules(located, messages, marked[number], layout, encoder)
+            ids.append(encoder.protect(located.text, encoder.encode_all([located.text])[0], rules).ids)
+        except TemplateError as error:
+            raise TemplateError(error.what, where=f"prompt {number}", mend=error.mend) from error
+    return ids
+
+
+def colourise(rendered: Rendered, tokenizer: Any) -> Text:
+    """The example for a terminal: what carries loss in green (brighter for more weight), the rest dim, special tokens in brackets."""
+    special = encoder_for(tokenizer).special
+    text, start, ids = Text(), 0, rendered.ids.tolist()
+    for stop in range(1, len(ids) + 1):
+        same = stop < len(ids) and rendered.weights[stop] == rendered.weights[start] and not {ids[stop], ids[stop - 1]} & special.keys()
+        if not same:
+            weight = float(rendered.weights[start])
+            style = f"rgb(0,{95 + int(160 * min(weight, 1.0))},0)" if weight else "dim"
+            before = ids[max(0, start - 1) : start]  # decoded too: alone, a word may lose the space before it
+            piece = tokenizer.decode(before + ids[start:stop])[len(tokenizer.decode(before)) :]
+            text.append(f"[{special[ids[start]]}]" if ids[start] in special else piece, style=style)
+            start = stop
+    return text

@@ -1,0 +1,21 @@
+"""Evaluation: frozen tasks, candidates, gates and the verdict."""
+
+from .candidates import derive_max_new_tokens
+from .encode import Encoder, TemplateEncoder
+from .run import EvaluationInputs, EvaluationResult, evaluate_candidates
+from .task import Item, Task, distinct_answers, freeze_task
+from .verdict import check_gates
+
+__all__ = [
+    "Encoder",
+    "EvaluationInputs",
+    "EvaluationResult",
+    "Item",
+    "Task",
+    "TemplateEncoder",
+    "check_gates",
+    "derive_max_new_tokens",
+    "distinct_answers",
+    "evaluate_candidates",
+    "freeze_task",
+]

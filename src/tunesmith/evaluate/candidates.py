@@ -1,0 +1,136 @@
+"""The candidates that are language models: how each is asked, and what it answers.
+
+zero_shot and few_shot are the base model, decoded under the output schema or the labels so that they are no strawmen; tuned is the
+trained model, decoded freely, as its user will run it. All are greedy and see the same items through the same chat template.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..data.records import Message
+from ..errors import DataRefused, TunesmithError
+from ..generate.protocol import GREEDY, Constraint, Generator
+from .encode import Encoder
+from .task import Item, Task
+
+COST_ORDER = ("zero_shot", "few_shot", "classical", "tuned")
+"""From the least to the most that a user has to do and keep; the recommendation prefers the earlier."""
+CONSTRAINED = frozenset({"zero_shot", "few_shot"})
+ANSWER_ROOM = 1.5
+"""The longest answer allowed, over the longest reference known."""
+
+Example = tuple[Message, ...]
+"""One few-shot example: the turns of a training conversation, without its system message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One output. tokens: how many were generated, the end token included."""
+
+    text: str
+    finish_reason: str
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The answer as JSON."""
+        return {"text": self.text, "finish_reason": self.finish_reason, "tokens": self.tokens}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The token ids a candidate is asked with: prompts[N][T], references[N][A], and what had to be left out."""
+
+    prompts: list[list[int]]
+    references: list[list[int]]
+    notes: tuple[str, ...] = ()
+
+
+def decoding(candidate: str, task: Task) -> str:
+    """ "constrained" or "free": whether only tokens inside the schema or the labels may be chosen."""
+    return "constrained" if candidate in CONSTRAINED and (task.fields or task.labels) else "free"
+
+
+def derive_max_new_tokens(answer_lengths: Iterable[int]) -> int:
+    """Half as much again as the longest known answer, in tokens; from training answers, never from the test set's.
+
+    >>> derive_max_new_tokens([10, 41])
+    62
+    """
+    return math.ceil(ANSWER_ROOM * max(answer_lengths, default=1))
+
+
+def with_examples(messages: Sequence[Message], examples: Sequence[Example]) -> tuple[Message, ...]:
+    """The prompt with the examples as real chat turns between its system message and the rest."""
+    heads = 0
+    while heads < len(messages) and messages[heads].role == "system":
+        heads += 1
+    turns = [message for example in examples for message in example]
+    return (*messages[:heads], *turns, *messages[heads:])
+
+
+def encode_items(
+    task: Task,
+    encoder: Encoder,
+    *,
+    examples: Sequence[Example] = (),
+    max_new_tokens: int,
+    context_length: int | None,
+    references: bool = True,
+) -> Asked:
+    """Encodes every item; where prompt and answer do not fit the context, examples are left out from the end, with a note.
+
+    references: whether the references are encoded too (for perplexity); without, Asked.references is empty. Raises DataRefused, naming
+    the items, where an item does not fit even alone.
+    """
+    prompts, answers, short, misfits = [], [], 0, []
+    for item in task.items:
+        kept = list(examples)
+        while True:
+            messages = with_examples(item.messages, kept)
+            prompt = encode_messages(encoder, messages, item)
+            answer = _reference(encoder, messages, item) if references else []
+            if context_length is None or len(prompt) + max(max_new_tokens, len(answer)) <= context_length:
+                break
+            if not kept:
+                misfits.append(item.item_id)
+                break
+            kept.pop()
+        short += len(kept) < len(examples)
+        prompts.append(prompt)
+        if references:
+            answers.append(answer)
+    if misfits:
+        raise DataRefused(
+            f"{len(misfits)} of {len(task.items)} items leave no room for {max_new_tokens} new tokens in the model's context of "
+            f"{context_length}: {', '.join(misfits[:5])}",
+            where=f"task {task.name}",
+            mend="shorten or remove these rows, or set evaluate.max_new_tokens lower",
+        )
+    note = f"{short} of {len(task.items)} items of {task.name} got fewer than {len(examples)} examples: the context is full"
+    return Asked(prompts, answers, (note,) if short else ())
+
+
+def encode_messages(encoder: Encoder, messages: Sequence[Message], item: Item) -> list[int]:
+    """Token ids of a prompt, with the item's tools where it has some."""
+    return [int(token) for token in encoder.prompt(messages, item.tools)]
+
+
+def generate_answers(
+    generator: Generator, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, constraint: Constraint | None
+) -> list[Answer]:
+    """Greedy answers to all prompts, in order. No setting of a model's generation_config takes part.
+
+    Raises TunesmithError unless there is exactly one answer a prompt.
+    """
+    made = generator.generate(prompts, max_new_tokens=max_new_tokens, sampling=GREEDY, constraint=constraint) if prompts else []
+    if len(made) != len(prompts):
+        raise TunesmithError(f"{len(prompts)} prompts but {len(made)} answers", mend="report this: the generator is at fault")
+    return [Answer(one.text, one.finish_reason, len(one.token_ids)) for one in made]
+
+
+def _reference(encoder: Encoder, messages: Sequence[Message], item: Item) -> list[int]:
+    return [int(token) for token in encoder.answer(messages, item.reference, item.tools)]

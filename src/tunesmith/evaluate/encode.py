@@ -1,0 +1,65 @@
+"""From an item to token ids: the prompt as the model will be asked, and the reference as training renders it.
+
+An `Encoder` is what the candidates and perplexity take; `TemplateEncoder` is the one on the model's own chat template. Its sha256 goes
+into every score: scores of two templates are never compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ..data.records import Conversation, Message, Source
+from ..data.render import encode_prompt, render
+from ..errors import TemplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..data.template import ChatTemplate
+
+Tools = tuple[dict[str, Any], ...] | None
+
+
+class Encoder(Protocol):
+    """Renders and tokenises, always in the same way."""
+
+    sha256: str
+    """Hash of the chat template."""
+
+    def prompt(self, messages: Sequence[Message], tools: Tools = None) -> Sequence[int]:
+        """Token ids of the prompt, the generation prompt included."""
+
+    def answer(self, messages: Sequence[Message], reference: str, tools: Tools = None) -> Sequence[int]:
+        """Token ids of the reference after that prompt, the end-of-turn token included."""
+
+
+class TemplateEncoder:
+    """The encoder on a chat template and its tokenizer; the same renderer as training's."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase):
+        self.template, self.tokenizer, self.sha256 = template, tokenizer, template.sha256
+
+    def prompt(self, messages: Sequence[Message], tools: Tools = None) -> np.ndarray:
+        """Token ids [T] of the prompt, the generation prompt included."""
+        return encode_prompt(messages, self.template, self.tokenizer, tools=tools)
+
+    def answer(self, messages: Sequence[Message], reference: str, tools: Tools = None) -> np.ndarray:
+        """Token ids [A] of the reference up to its end-of-turn token: those that training puts loss on.
+
+        Raises TemplateError where the training render does not begin with the prompt's tokens.
+        """
+        whole = (*messages, Message("assistant", reference))
+        conversation = Conversation(messages=whole, row_id="item", source=Source("evaluation", 0), tools=tools)
+        rendered = render(conversation, self.template, self.tokenizer, train_on="last")
+        prompt = self.prompt(messages, tools)
+        if not np.array_equal(rendered.ids[: len(prompt)], prompt):
+            raise TemplateError(
+                "the prompt is not the beginning of the training render, so scores would not fit the training",
+                where=f"chat template {self.sha256[:12]}",
+                mend="use a template whose generation prompt is what an assistant turn starts with",
+            )
+        end = int(np.flatnonzero(rendered.weights)[-1]) + 1
+        return rendered.ids[len(prompt) : end]

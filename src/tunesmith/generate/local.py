@@ -1,0 +1,176 @@
+"""A transformers causal language model as a `Generator`: batched, each shared token computed once, exact.
+
+Takes the model as it is (a PEFT model too) and its tokenizer. The first call checks the fast way (engine.py) against the plain model on
+its own first prompt; a model that the engine does not know, or that disagrees, is served by transformers' own generate (fallback.py),
+and `notes` says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from ..errors import ModelError
+from .adapter import merged_adapter
+from .attention import NAME, attention_implementation
+from .engine import CHECK_TOLERANCE, CHECK_TOLERANCE_HALF, Engine
+from .fallback import Fallback
+from .protocol import GREEDY, Constraint, Generation, Sampling
+from .rows import check_lengths, make_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["LocalGenerator", "batch_disagreement", "merged_adapter"]
+
+# Tokens of the first prompt that the fast way is checked on.
+CHECKED_TOKENS = 64
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+# Rotary scalings whose frequencies depend on the longest row of a pass, so that a row would depend on its batch.
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+class LocalGenerator:
+    """Generates and scores with a model in this process.
+
+    batch_size: most prompts run together. stop_ids: tokens that end an answer beside the end tokens of the tokenizer and of the model's
+    generation_config (of which nothing else is ever read); give the chat template's end-of-turn token here. notes: what a user should know,
+    such as why the slow way is taken. Results do not depend on the batch in float32; in bf16 near-ties may fall otherwise
+    (`batch_disagreement` counts them).
+
+    >>> LocalGenerator(model, tokenizer).generate([prompt_ids], max_new_tokens=8)[0].text  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 50, stop_ids: Sequence[int] | None = None
+    ):
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder:
+            raise ModelError("generation needs a transformers causal language model", where=type(base).__name__)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.notes: list[str] = []
+        self.stop_ids = _stop_ids(base, tokenizer, stop_ids)
+        self._base = base
+        self._engine: Engine | None = None
+        self._checked = False
+        self._max_positions: int | None = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling = GREEDY, constraint: Constraint | None = None
+    ) -> list[Generation]:
+        """One generation a prompt (token ids), in the asked order.
+
+        An answer ends at a stop token, when the constraint is complete, after max_new_tokens, or where the model's context ends. Raises
+        ModelError for a prompt that is empty or does not fit the context.
+        """
+        if not len(prompts):
+            return []
+        rows = make_rows(prompts, max_new_tokens, sampling, constraint, self._max_positions)
+        stop_ids = self.stop_ids if constraint is None else self.stop_ids | constraint.stop_ids
+        with self._ready(prompts) as way:
+            way.generate(rows, sampling, stop_ids)
+        return [row.generation(self.tokenizer) for row in rows]
+
+    def logprobs(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Natural log-probability of every answer token given its prompt and the answer before it: float32 [len(answer)] a pair.
+
+        Raises ModelError for a prompt that is empty, and for a pair that does not fit the model's context.
+        """
+        if len(prompts) != len(answers):
+            raise ValueError(f"{len(prompts)} prompts, {len(answers)} answers")
+        check_lengths(prompts, self._max_positions, room=0)
+        check_lengths([[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)], self._max_positions, room=0)
+        if not len(prompts):
+            return []
+        with self._ready(prompts) as way:
+            return way.logprobs(prompts, answers)
+
+    @contextmanager
+    def _ready(self, prompts: Sequence[Sequence[int]]) -> Iterator[Engine | Fallback]:
+        """The way to generate, with the model in evaluation mode, without gradients, and with the attention it needs."""
+        plain = _plain_attention(self._base)
+        with torch.no_grad(), _evaluating(self.model):
+            if not self._checked:
+                self._engine = self._checked_engine(prompts[0], plain)
+                self._checked = True
+            with attention_implementation(self._base, NAME if self._engine else plain):
+                yield self._engine or Fallback(self.model, self.batch_size)
+
+    def _checked_engine(self, prompt: Sequence[int], plain_attention: str) -> Engine | None:
+        """The engine, if the model is of a kind that it knows and it agrees with the plain model on the prompt's first tokens."""
+        reason = _unknown_layout(self.model, self._base)
+        if reason is None:
+            ids = (list(prompt) * 8)[: max(8, min(len(prompt), CHECKED_TOKENS))]
+            try:
+                engine = Engine(self._base, self.batch_size)
+                difference = engine.difference(ids, plain_attention)
+            except (ModelError, AttributeError, TypeError, IndexError, RuntimeError) as error:  # what another layout may trip over
+                reason = f"{type(error).__name__}: {error}"
+            else:
+                tolerance = CHECK_TOLERANCE.get(self._base.dtype, CHECK_TOLERANCE_HALF)
+                if difference <= tolerance:
+                    return engine
+                reason = f"its logits differ from the plain model's by {difference:.2g} (allowed {tolerance:.2g})"
+        note = f"{type(self._base).__name__}: generation falls back to transformers' generate, which is slower: {reason}"
+        self.notes.append(note)
+        warnings.warn(note, stacklevel=4)
+        return None
+
+
+def batch_disagreement(generator: LocalGenerator, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> float:
+    """Share of the prompts, 0 to 1, whose greedy tokens differ between the generator's batches and each prompt alone; 0 in float32."""
+    together = generator.generate(prompts, max_new_tokens=max_new_tokens)
+    alone = [generator.generate([prompt], max_new_tokens=max_new_tokens)[0] for prompt in prompts]
+    return sum(a.token_ids != b.token_ids for a, b in zip(together, alone, strict=True)) / max(1, len(prompts))
+
+
+def _stop_ids(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: Sequence[int] | None) -> frozenset[int]:
+    """The generation_config's and the tokenizer's end tokens, and those given."""
+    configured = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
+    configured = [configured] if isinstance(configured, int) else configured or []
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return frozenset([*configured, *own, *(given or [])])
+
+
+def _plain_attention(base: PreTrainedModel) -> str:
+    """transformers' own attention that knows all that the model asks for."""
+    return "sdpa" if base._supports_sdpa else "eager"
+
+
+def _unknown_layout(model: torch.nn.Module, base: PreTrainedModel) -> str | None:
+    """Why the engine cannot run the model, as far as its config says, or None."""
+    config = base.config.get_text_config()
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return "the adapter puts learned tokens before the prompt"
+    other_layers = set(getattr(config, "layer_types", None) or []) - _KNOWN_LAYERS
+    if other_layers:
+        return f"layers of type {', '.join(sorted(other_layers))}"
+    if getattr(base, "_is_stateful", False):
+        return "it keeps a recurrent state"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in [rope, *rope.values()] if isinstance(part, dict)}
+    if kinds & _LENGTH_DEPENDENT_ROPE:
+        return "its rotary embedding depends on the longest row of a batch"
+    return None
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode for the while (no dropout); every module's own mode comes back after."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

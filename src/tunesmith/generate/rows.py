@@ -1,0 +1,97 @@
+"""The rows of a generation: what each has said so far, its random stream, its place in the constraint, and when it ends.
+
+Takes prompts and settings, gives `Row`s; `choose_next` takes logits and moves every unfinished row on by one token. Both ways of
+generating (engine.py, fallback.py) choose here and nowhere else, so they differ in speed only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from ..errors import ModelError
+from .protocol import Constraint, Generation, Matcher, Sampling
+from .sampling import choose_tokens, row_streams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Row:
+    """One prompt and its answer so far. limit: most tokens the answer may have."""
+
+    prompt: list[int]
+    limit: int
+    stream: np.random.Generator | None
+    matcher: Matcher | None
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
+    stopped_by_token: bool = False
+
+    def generation(self, tokenizer: PreTrainedTokenizerBase) -> Generation:
+        """The finished row, with its text."""
+        said = self.token_ids[:-1] if self.stopped_by_token else self.token_ids
+        text = tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Generation(self.token_ids, text, self.finish_reason or "length")
+
+
+def make_rows(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, constraint: Constraint | None, max_positions: int | None
+) -> list[Row]:
+    """One row a prompt, in order. Raises ModelError, naming the prompt, where it leaves no room in the model's max_positions tokens."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    check_lengths(prompts, max_positions, room=1)
+    streams = row_streams(prompts, sampling.seed) if sampling.temperature > 0 else [None] * len(prompts)
+    rows = []
+    for prompt, stream in zip(prompts, streams, strict=True):
+        limit = max_new_tokens if max_positions is None else min(max_new_tokens, max_positions - len(prompt))
+        rows.append(Row([int(token) for token in prompt], limit, stream, constraint.matcher() if constraint else None))
+    return rows
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], max_positions: int | None, *, room: int) -> None:
+    """Refuses an empty prompt, and one that leaves less than `room` tokens of the model's context."""
+    for number, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ModelError("the prompt has no tokens, so there is nothing to continue", where=f"prompt {number}")
+        if max_positions is not None and len(prompt) + room > max_positions:
+            raise ModelError(
+                f"{len(prompt)} tokens do not fit the model's context of {max_positions}",
+                where=f"prompt {number}",
+                mend="shorten the prompt (fewer few-shot examples) or use a model with a longer context",
+            )
+
+
+def choose_next(logits_BV: torch.Tensor, rows: Sequence[Row], sampling: Sampling, stop_ids: frozenset[int]) -> list[int]:
+    """The next token of every row, which unfinished rows take; a finished row gets its last token again, to be ignored.
+
+    logits [B, V] of the rows in order; changed in place under a constraint.
+    """
+    logits_BV = logits_BV.float()
+    for row, logits_V in zip(rows, logits_BV, strict=True):
+        if row.matcher is not None and row.finish_reason is None:
+            row.matcher.mask_(logits_V)
+    uniforms_B = [row.stream.random() if row.stream is not None and row.finish_reason is None else 0.0 for row in rows]
+    tokens_B = choose_tokens(logits_BV, sampling, uniforms_B)
+    for b, row in enumerate(rows):
+        if row.finish_reason is None:
+            _take(row, tokens_B[b], stop_ids)
+        tokens_B[b] = row.token_ids[-1]
+    return tokens_B
+
+
+def _take(row: Row, token: int, stop_ids: frozenset[int]) -> None:
+    """Appends the token and decides whether the row ends."""
+    row.token_ids.append(token)
+    complete = row.matcher.accept(token) if row.matcher is not None else False
+    row.stopped_by_token = token in stop_ids
+    if complete or row.stopped_by_token:
+        row.finish_reason = "stop"
+    elif len(row.token_ids) >= row.limit:
+        row.finish_reason = "length"

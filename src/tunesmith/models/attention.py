@@ -1,0 +1,170 @@
+"""Attention over a forest: each token sees its ancestors' tokens and, causally, its own node's, and nothing else.
+
+Registered with transformers' AttentionInterface, so every model that goes through the interface can be packed without
+padding. The forward and backward passes are written out (one autograd function for the whole forest), since slices under autograd would
+cost a zero-filled copy each. Long nodes are cut into blocks of queries: no T x T matrix exists. Every extra argument is
+honoured (scaling, sliding window, soft cap) or refused (dropout, sinks, biases).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from ..data.forest import Node
+from ..errors import ModelError
+
+FOREST = "tunesmith_forest"
+QUERY_BLOCK = 512  # queries at once: bounds the scores of one block to heads x 512 x keys
+
+_layout: ContextVar[tuple[Node, ...] | None] = ContextVar("forest_layout", default=None)
+
+
+@contextmanager
+def forest_layout(forest_nodes: tuple[Node, ...] | None) -> Iterator[None]:
+    """Makes the nodes of a batch known to the attention function for a while."""
+    token = _layout.set(forest_nodes)
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+def current_layout() -> tuple[Node, ...] | None:
+    """The nodes of the batch in hand, to be captured by activation checkpointing."""
+    return _layout.get()
+
+
+def _refuse(name: str, module: torch.nn.Module) -> None:
+    raise ModelError(
+        f"attention in {type(module).__name__} needs `{name}`, which the packed attention does not compute",
+        where=getattr(getattr(module, "config", None), "model_type", None),
+        mend="tune another model family",
+    )
+
+
+def forest_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **extra: Any
+) -> tuple[Tensor, None]:
+    """query[1, Hq, T, D], key and value[1, Hkv, T, D] -> (output[1, T, Hq, D], None); the layout is the current batch's."""
+    nodes = _layout.get()
+    if nodes is None:
+        raise ModelError("the model was called outside the policy's forward", mend="call the policy, or switch the attention implementation first")
+    if extra.get("dropout"):
+        _refuse("attention dropout", module)
+    for name in ("s_aux", "position_bias", "head_mask"):
+        if extra.get(name) is not None:
+            _refuse(name, module)
+    if attention_mask is not None:
+        _refuse("attention_mask", module)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out = _ForestAttention.apply(query[0], key[0], value[0], nodes, scale, extra.get("sliding_window"), extra.get("softcap"))
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(FOREST, forest_attention)
+
+
+def _blocks(node: Node) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+    """(first query, past the last, key spans) of each block of a node's queries; the last span ends with the block."""
+    for begin in range(node.start, node.end, QUERY_BLOCK):
+        end = min(begin + QUERY_BLOCK, node.end)
+        yield begin, end, [*node.ancestors, (node.start, end)]
+
+
+def _gather(x_HTD: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    return x_HTD[:, spans[0][0] : spans[0][1]] if len(spans) == 1 else torch.cat([x_HTD[:, a:b] for a, b in spans], 1)
+
+
+_masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
+
+
+def _hidden(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """[queries, keys] bool, True where a key is later than the query, or at least `window` before it. The last query sees the last key."""
+    where = (queries, keys, window, device)
+    if where not in _masks:
+        if len(_masks) > 512:
+            _masks.clear()
+        age = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None]
+        _masks[where] = (age < 0) if window is None else (age < 0) | (age >= window)
+    return _masks[where]
+
+
+def _scores(q: Tensor, k: Tensor, groups: int, scale: float, window: int | None, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Masked scores in fp32, [Hkv, groups, n, m], and the derivative of the soft cap there."""
+    heads, n = k.shape[0], q.shape[1] // groups
+    scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(scale)
+    slope = None
+    if softcap is not None:
+        scores = torch.tanh(scores.div_(softcap))
+        slope = 1 - scores * scores
+        scores = scores * softcap
+    scores = scores.view(heads, groups, n, -1)
+    m = scores.shape[-1]
+    own = n if window is None else m  # without a window only the block's own columns hide anything
+    scores[..., m - own :].masked_fill_(_hidden(n, own, window, q.device), float("-inf"))
+    return scores, slope
+
+
+class _ForestAttention(torch.autograd.Function):
+    """Attention with written-out backward; saves q, k, v and the output, recomputes the probabilities."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, nodes, scale, window, softcap):  # noqa: ANN001, ANN205
+        heads, total, dim = query.shape
+        kv_heads = key.shape[0]
+        groups = heads // kv_heads
+        out_THD = query.new_empty(total, heads, value.shape[-1])
+        grouped = query.reshape(kv_heads, groups, total, dim)
+        for node in nodes:
+            for begin, end, spans in _blocks(node):
+                k, v = _gather(key, spans), _gather(value, spans)
+                q = grouped[:, :, begin:end].reshape(kv_heads, -1, dim)
+                scores, _ = _scores(q, k, groups, scale, window, softcap)
+                probs = torch.softmax(scores, -1).to(query.dtype)
+                o = torch.bmm(probs.view(kv_heads, -1, probs.shape[-1]), v)
+                out_THD[begin:end] = o.view(heads, end - begin, -1).transpose(0, 1)
+        ctx.save_for_backward(query, key, value, out_THD)
+        ctx.layout = (nodes, scale, window, softcap)
+        return out_THD
+
+    @staticmethod
+    def backward(ctx, grad_THD):  # noqa: ANN001, ANN205
+        query, key, value, out_THD = ctx.saved_tensors
+        nodes, scale, window, softcap = ctx.layout
+        heads, total, dim = query.shape
+        kv_heads = key.shape[0]
+        groups = heads // kv_heads
+        grouped = query.reshape(kv_heads, groups, total, dim)
+        weighted = (grad_THD * out_THD).sum(-1, dtype=torch.float32).T.reshape(kv_heads, groups, total)
+        d_query = torch.empty_like(grouped)
+        d_key = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
+        d_value = torch.zeros(value.shape, dtype=torch.float32, device=key.device)
+        for node in nodes:
+            for begin, end, spans in _blocks(node):
+                k, v = _gather(key, spans), _gather(value, spans)
+                q = grouped[:, :, begin:end].reshape(kv_heads, -1, dim)
+                g = grad_THD[begin:end].transpose(0, 1).reshape(kv_heads, -1, grad_THD.shape[-1])
+                scores, slope = _scores(q, k, groups, scale, window, softcap)
+                flat = torch.softmax(scores, -1).view(kv_heads, -1, scores.shape[-1])
+                dv = torch.bmm(flat.to(g.dtype).transpose(1, 2), g)
+                d_scores = torch.bmm(g, v.transpose(1, 2)).float()
+                d_scores.sub_(weighted[:, :, begin:end].reshape(kv_heads, -1, 1)).mul_(flat).mul_(scale)
+                if slope is not None:
+                    d_scores.mul_(slope)
+                d_scores = d_scores.to(q.dtype)
+                d_query[:, :, begin:end] = torch.bmm(d_scores, k).view(kv_heads, groups, end - begin, dim)
+                dk = torch.bmm(d_scores.transpose(1, 2), q)
+                offset = 0
+                for a, b in spans:
+                    d_key[:, a:b] += dk[:, offset : offset + b - a]
+                    d_value[:, a:b] += dv[:, offset : offset + b - a]
+                    offset += b - a
+        return d_query.view(heads, total, dim), d_key.to(key.dtype), d_value.to(value.dtype), None, None, None, None
+

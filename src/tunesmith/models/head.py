@@ -1,0 +1,101 @@
+"""The language-model head on supervised tokens only, in chunks: log-probabilities without the full logits.
+
+For hidden states h[S, H], head weight W[V, H] and targets[S] it gives log softmax(W h)[target] and, if asked, the entropy.
+Where the head is frozen the gradient towards h is formed in the forward pass (d logp / d h = W[target] - p W, exact), so that
+the logits are computed once; where it trains, the backward pass recomputes them chunk by chunk. Log-sum-exp is fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 64 * 2**20  # of fp32 logits held at once
+
+
+def token_logprobs(
+    hidden_SH: Tensor,
+    weight_VH: Tensor,
+    targets_S: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(logprobs[S], entropy[S] if asked) in fp32; the entropy (nats) carries no gradient.
+
+    softcap: cap * tanh(logit / cap), as in Gemma 2; scale multiplies the logits before it.
+    """
+    logprobs_S, entropy_S = _TokenLogprobs.apply(hidden_SH, weight_VH, bias_V, targets_S, softcap, scale, entropy)
+    return logprobs_S, entropy_S if entropy else None
+
+
+def _chunk(vocabulary: int) -> int:
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> tuple[Tensor, Tensor | None]:
+    """fp32 logits[S, V] and d logits / d raw, which is None where it is 1."""
+    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    if scale != 1.0:
+        logits.mul_(scale)
+    if softcap is None:
+        return logits, None
+    squashed = torch.tanh(logits.div_(softcap))
+    return squashed * softcap, 1 - squashed * squashed
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, softcap, scale, want_entropy):  # noqa: ANN001, ANN205
+        count, size = hidden.shape[0], _chunk(weight.shape[0])
+        logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(logprobs) if want_entropy else logprobs.new_empty(0)
+        frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        slope_SH = torch.empty_like(hidden) if frozen and hidden.requires_grad else None
+        for a in range(0, count, size):
+            h, t = hidden[a : a + size], targets[a : a + size]
+            logits, curve = _logits(h, weight, bias, softcap, scale)
+            logp = torch.log_softmax(logits, -1)
+            logprobs[a : a + size] = logp.gather(1, t[:, None])[:, 0]
+            if want_entropy:
+                entropy[a : a + size] = -torch.linalg.vecdot(logp.exp(), logp)
+            if slope_SH is not None:
+                slope_SH[a : a + size] = _d_raw(logp.exp_(), t, curve, scale).to(weight.dtype) @ weight
+        ctx.save_for_backward(hidden, weight, bias, targets, slope_SH)
+        ctx.shape = (softcap, scale)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad_S, _):  # noqa: ANN001, ANN205
+        hidden, weight, bias, targets, slope_SH = ctx.saved_tensors
+        if slope_SH is not None:
+            return (slope_SH * grad_S[:, None]).to(hidden.dtype), None, None, None, None, None, None
+        softcap, scale = ctx.shape
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if bias is not None and ctx.needs_input_grad[2] else None
+        size = _chunk(weight.shape[0])
+        for a in range(0, hidden.shape[0], size):
+            h, t = hidden[a : a + size], targets[a : a + size]
+            logits, curve = _logits(h, weight, bias, softcap, scale)
+            d_raw = _d_raw(torch.softmax(logits, -1), t, curve, scale).mul_(grad_S[a : a + size, None])
+            if d_bias is not None:
+                d_bias += d_raw.sum(0)
+            d_raw = d_raw.to(weight.dtype)
+            if d_hidden is not None:
+                d_hidden[a : a + size] = d_raw @ weight
+            if d_weight is not None:
+                d_weight += d_raw.T @ h
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None if d_bias is None else d_bias.to(bias.dtype), None, None, None, None
+
+
+def _d_raw(probs: Tensor, targets: Tensor, curve: Tensor | None, scale: float) -> Tensor:
+    """d logp[target] / d (W h + b), overwriting probs[S, V]."""
+    d = probs.neg_()
+    d[torch.arange(len(targets), device=d.device), targets] += 1
+    if curve is not None:
+        d.mul_(curve)
+    return d.mul_(scale) if scale != 1.0 else d

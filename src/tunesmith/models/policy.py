@@ -1,0 +1,130 @@
+"""The module that the loop calls: backbone and heads over a forest, giving what an objective needs, per token or per row.
+
+    outputs = policy(forest, needs={"logprobs"})   # TokenOutputs(logprobs[S], ...)
+
+Everything an objective differentiates passes through this forward. The backbone is transformers' own; it runs with our packed attention,
+without padding, and the head runs on supervised tokens only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from ..data.forest import Forest
+from ..errors import ModelError
+from .attention import FOREST, current_layout, forest_layout
+from .fused import FastPaths, fuse_layers, fuse_lora, plain_layers, remove_fast_forwards
+from .head import token_logprobs
+
+
+@dataclass(frozen=True)
+class TokenOutputs:
+    """What a forward pass gives; S supervised tokens and B rows, as the forest numbers them."""
+
+    logprobs: Tensor
+    """[S] fp32, log-probability of each supervised token."""
+    entropy: Tensor | None = None
+    """[S] fp32, nats, without gradient."""
+    values: Tensor | None = None
+    """[S] a value head's output at each supervised token's source."""
+    scores: Tensor | None = None
+    """[B] a reward head's output at each row's last token."""
+
+
+class Policy(nn.Module):
+    """A causal language model, with or without adapters, over forests.
+
+    model: transformers' or PEFT's module; fast: whether layers may take their fast paths.
+    heads: named linear heads on the hidden state, `values` and `scores`, each giving one number.
+    """
+
+    def __init__(self, model: nn.Module, *, fast: bool = True, gradient_checkpointing: bool = False):
+        super().__init__()
+        self.model = model
+        self.heads = nn.ModuleDict()
+        self.causal: PreTrainedModel
+        object.__setattr__(self, "causal", model.get_base_model() if hasattr(model, "get_base_model") else model)
+        object.__setattr__(self, "backbone", getattr(self.causal, self.causal.base_model_prefix))
+        self.fast_paths = FastPaths()
+        self.model.eval()  # the base's own dropout is off: log-probabilities are a function of the weights alone
+        _train_adapter_dropout(self.model)
+        _require_interface(self.causal)
+        self.causal.set_attn_implementation(FOREST)
+        if fast:
+            fuse_layers(self.causal, self.fast_paths)
+            fuse_lora(self.model, self.fast_paths)
+        if gradient_checkpointing:
+            _checkpoint_layers(self.backbone)
+
+    def forward(self, forest: Forest, needs: Collection[str] = ("logprobs",), *, embeddings: Tensor | None = None) -> TokenOutputs:
+        """Runs a batch. needs: any of logprobs, entropy, values, scores. embeddings: [1, T, H] in place of the tokens' own."""
+        device = self.causal.device
+        if embeddings is None:
+            embeddings = self.backbone.get_input_embeddings()(torch.from_numpy(forest.tokens_T).to(device)[None])
+        hidden_TH = self.hidden(embeddings, forest)
+        source = torch.from_numpy(forest.source_S).to(device)
+        hidden_SH = hidden_TH[source]
+        logprobs, entropy = self._head(hidden_SH, torch.from_numpy(forest.target_S).to(device), "entropy" in needs)
+        values = self.heads["values"](hidden_SH.float())[:, 0] if "values" in needs else None
+        scores = self.heads["scores"](hidden_TH[torch.from_numpy(forest.last_B).to(device)].float())[:, 0] if "scores" in needs else None
+        return TokenOutputs(logprobs, entropy, values, scores)
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """For a while, every layer takes its own forward."""
+        with plain_layers(self.model):
+            yield
+
+    def make_plain(self) -> None:
+        """Takes the fast paths out for good."""
+        remove_fast_forwards(self.model)
+        self.fast_paths = FastPaths(refused=dict.fromkeys(self.fast_paths.used, "disagrees with the plain layers on the first batch"))
+
+    def hidden(self, embeddings_1TH: Tensor, forest: Forest) -> Tensor:
+        """The backbone's last hidden states [T, H] for input embeddings [1, T, H]."""
+        positions = torch.from_numpy(forest.positions_T).to(embeddings_1TH.device)[None]
+        with forest_layout(forest.nodes):
+            return self.backbone(inputs_embeds=embeddings_1TH, position_ids=positions, use_cache=False).last_hidden_state[0]
+
+    def _head(self, hidden_SH: Tensor, target_S: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        head, config = self.causal.get_output_embeddings(), self.causal.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return token_logprobs(hidden_SH, head.weight, target_S, bias_V=head.bias, softcap=softcap, scale=scale / divisor, entropy=entropy)
+
+
+def _train_adapter_dropout(model: nn.Module) -> None:
+    """Switches the adapters' own dropout on, and nothing else."""
+    for name, module in model.named_modules():
+        if ".lora_dropout." in name:
+            module.train()
+
+
+def _require_interface(causal: PreTrainedModel) -> None:
+    if not getattr(causal, "_supports_sdpa", False) and not getattr(causal, "_supports_attention_backend", False):
+        raise ModelError(
+            f"{type(causal).__name__} does not compute attention through transformers' interface, so examples cannot be packed",
+            mend="tune another model family",
+        )
+
+
+def _checkpoint_layers(backbone: nn.Module) -> None:
+    """Recomputes each transformer layer in the backward pass, in the batch's own layout."""
+    layers = next(m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) > 0)
+    for layer in layers:
+        plain = layer.forward
+        layer.forward = partial(_checkpointed, plain)
+
+
+def _checkpointed(plain, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
+    nodes = current_layout()
+    return checkpoint(plain, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), forest_layout(nodes)), **kwargs)

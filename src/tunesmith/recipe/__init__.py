@@ -1,0 +1,32 @@
+"""The recipe: the one typed, strict description of a run. No torch is imported here."""
+
+from ._load import dump_recipe, json_schema, load_recipe
+from ._recipe import Recipe
+from .data import DataSection
+from .evaluate import EvaluateSection, Gate
+from .method import FullMethod, LoraMethod, Method
+from .model import ModelSection
+from .objective import Objective, SFTObjective
+from .stage import Stage
+from .task import TaskSection
+from .tracking import OutputSection, TrackingSection
+
+__all__ = [
+    "DataSection",
+    "EvaluateSection",
+    "FullMethod",
+    "Gate",
+    "LoraMethod",
+    "Method",
+    "ModelSection",
+    "Objective",
+    "OutputSection",
+    "Recipe",
+    "SFTObjective",
+    "Stage",
+    "TaskSection",
+    "TrackingSection",
+    "dump_recipe",
+    "json_schema",
+    "load_recipe",
+]

@@ -1,0 +1,46 @@
+"""The whole recipe: its sections, and what must hold between them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from ._base import Section
+from .data import DataSection
+from .evaluate import EvaluateSection
+from .model import ModelSection
+from .stage import Stage
+from .task import TaskSection
+from .tracking import OutputSection, TrackingSection
+
+
+class Recipe(Section):
+    """One recipe, one command, one verdict."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """The run's name; its directory is runs/NAME."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the data order, the held-out split, new weights and the bootstrap."""
+    model: ModelSection
+    """The base model."""
+    task: TaskSection = TaskSection()
+    """What a good answer is."""
+    data: DataSection
+    """The rows."""
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    """Training stages, in order."""
+    evaluate: EvaluateSection = EvaluateSection()
+    """What is compared, and the gates."""
+    tracking: TrackingSection = TrackingSection()
+    """Trackers."""
+    output: OutputSection = OutputSection()
+    """Where the run lies."""
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"stage names must differ; {', '.join(twice)} occurs twice")
+        return self

@@ -1,0 +1,77 @@
+"""A stage: one training run from a start, towards an objective, by a method. Leaf names are Hugging Face's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from ._base import PathText, Section
+from .data import DataSection
+from .method import Method
+from .objective import Objective
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Stage(Section):
+    """One training stage."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    """The stage's name, a folder under stages/."""
+    objective: Objective
+    """What is optimised; a bare name (sft) stands for its defaults."""
+    method: Method | None = None
+    """Which parameters train; derived from start_from, else LoRA."""
+    start_from: PathText | None = None
+    """An earlier stage, an earlier run's folder, or an adapter's folder; else the base."""
+    data: DataSection | None = None
+    """This stage's own data; else the recipe's."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the training rows; max_steps wins."""
+    max_steps: Positive | None = None
+    """Updates in all; derived from num_train_epochs."""
+    per_device_train_batch_size: Positive = 8
+    """Rows of one forward pass on one device."""
+    gradient_accumulation_steps: Positive = 1
+    """Forward passes of one update."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the schedule after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Updates of linear warm-up; derived as a twentieth of all."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay, on matrices only."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's first-moment decay."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """AdamW's second-moment decay."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's denominator term."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradient norm above which gradients are scaled down; null switches it off."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    eval_steps: Positive | None = None
+    """Updates between evaluations on the validation rows; derived as once an epoch."""
+    early_stopping_patience: Positive | None = None
+    """Evaluations without a better validation loss after which training stops."""
+    load_best_model_at_end: bool = False
+    """Whether the stage's result is the checkpoint with the lowest validation loss in place of the last."""
+    save_steps: Positive | None = None
+    """Updates between checkpoints; derived as once an epoch."""
+    save_total_limit: Positive = 2
+    """Checkpoints kept, besides the best."""
+    logging_steps: Positive = 1
+    """Updates between lines in the event log."""
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _bare_objective(cls, value: Any) -> Any:
+        return {"type": value} if isinstance(value, str) else value
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _bare_method(cls, value: Any) -> Any:
+        return {"type": value} if isinstance(value, str) else value

@@ -1,0 +1,22 @@
+"""The task: what the tuned model is for, and how an answer is scored."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ._base import PathText, Section
+
+Metric = Literal["exact_match", "field_accuracy", "macro_f1", "rougeL", "json_validity"]
+
+
+class TaskSection(Section):
+    """What a good answer is."""
+
+    description: str | None = None
+    """What the model is to do; the system message of rows that bring none, and the head of the report."""
+    output_schema: PathText | None = None
+    """A JSON Schema that every answer must satisfy; its enum fields are the labels, its free strings are scored by ROUGE-L."""
+    labels: list[str] | Literal["auto"] | None = None
+    """For classification: the allowed answers, or auto for the distinct answers of the training rows."""
+    metrics: list[Metric] = ["exact_match"]
+    """What is measured on the test items; perplexity of the reference is always measured."""

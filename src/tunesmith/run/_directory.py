@@ -1,0 +1,356 @@
+"""The run directory: one writer, an event log that survives a kill, checkpoints newest first.
+
+Takes a folder; gives `RunDirectory`, which holds its lock while it is open. DESIGN.md, "What a run directory holds", is the contract.
+Nothing here depends on the order of times: checkpoints are ordered by the step in their name, events by their place in the log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from tunesmith.errors import CheckpointError, OutputInUse, RecipeError
+
+from ._storage import (
+    MANIFEST,
+    atomic_folder,
+    is_temporary,
+    make_folder,
+    plain,
+    remove_folder,
+    storage,
+    storage_failures,
+    sweep,
+    sync,
+    verify_folder,
+    write_bytes,
+)
+
+EVENTS = "events.jsonl"
+LOCK = ".lock"
+RUN_MARKERS = frozenset({LOCK, "recipe.yaml", MANIFEST, EVENTS, "plan.json", "stages"})
+_STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_STEP_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
+_HOLDER_PATIENCE = 1.0  # seconds in which the lock's holder must have written its pid, which it does at once
+_HOLDER_POLL = 0.02  # seconds
+
+
+class RefusedCheckpoint(NamedTuple):
+    """A checkpoint that was not taken, and why."""
+
+    path: Path
+    reason: str
+
+
+class RunDirectory:
+    """A run's folder, written by this process alone until it is closed. `resumed` says whether it held a run when it was opened."""
+
+    def __init__(self, path: Path, lock: int, *, resumed: bool):
+        self.path = path
+        self.resumed = resumed
+        self._lock: int | None = lock
+        self._log: int | None = None
+        self._owner = os.getpid()
+        self._verified: set[tuple[Path, int, int]] = set()
+
+    @classmethod
+    def open(cls, path: Path, *, resume: bool) -> RunDirectory:
+        """Take a folder for a run: a missing one is made, an empty one taken with or without resume.
+
+        Raises OutputInUse for a folder that holds a run (without resume), that holds anything else, or whose lock another process
+        has, and StorageFailed.
+        """
+        path = Path(path).absolute()
+        _refuse_foreign(path)
+        make_folder(path)
+        lock = _take_lock(path)
+        try:
+            content = _content(path) - {LOCK}
+            if content and not resume:
+                raise OutputInUse(
+                    "the folder holds a run already",
+                    where=str(path),
+                    mend="add --resume to go on with it, or give another folder with --out",
+                )
+            sweep(path)
+            run = cls(path, lock, resumed=bool(content))
+            run._drop_torn_line()
+            return run
+        except BaseException:
+            os.close(lock)
+            raise
+
+    def close(self) -> None:
+        """Give the lock back. The lock's file stays, empty: removing it would let two processes hold two files of one name."""
+        if self._log is not None:
+            os.close(self._log)
+            self._log = None
+        if self._lock is not None:
+            if self._owner == os.getpid():
+                with contextlib.suppress(OSError):  # only the note of our pid; the lock itself goes with the descriptor
+                    storage.truncate(self._lock, 0)
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def file(self, rel: str) -> Path:
+        """The path of a file or folder of the run. Raises RecipeError when it would lie outside, by its name or by a link."""
+        parts = PurePosixPath(rel).parts
+        if not parts or "\0" in rel or ".." in parts or parts[0] == "/":
+            raise RecipeError(f"{rel!r} is not a path inside the run directory", where=str(self.path), mend="use plain names")
+        path = self.path.joinpath(*parts)
+        try:
+            inside = path.resolve().is_relative_to(self.path.resolve())
+        except (OSError, RuntimeError):  # a loop of links
+            inside = False
+        if not inside:
+            raise RecipeError(
+                "a link leads out of the run directory",
+                where=str(path),
+                mend="put the folder itself there, or move the whole run directory with --out",
+            )
+        return path
+
+    def log(self, event: Mapping[str, Any]) -> None:
+        """Append {"time" (seconds since 1970), **event} as one line to events.jsonl, where it survives the end of this process.
+
+        Numbers that are not finite are written as strings, as by `write_json`. Raises StorageFailed, with the log as it was before.
+        """
+        path = self.file(EVENTS)
+        line = _line(event)
+        with storage_failures(path, len(line)):
+            if self._log is None:
+                self._log = storage.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            size = os.fstat(self._log).st_size
+            try:
+                storage.write(self._log, line)
+            except OSError:
+                with contextlib.suppress(OSError):  # the first error is the one to report; a torn line is dropped on resume
+                    storage.truncate(self._log, size)
+                raise
+
+    def sync(self) -> None:
+        """Make the event log survive a power cut too; `checkpoint` does so, so that no step before a checkpoint lacks its line."""
+        path = self.file(EVENTS)
+        if self._log is not None:
+            with storage_failures(path):
+                storage.fsync(self._log, path)
+                sync(self.path)
+
+    def events(self) -> list[dict[str, Any]]:
+        """The event log's lines, in order; a torn last one is left out. Raises CheckpointError for any other damaged line."""
+        self.file(EVENTS)
+        return read_events(self.path)
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Go back to a step of a stage: its later log lines are dropped and {"event": "resumed"} added, in one step."""
+        path = self.file(EVENTS)
+        kept = [line for line, event in _lines(_read(path), path) if not _is_after(event, stage, step)]
+        kept.append(_line({"event": "resumed", "stage": stage, "step": step}))
+        self._replace_log(b"".join(kept))
+
+    @contextlib.contextmanager
+    def checkpoint(self, stage: str, step: int) -> Iterator[Path]:
+        """`atomic_folder` for stages/STAGE/checkpoints/step-N; the event log is on the disk before the checkpoint appears."""
+        if step < 0:
+            raise ValueError(f"step is {step}; it counts from 0")
+        with atomic_folder(self._checkpoint_folder(stage) / f"step-{step}") as temporary:
+            yield temporary
+            self.sync()
+
+    def checkpoints(self, stage: str) -> list[Path]:
+        """The stage's checkpoints, the highest step first; whether they are valid is not looked at."""
+        folder = self._checkpoint_folder(stage)
+        if not folder.is_dir():
+            return []
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False) and _STEP_NAME.fullmatch(entry.name)]
+        return [folder / name for name in sorted(names, key=_step, reverse=True)]
+
+    def newest_valid_checkpoint(self, stage: str) -> tuple[Path | None, list[RefusedCheckpoint]]:
+        """The checkpoint of the highest step that is whole, and the higher ones that were refused, with the reason for each."""
+        refused = []
+        for path in self.checkpoints(stage):
+            try:
+                self._verify(path)
+            except CheckpointError as error:
+                refused.append(RefusedCheckpoint(path, error.what))
+            else:
+                return path, refused
+        return None, refused
+
+    def prune_checkpoints(self, stage: str, keep: int, best: Path | None) -> None:
+        """Remove all but the `keep` newest valid checkpoints and `best`; nothing is removed while none is valid."""
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; at least one checkpoint stays")
+        everything = self.checkpoints(stage)
+        valid: list[Path] = []
+        for path in everything:
+            if len(valid) < keep:
+                with contextlib.suppress(CheckpointError):
+                    self._verify(path)
+                    valid.append(path)
+        for path in everything if valid else []:
+            if path not in valid and (best is None or path.name != best.name):
+                remove_folder(path)
+
+    def _checkpoint_folder(self, stage: str) -> Path:
+        if not _STAGE_NAME.fullmatch(stage):
+            raise RecipeError(f"{stage!r} is not a stage's name", where=str(self.path), mend="use letters, digits, _ and -")
+        return self.file(f"stages/{stage}/checkpoints")
+
+    def _verify(self, path: Path) -> None:
+        """`verify_folder`, once for each checkpoint as it was put in place."""
+        try:
+            status = (path / MANIFEST).stat()
+        except OSError:
+            verify_folder(path)
+            return
+        key = (path, status.st_ino, status.st_mtime_ns)
+        if key not in self._verified:
+            verify_folder(path)
+            self._verified.add(key)
+
+    def _drop_torn_line(self) -> None:
+        path = self.file(EVENTS)
+        raw = _read(path)
+        whole = b"".join(line for line, _ in _lines(raw, path))
+        if whole != raw:
+            self._replace_log(whole)
+
+    def _replace_log(self, content: bytes) -> None:
+        write_bytes(self.file(EVENTS), content)
+        if self._log is not None:  # it is open on the file that was replaced
+            os.close(self._log)
+            self._log = None
+
+
+def read_events(run_path: Path) -> list[dict[str, Any]]:
+    """The events of a run directory, for readers that do not hold it; a torn last line is left out, no log gives an empty list.
+
+    Raises CheckpointError naming the line when any other is damaged.
+    """
+    path = Path(run_path) / EVENTS
+    return [event for _, event in _lines(_read(path), path)]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def _line(event: Mapping[str, Any]) -> bytes:
+    content = plain({"time": round(time.time(), 3), **event})
+    return (json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+
+
+def _lines(raw: bytes, path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """(line with its end, event) of each whole line. Only the last one can be torn by a kill; what a power cut leaves there may be
+    zero bytes."""
+    result = []
+    lines = raw.split(b"\n")
+    last = max((number for number, line in enumerate(lines) if line), default=0)
+    for number, line in enumerate(lines):
+        if not line:
+            continue
+        try:
+            event = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            event = None
+        if isinstance(event, dict):
+            result.append((line + b"\n", event))
+        elif number < last:
+            raise CheckpointError("the event log is damaged here", where=f"{path}:{number + 1}", mend="remove the line")
+    return result
+
+
+def _is_after(event: Mapping[str, Any], stage: str, step: int) -> bool:
+    at = event.get("step")
+    return event.get("stage") == stage and isinstance(at, int) and at > step
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
+def _content(path: Path) -> set[str]:
+    with storage_failures(path):
+        return {name for name in os.listdir(path) if not is_temporary(name)}
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse a path that is or leads through a file, and a folder that holds something which is no run; nothing is touched."""
+    for place in (path, *path.parents):
+        if os.path.lexists(place):
+            if not os.path.isdir(place):
+                raise OutputInUse("it is not a folder", where=str(place), mend="give another folder with --out")
+            break
+    if os.path.isdir(path):
+        content = _content(path)
+        if content and not content & RUN_MARKERS:
+            raise OutputInUse(
+                f"the folder holds {len(content)} files or folders that are not a run's, {min(content)} among them",
+                where=str(path),
+                mend="give a new or an empty folder with --out",
+            )
+
+
+def _take_lock(path: Path) -> int:
+    """Lock the folder for as long as the descriptor stays open, which ends with the process however that ends."""
+    file = path / LOCK
+    with storage_failures(file):
+        descriptor = storage.open(file, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            storage.truncate(descriptor, 0)
+            storage.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
+        except BlockingIOError:
+            os.close(descriptor)
+            raise OutputInUse(
+                f"{_holder(file)} is writing to this run directory",
+                where=str(path),
+                mend="wait for it to end or stop it, or give another folder with --out",
+            ) from None
+        except OSError:
+            os.close(descriptor)
+            raise
+    return descriptor
+
+
+def _holder(file: Path) -> str:
+    """Who has the lock. A pid left by a killed process may stand there until the new holder has written its own."""
+    deadline = time.monotonic() + _HOLDER_PATIENCE
+    while time.monotonic() < deadline:
+        pid, _, host = _read(file).decode("utf-8", "replace").strip().partition(" ")
+        if pid.isdecimal() and host and host != socket.gethostname():
+            return f"another process (pid {pid} on {host})"
+        if pid.isdecimal() and _is_alive(int(pid)):
+            return f"another process (pid {pid})"
+        time.sleep(_HOLDER_POLL)
+    return "another process"
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

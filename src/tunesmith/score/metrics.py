@@ -1,0 +1,72 @@
+"""Every metric's direction and unit, in one table each.
+
+Takes a metric's name ("exact_match", "field_accuracy.intent"), gives whether higher or lower is better. Whoever picks a best
+checkpoint, decides a gate or draws an arrow asks here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Literal
+
+from ..errors import RecipeError
+
+Direction = Literal["higher", "lower"]
+
+METRIC_DIRECTION: dict[str, Direction] = {
+    "exact_match": "higher",
+    "field_accuracy": "higher",
+    "macro_f1": "higher",
+    "rougeL": "higher",
+    "json_validity": "higher",
+    "perplexity": "lower",
+    "loss": "lower",
+}
+
+METRIC_UNIT: dict[str, str] = {
+    "exact_match": "share of items",
+    "field_accuracy": "share of fields",
+    "macro_f1": "F1, mean over labels",
+    "rougeL": "F-measure, mean over items",
+    "json_validity": "share of items",
+    "perplexity": "exp(nats per token)",
+    "loss": "nats per token",
+}
+
+
+def base_metric(metric: str) -> str:
+    """The table's name of a metric: `field_accuracy.intent` is a `field_accuracy`."""
+    return metric.split(".", 1)[0]
+
+
+def direction(metric: str) -> Direction:
+    """Whether higher or lower is better.
+
+    Raises RecipeError, with the nearest name, for a metric that no table knows.
+
+    >>> direction("perplexity"), direction("field_accuracy.intent")
+    ('lower', 'higher')
+    """
+    known = METRIC_DIRECTION.get(base_metric(metric))
+    if known is None:
+        near = difflib.get_close_matches(base_metric(metric), METRIC_DIRECTION, n=1)
+        mend = f"did you mean {near[0]}?" if near else f"known metrics: {', '.join(METRIC_DIRECTION)}"
+        raise RecipeError(f"unknown metric {metric!r}", where="metric", mend=mend)
+    return known
+
+
+def improvement_sign(metric: str) -> int:
+    """+1 where a positive difference is an improvement, -1 where a negative one is."""
+    return 1 if direction(metric) == "higher" else -1
+
+
+def is_better(metric: str, value: float, than: float | None) -> bool:
+    """Whether `value` beats `than` (None: nothing was measured yet); a NaN never wins.
+
+    >>> is_better("loss", 1.0, 2.0), is_better("exact_match", 0.5, 0.5), is_better("loss", 1.0, None)
+    (True, False, True)
+    """
+    if math.isnan(value):
+        return False
+    return than is None or math.isnan(than) or improvement_sign(metric) * (value - than) > 0

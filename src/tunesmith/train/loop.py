@@ -1,0 +1,203 @@
+"""The one training loop, for every objective and method.
+
+Takes a policy, an objective, a source of accumulation windows and a stage's settings; trains, logs, evaluates, checkpoints; gives a
+`Progress`. It knows nothing of SFT: a batch is whatever the source makes and the objective reads, with a `.forest` that the policy computes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import Interrupted, InvariantViolated, NonFinite
+from ..models.policy import Policy
+from ..objectives import Objective
+from ..recipe import Stage
+from ..run import RunDirectory
+from .checkpoint import Progress, load_checkpoint, load_weights, save_checkpoint
+from .memory import peak_memory_bytes
+from .optimiser import FlatAdamW, learning_rate
+from .signals import StopRequest
+from .window import WindowResult, evaluate_loss, run_window
+
+
+class Source(Protocol):
+    """Where windows come from: a data set, or rollouts of the policy itself."""
+
+    steps_per_epoch: int
+
+    def window(self, step: int) -> list[Any]:
+        """The batches of update `step`: the same ones whenever it is asked again after a resume."""
+
+
+@dataclass
+class Job:
+    """Everything one stage needs. The settings of `stage` are resolved: none that the loop reads is left to derive."""
+
+    stage: Stage
+    policy: Policy
+    objective: Objective
+    source: Source
+    optimiser: FlatAdamW
+    run: RunDirectory
+    fingerprint: str
+    """Of the settings and data that a checkpoint must share to be resumed from."""
+    validation: Callable[[], Iterable[Any]] | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+    report: Callable[[dict[str, Any]], None] = lambda event: None
+    """Gets every logged event, for the terminal and the trackers."""
+
+
+def train(job: Job) -> Progress:
+    """Trains to the end, from the newest valid checkpoint if the run is resumed.
+
+    Raises NonFinite before a bad update is made, InvariantViolated when a trained tensor gets no gradient, Interrupted after a signal,
+    with a checkpoint of the current step written.
+    """
+    progress = _resume(job)
+    job.stop.defer(True)
+    while True:
+        if job.stop.received is not None:
+            _stop(job, progress)
+        if _evaluation_is_due(job, progress):
+            _evaluate(job, progress)
+        finished = progress.step >= job.stage.max_steps or progress.stopped_early
+        if progress.step and (finished or progress.step % job.stage.save_steps == 0):
+            _save(job, progress)
+        if finished:
+            break
+        _update(job, progress)
+    job.stop.defer(False)
+    if job.stage.load_best_model_at_end and progress.best_step is not None:
+        load_weights(_folder(job, progress.best_step), job.optimiser)
+    return progress
+
+
+def _stop(job: Job, progress: Progress) -> None:
+    """Answers a signal; an evaluation that is due is left to the resumed run, so that the answer comes at once."""
+    _save(job, progress)
+    raise Interrupted(
+        f"stopped by {job.stop.received.name} after step {progress.step}; a checkpoint of that step is written",
+        where=f"stage {job.stage.name}",
+        mend="run the same command with --resume to go on",
+    )
+
+
+def _evaluation_is_due(job: Job, progress: Progress) -> bool:
+    if job.validation is None or not progress.step or progress.evaluated_step == progress.step:
+        return False
+    return progress.step % job.stage.eval_steps == 0 or progress.step >= job.stage.max_steps
+
+
+def _folder(job: Job, step: int) -> Path:
+    return job.run.path / "stages" / job.stage.name / "checkpoints" / f"step-{step}"
+
+
+def _resume(job: Job) -> Progress:
+    folder, refused = job.run.newest_valid_checkpoint(job.stage.name)
+    for checkpoint in refused:
+        _log(job, {"event": "checkpoint_refused", "checkpoint": checkpoint.path.name, "reason": checkpoint.reason})
+    if folder is None:
+        if job.run.resumed:
+            job.run.rewind(job.stage.name, 0)
+        return Progress()
+    progress = load_checkpoint(folder, job.optimiser, job.fingerprint)
+    job.run.rewind(job.stage.name, progress.step)
+    return progress
+
+
+def _update(job: Job, progress: Progress) -> None:
+    stage, optimiser, step = job.stage, job.optimiser, progress.step
+    began = time.perf_counter()
+    window = job.source.window(step)
+    optimiser.zero_grad()
+    result = run_window(job.policy, job.objective, window)
+    norm = optimiser.grad_norm()
+    _require_finite(result, norm, stage.name, step + 1)
+    _require_gradients(job, progress)
+    rate = learning_rate(step, total=stage.max_steps, warmup=stage.warmup_steps, peak=stage.learning_rate, kind=stage.lr_scheduler_type)
+    optimiser.step(rate, norm)
+    seconds = time.perf_counter() - began
+    tokens = sum(int(batch.forest.lengths_B.sum()) for batch in window)
+    progress.step += 1
+    progress.seconds += seconds
+    progress.tokens += tokens
+    progress.learned = progress.learned or rate > 0
+    if progress.step % stage.logging_steps == 0 or progress.step in (1, stage.max_steps):
+        _log(
+            job,
+            {
+                "step": progress.step,
+                "total_steps": stage.max_steps,
+                "epoch": progress.step / job.source.steps_per_epoch,
+                "loss": result.loss,
+                **({f"loss/{name}": value for name, value in result.terms.items()} if len(result.terms) > 1 else {}),
+                **result.metrics,
+                "learning_rate": rate,
+                "grad_norm": norm,
+                "tokens": tokens,
+                "computed_tokens": sum(len(batch.forest.tokens_T) for batch in window),
+                "tokens_per_second": tokens / seconds,
+                "peak_memory_bytes": peak_memory_bytes(),
+                "fraction_changed": optimiser.fraction_changed(),
+            },
+        )
+
+
+def _require_finite(result: WindowResult, norm: float, stage: str, step: int) -> None:
+    for name, value in (("loss", result.loss), ("gradient norm", norm)):
+        if not math.isfinite(value):
+            raise NonFinite(
+                f"the {name} is {value}; no update was made from it",
+                where=f"stage {stage}, step {step}",
+                mend="lower learning_rate, or look at the rows of this step; the newest checkpoint is finite",
+            )
+
+
+def _require_gradients(job: Job, progress: Progress) -> None:
+    """By the first update after one with a positive rate, every trained tensor has had a gradient."""
+    if progress.saw_gradients or not progress.learned:
+        return
+    silent = job.optimiser.without_gradient()
+    if silent:
+        raise InvariantViolated(
+            f"{len(silent)} trained tensors get no gradient, {silent[0]} among them",
+            where=f"stage {job.stage.name}, step {progress.step + 1}",
+            mend="train fewer modules, or switch gradient_checkpointing off",
+        )
+    progress.saw_gradients = True
+
+
+def _evaluate(job: Job, progress: Progress) -> None:
+    result = evaluate_loss(job.policy, job.objective, job.validation())
+    progress.evaluated_step = progress.step
+    better = progress.best_loss is None or result.loss < progress.best_loss
+    if better:
+        progress.best_loss, progress.best_step, progress.evaluations_without_gain = result.loss, progress.step, 0
+    else:
+        progress.evaluations_without_gain += 1
+    patience = job.stage.early_stopping_patience
+    progress.stopped_early = patience is not None and progress.evaluations_without_gain >= patience
+    _log(job, {"event": "evaluated", "step": progress.step, "eval_loss": result.loss, **{f"eval_{k}": v for k, v in result.metrics.items()}})
+    if better and job.stage.load_best_model_at_end:
+        _save(job, progress)
+
+
+def _save(job: Job, progress: Progress) -> None:
+    if not _folder(job, progress.step).exists():
+        save_checkpoint(job.run, job.stage.name, progress, job.optimiser, job.fingerprint)
+        _log(job, {"event": "checkpoint", "step": progress.step})
+    best = None
+    if job.stage.load_best_model_at_end and progress.best_step is not None:
+        best = _folder(job, progress.best_step)
+    job.run.prune_checkpoints(job.stage.name, job.stage.save_total_limit, best)
+
+
+def _log(job: Job, event: dict[str, Any]) -> None:
+    event = {"stage": job.stage.name, **event}
+    job.run.log(event)
+    job.report(event)

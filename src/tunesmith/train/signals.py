@@ -1,0 +1,45 @@
+"""SIGTERM and SIGINT: while steps run they are noted and answered at the step's end with a checkpoint; elsewhere they end the run at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+from ..errors import Interrupted
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """A context in which the two signals mean "stop cleanly". A second signal changes nothing: stopping is under way."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._deferring = False
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def defer(self, deferring: bool) -> None:
+        """While deferring, a signal is only noted: the loop asks `received` at the end of each step."""
+        self._deferring = deferring
+        if not deferring and self.received is not None:
+            self._stop()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        first = self.received is None
+        self.received = self.received or signal.Signals(number)
+        if first and not self._deferring:
+            self._stop()
+
+    def _stop(self) -> None:
+        name = self.received.name if self.received else "signal"
+        raise Interrupted(f"stopped by {name}", mend="run the same command with --resume to go on")

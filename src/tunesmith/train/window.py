@@ -1,0 +1,62 @@
+"""One accumulation window: forward and backward over its batches, each term divided once by the window's whole divisor."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..models.policy import Policy
+from ..objectives import Objective
+
+
+@dataclass(frozen=True)
+class WindowResult:
+    """What a window gave."""
+
+    loss: float
+    terms: dict[str, float]
+    """Each term's mean, before its coefficient."""
+    metrics: dict[str, float]
+
+
+def window_divisors(objective: Objective, batches: Sequence[Any]) -> dict[str, float]:
+    """Each term's divisor over the window."""
+    totals: dict[str, float] = defaultdict(float)
+    for batch in batches:
+        for name, value in objective.divisors(batch).items():
+            totals[name] += value
+    return dict(totals)
+
+
+def run_window(policy: Policy, objective: Objective, batches: Sequence[Any], *, backward: bool = True) -> WindowResult:
+    """Runs a window. With `backward`, gradients of the loss are added to the parameters' own; a term whose divisor is 0 gives nothing."""
+    divisors = window_divisors(objective, batches)
+    loss = 0.0
+    terms: dict[str, float] = defaultdict(float)
+    metrics: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for batch in batches:
+        with torch.set_grad_enabled(backward):
+            outputs = policy(batch.forest, needs=objective.needs)
+            parts = []
+            for name, (total, coefficient) in objective.terms(outputs, batch).items():
+                if divisors[name] == 0:
+                    continue
+                mean = total / divisors[name]
+                terms[name] += float(mean.detach())
+                loss += coefficient * float(mean.detach())
+                parts.append(coefficient * mean)
+            if backward and parts:
+                torch.stack(parts).sum().backward()
+        for name, (total, divisor) in objective.metrics(outputs, batch).items():
+            metrics[name][0] += total
+            metrics[name][1] += divisor
+    return WindowResult(loss, dict(terms), {name: total / divisor for name, (total, divisor) in metrics.items() if divisor})
+
+
+def evaluate_loss(policy: Policy, objective: Objective, batches: Iterable[Any]) -> WindowResult:
+    """The loss over held-out batches as one window: it does not depend on how the rows are batched."""
+    return run_window(policy, objective, list(batches), backward=False)
