@@ -91,9 +91,8 @@ class ScriptedGenerator:
     def logprobs(self, prompts, answers):
         """-nats for every token, times 0.9 to 1.1 by the row's position."""
         self.calls.append({"references": len(answers)})
-        return [
-            np.full(len(answer), -self.nats * (0.9 + 0.2 * (position % 11) / 10), dtype=np.float32) for position, answer in enumerate(answers)
-        ]
+        factors = [0.9 + 0.2 * (position % 11) / 10 for position in range(len(answers))]
+        return [np.full(len(answer), -self.nats * factor, dtype=np.float32) for answer, factor in zip(answers, factors, strict=True)]
 
 
 def last_question(prompt_text):

@@ -28,6 +28,7 @@ def model():
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        initializer_range=0.3,
         bos_token_id=BOS,
         eos_token_id=0,
     )

@@ -104,22 +104,28 @@ def replace_only_checkpoint(path: Path) -> None:
 
 
 def check_replacement(folder: Path) -> int:
-    """Killed at each call while the only checkpoint is written anew: the old or the new one is there, whole."""
+    """Killed, or the power cut, at each call while the only checkpoint is written anew: the old or the new one is there, whole."""
     base = folder / "base"
     train(base, until=1)
     whole = copy_of(base, folder / "whole")
-    with installed(CountingStorage()) as counting:
+    double = PowerCutStorage(whole, folder / "cuts", note=lambda: None)
+    with contextlib.closing(double), installed(double):
         replace_only_checkpoint(whole)
-    allowed = [tree(base / "stages"), tree(whole / "stages")]
-    for call in range(1, len(counting.calls) + 1):
-        path = copy_of(base, folder / f"kill-{call}")
-        in_child(lambda path=path, call=call: kill_while(lambda: replace_only_checkpoint(path), call))
-        assert_complete_or_absent(path)
-        with RunDirectory.open(path, resume=True) as run:
+        double.cut()
+    left = [cut.folder for cut in double.cuts]
+    for call in range(1, len(double.calls) + 1):
+        left.append(copy_of(base, folder / f"kill-{call}"))
+        ended = in_child(lambda path=left[-1], call=call: kill_while(lambda: replace_only_checkpoint(path), call))
+        assert ended.signal == signal.SIGKILL
+        assert_complete_or_absent(left[-1])
+    for path in left:
+        with installed(CountingStorage()), RunDirectory.open(path, resume=True) as run:
             newest, _ = run.newest_valid_checkpoint(STAGE)
-            assert newest is not None, "no valid checkpoint is left"
-        assert tree(path / "stages") in allowed, "neither the old nor the new checkpoint"
-    return len(counting.calls)
+        assert newest is not None, "no valid checkpoint is left"
+        assert tree(path / "stages") in (tree(base / "stages"), tree(whole / "stages")), "neither the old nor the new checkpoint"
+    assert tree(double.cuts[-1].folder / "stages") == tree(whole / "stages"), "a checkpoint that was done is lost"
+    assert tree(double.cuts[-2].folder / "stages") == tree(whole / "stages"), "a checkpoint that was done is lost"
+    return len(left)
 
 
 def check_power_cuts(folder: Path) -> int:

@@ -237,7 +237,7 @@ def _run_and_exit(function: Callable[[], Any], write: int) -> None:
         except TunesmithError as error:
             result, status = {"error": type(error).__name__, "text": str(error)}, error.exit_status
         os.write(write, json.dumps(result).encode())
-    except BaseException:  # the child must not return into the parent's test session
+    except BaseException:  # the child must not go on as a second test runner
         status = 1
         traceback.print_exc(file=sys.__stderr__)
     finally:

@@ -19,7 +19,19 @@ from pathlib import Path
 import numpy
 import pytest
 from safetensors.numpy import save_file
-from tests.faults.checks import CHECKS, STAGE, STEPS, assert_complete_or_absent, fill, flipped, leftovers, started, steps_logged, train
+from tests.faults.checks import (
+    CHECKS,
+    STAGE,
+    STEPS,
+    assert_complete_or_absent,
+    fill,
+    flipped,
+    kill_while,
+    leftovers,
+    started,
+    steps_logged,
+    train,
+)
 from tests.faults.harness import CountingStorage, FailingStorage, copy_of, in_child, installed, tree
 
 from tunesmith.errors import CheckpointError, StorageFailed
@@ -29,6 +41,17 @@ from tunesmith.run import RunDirectory, _directory, _storage, atomic_folder, sto
 @pytest.mark.parametrize("check", CHECKS)
 def test_nothing_is_lost_under(check, tmp_path):
     CHECKS[check](tmp_path)
+
+
+def test_a_run_killed_at_any_call_of_its_first_minute_goes_on_unaided(tmp_path):
+    with installed(CountingStorage()) as counting:
+        train(tmp_path / "whole")
+    for call in range(1, len(counting.calls) + 1):
+        path = tmp_path / str(call)
+        assert in_child(lambda path=path, call=call: kill_while(lambda: train(path), call)).signal == signal.SIGKILL
+        train(path)
+        assert steps_logged(path) == list(range(1, STEPS + 1))
+        assert tree(path / "stages") == tree(tmp_path / "whole" / "stages")
 
 
 def test_the_kills_and_cuts_reach_every_kind_of_call(tmp_path):

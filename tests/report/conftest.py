@@ -16,36 +16,121 @@ import pytest
 N = 150
 SYSTEM = "Turn a support message into a JSON ticket with intent, product, urgency and summary."
 MESSAGES = [
-    ("lamp dead since breakfast. tried 3 sockets. swap it pls", "defect", "lamp", "normal", "Lamp is dead in every socket and customer wants a swap"),
+    (
+        "lamp dead since breakfast. tried 3 sockets. swap it pls",
+        "defect",
+        "lamp",
+        "normal",
+        "Lamp is dead in every socket and customer wants a swap",
+    ),
     (
         "Good evening, my mother is 84 and her Varma has shown E7 since noon, the radiators are stone cold and it's minus eleven outside. "
         "Please somebody ring or write back, I'm two hours' drive away.",
-        "defect", "thermostat", "high", "Elderly mother has no heating in frost with thermostat error E7",
+        "defect",
+        "thermostat",
+        "high",
+        "Elderly mother has no heating in frost with thermostat error E7",
     ),
-    ("Does the Klokke work without wifi at all, say with just a chime in the hall?", "product_question", "doorbell", "low",
-     "Asks whether the doorbell works without wifi"),
-    ("so i opened the box today and theres a LAMP in it. i ordered the robot. order 44-20913. when do i get mine 😂", "delivery", "vacuum", "normal",
-     "Box held a lamp instead of the ordered robot vacuum"),
-    ("You have taken 39.90 from my card TWICE for the same order. I want it sorted.", "billing", "none", "high", "Card was charged twice for one order"),
-    ("Hallo, ich komme seit gestern nicht mehr in mein Konto, der Code kommt nie an.", "account_access", "app", "normal",
-     "Two-factor code for the account never arrives"),
-    ("please cancel Oskelund Plus before it renews tonight!!", "cancel", "app", "high", "Wants the Plus subscription cancelled before tonight's renewal"),
-    ("The Dusti keeps circling the same chair leg. Third time I write. I am NOT amused.", "defect", "vacuum", "normal",
-     "Robot vacuum circles one chair leg, third complaint"),
-    ("How do I tell the heating thing on the wall that we are on holiday for two weeks?", "setup_help", "thermostat", "normal",
-     "Asks how to set holiday mode on the thermostat"),
-    ("Je voudrais rendre la sonnette, elle ne me plaît pas. Comment faire pour être remboursée ?", "refund", "doorbell", "normal",
-     "Wants to return the doorbell and be refunded"),
-    ("there was a burning smell from the lamp base and a little spark, I pulled the plug", "defect", "lamp", "high", "Lamp sparked and smelled of burning"),
+    (
+        "Does the Klokke work without wifi at all, say with just a chime in the hall?",
+        "product_question",
+        "doorbell",
+        "low",
+        "Asks whether the doorbell works without wifi",
+    ),
+    (
+        "so i opened the box today and theres a LAMP in it. i ordered the robot. order 44-20913. when do i get mine 😂",
+        "delivery",
+        "vacuum",
+        "normal",
+        "Box held a lamp instead of the ordered robot vacuum",
+    ),
+    (
+        "You have taken 39.90 from my card TWICE for the same order. I want it sorted.",
+        "billing",
+        "none",
+        "high",
+        "Card was charged twice for one order",
+    ),
+    (
+        "Hallo, ich komme seit gestern nicht mehr in mein Konto, der Code kommt nie an.",
+        "account_access",
+        "app",
+        "normal",
+        "Two-factor code for the account never arrives",
+    ),
+    (
+        "please cancel Oskelund Plus before it renews tonight!!",
+        "cancel",
+        "app",
+        "high",
+        "Wants the Plus subscription cancelled before tonight's renewal",
+    ),
+    (
+        "The Dusti keeps circling the same chair leg. Third time I write. I am NOT amused.",
+        "defect",
+        "vacuum",
+        "normal",
+        "Robot vacuum circles one chair leg, third complaint",
+    ),
+    (
+        "How do I tell the heating thing on the wall that we are on holiday for two weeks?",
+        "setup_help",
+        "thermostat",
+        "normal",
+        "Asks how to set holiday mode on the thermostat",
+    ),
+    (
+        "Je voudrais rendre la sonnette, elle ne me plaît pas. Comment faire pour être remboursée ?",
+        "refund",
+        "doorbell",
+        "normal",
+        "Wants to return the doorbell and be refunded",
+    ),
+    (
+        "there was a burning smell from the lamp base and a little spark, I pulled the plug",
+        "defect",
+        "lamp",
+        "high",
+        "Lamp sparked and smelled of burning",
+    ),
     ("copy of invoice 2231 whenever you have time, no rush", "billing", "none", "low", "Asks for a copy of invoice 2231"),
-    ("Parcel says delivered, nobody here has it, neighbours neither. It was the two lamps.", "delivery", "lamp", "normal",
-     "Parcel with two lamps is marked delivered but missing"),
-    ("someone in Lisbon signed into my account, that was not me", "account_access", "app", "high", "Stranger signed into the customer's account"),
-    ("I'd like my money back for the vacuum. it was meant to be quiet. it isn't", "refund", "vacuum", "normal", "Wants a refund for a loud robot vacuum"),
+    (
+        "Parcel says delivered, nobody here has it, neighbours neither. It was the two lamps.",
+        "delivery",
+        "lamp",
+        "normal",
+        "Parcel with two lamps is marked delivered but missing",
+    ),
+    (
+        "someone in Lisbon signed into my account, that was not me",
+        "account_access",
+        "app",
+        "high",
+        "Stranger signed into the customer's account",
+    ),
+    (
+        "I'd like my money back for the vacuum. it was meant to be quiet. it isn't",
+        "refund",
+        "vacuum",
+        "normal",
+        "Wants a refund for a loud robot vacuum",
+    ),
     ("will the new Lumo fit an E14 socket? just curious", "product_question", "lamp", "low", "Asks whether the lamp fits an E14 socket"),
-    ("hi\npairing the bell\nlight goes orange then nothing\nwhat am i doing wrong", "setup_help", "doorbell", "normal",
-     "Doorbell pairing stops at an orange light"),
-    ("Mi robot no carga desde la actualización, ¿lo reparan ustedes?", "defect", "vacuum", "normal", "Robot vacuum does not charge since the update"),
+    (
+        "hi\npairing the bell\nlight goes orange then nothing\nwhat am i doing wrong",
+        "setup_help",
+        "doorbell",
+        "normal",
+        "Doorbell pairing stops at an orange light",
+    ),
+    (
+        "Mi robot no carga desde la actualización, ¿lo reparan ustedes?",
+        "defect",
+        "vacuum",
+        "normal",
+        "Robot vacuum does not charge since the update",
+    ),
 ]
 FIELDS = ("intent", "product", "urgency")
 WRONG = {"intent": "defect", "product": "app", "urgency": "normal"}
@@ -81,7 +166,9 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 def candidate_samples(name: str) -> list[dict[str, Any]]:
     """150 sample lines of a candidate that gets each field right with its own probability."""
-    chance = {"zero_shot": (0.3, 0.35, 0.5), "few_shot": (0.42, 0.48, 0.52), "classical": (0.8, 0.88, 0.78), "tuned": (0.91, 0.95, 0.85)}[name]
+    chance = {"zero_shot": (0.3, 0.35, 0.5), "few_shot": (0.42, 0.48, 0.52), "classical": (0.8, 0.88, 0.78), "tuned": (0.91, 0.95, 0.85)}[
+        name
+    ]
     rng = random.Random(name)
     return [sample(name, position, [rng.random() < share for share in chance], rng.random()) for position in range(N)]
 
@@ -132,7 +219,15 @@ def evaluation(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         for baseline in ("few_shot", "zero_shot", "classical")
         if metric in scores[baseline][0]
     ]
-    guard = {"task": "general", "metric": "perplexity", "candidate": "tuned", "baseline": "zero_shot", "difference": 0.0218, "low": 0.0121, "high": 0.0319}
+    guard = {
+        "task": "general",
+        "metric": "perplexity",
+        "candidate": "tuned",
+        "baseline": "zero_shot",
+        "difference": 0.0218,
+        "low": 0.0121,
+        "high": 0.0319,
+    }
     main = compared[0]
     return {
         "tasks": {
@@ -160,13 +255,23 @@ def evaluation(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         },
         "verdict": "PASS",
         "few_shot": {
-            "selected": {"k": 4, "set": 1, "row_ids": ["r91ab02cd33f0", "r00fe12aa0911", "r7d2b55c0e1aa", "r3c9d00b1f2e4"], "metric": "exact_match", "value": 0.125, "n": 40},
+            "selected": {
+                "k": 4,
+                "set": 1,
+                "row_ids": ["r91ab02cd33f0", "r00fe12aa0911", "r7d2b55c0e1aa", "r3c9d00b1f2e4"],
+                "metric": "exact_match",
+                "value": 0.125,
+                "n": 40,
+            },
             "table": [
                 {"k": k, "set": one, "examples": k, "metric": "exact_match", "value": value, "n": 40}
                 for k, one, value in ((2, 0, 0.05), (2, 1, 0.075), (4, 0, 0.1), (4, 1, 0.125), (8, 0, 0.1), (8, 1, 0.075))
             ],
         },
-        "classical": {"C": 10.0, "trials": [{"C": C, "exact_match": value, "n": 40} for C, value in ((1.0, 0.4), (10.0, 0.55), (100.0, 0.525))]},
+        "classical": {
+            "C": 10.0,
+            "trials": [{"C": C, "exact_match": value, "n": 40} for C, value in ((1.0, 0.4), (10.0, 0.55), (100.0, 0.525))],
+        },
         "confidence": 0.95,
     }
 
@@ -177,11 +282,20 @@ def candidate(name: str, rows: list[dict[str, float]]) -> dict[str, Any]:
     metrics["macro_f1"] = measure([row["field_accuracy"] - 0.03 for row in rows])
     if name == "classical":
         del metrics["json_validity"]
-        missing = {"json_validity": "it fills label fields and writes no JSON", "rougeL": "it cannot write summary", "perplexity": "it gives no probability to a text"}
+        missing = {
+            "json_validity": "it fills label fields and writes no JSON",
+            "rougeL": "it cannot write summary",
+            "perplexity": "it gives no probability to a text",
+        }
         return {"metrics": metrics, "seconds": 1.9, "not_measured": missing}
     metrics["perplexity"] = measure([{"zero_shot": 6.8, "few_shot": 3.1, "tuned": 1.62}[name]] * N, spread=0.12)
     how = "free" if name == "tuned" else "constrained"
-    return {"metrics": metrics, "decoding": how, "seconds": {"zero_shot": 58.2, "few_shot": 73.4, "tuned": 25.3}[name], "mean_output_tokens": 38.4}
+    return {
+        "metrics": metrics,
+        "decoding": how,
+        "seconds": {"zero_shot": 58.2, "few_shot": 73.4, "tuned": 25.3}[name],
+        "mean_output_tokens": 38.4,
+    }
 
 
 def difference(scores: dict[str, list[dict[str, float]]], metric: str, baseline: str) -> dict[str, Any]:
@@ -189,8 +303,15 @@ def difference(scores: dict[str, list[dict[str, float]]], metric: str, baseline:
     got = measure([ours[metric] - theirs[metric] for ours, theirs in zip(scores["tuned"], scores[baseline], strict=True)])
     half = got["high"] - got["value"]
     return {
-        "task": "task", "metric": metric, "candidate": "tuned", "baseline": baseline,
-        "difference": got["value"], "low": got["low"], "high": got["high"], "minimum_detectable": half * 2.8 / 1.96, "n": N,
+        "task": "task",
+        "metric": metric,
+        "candidate": "tuned",
+        "baseline": baseline,
+        "difference": got["value"],
+        "low": got["low"],
+        "high": got["high"],
+        "minimum_detectable": half * 2.8 / 1.96,
+        "n": N,
     }
 
 
@@ -200,13 +321,38 @@ def events(steps: int = 135) -> list[dict[str, Any]]:
     for step in range(1, steps + 1):
         loss = 2.1 * math.exp(-step / 22) + 0.28 + 0.1 * rng.random()
         rate = 5e-4 * min(step / 8, 0.5 * (1 + math.cos(math.pi * max(0, step - 8) / (steps - 8))))
-        lines.append({"time": 1e9 + step, "stage": "sft", "step": step, "loss": loss, "learning_rate": rate, "grad_norm": 1.1, "tokens_per_second": 410.0})
+        lines.append(
+            {
+                "time": 1e9 + step,
+                "stage": "sft",
+                "step": step,
+                "loss": loss,
+                "learning_rate": rate,
+                "grad_norm": 1.1,
+                "tokens_per_second": 410.0,
+            }
+        )
         if step % 27 == 0:
-            lines.append({"time": 1e9 + step, "stage": "sft", "step": step, "event": "evaluation", "validation_loss": 2.0 * math.exp(-step / 22) + 0.42})
+            lines.append(
+                {
+                    "time": 1e9 + step,
+                    "stage": "sft",
+                    "step": step,
+                    "event": "evaluation",
+                    "validation_loss": 2.0 * math.exp(-step / 22) + 0.42,
+                }
+            )
         if step == 80:
             lines.append({"time": 1e9 + step, "event": "resumed", "stage": "sft", "step": step})
-    for name, seconds in (("load model", 21.4), ("train sft", 236.0), ("evaluate task.zero_shot", 58.2), ("evaluate task.few_shot", 73.4),
-                          ("evaluate task.classical", 1.9), ("evaluate task.tuned", 25.3), ("evaluate general", 23.1)):
+    for name, seconds in (
+        ("load model", 21.4),
+        ("train sft", 236.0),
+        ("evaluate task.zero_shot", 58.2),
+        ("evaluate task.few_shot", 73.4),
+        ("evaluate task.classical", 1.9),
+        ("evaluate task.tuned", 25.3),
+        ("evaluate general", 23.1),
+    ):
         lines.append({"event": "phase", "name": name, "seconds": seconds})
     return lines
 
@@ -256,16 +402,26 @@ LEDGER = {
 HEALTH = {
     "findings": [
         {
-            "check": "duplicate", "row_ids": ["r91ab02cd33f0", "r00fe12aa0911"], "related_ids": ["r1a2b3c4d5e6f"],
-            "evidence": "train.jsonl:31 and train.jsonl:208 repeat train.jsonl:12", "mend": "nothing to do: the first is kept, the others are dropped",
+            "check": "duplicate",
+            "row_ids": ["r91ab02cd33f0", "r00fe12aa0911"],
+            "related_ids": ["r1a2b3c4d5e6f"],
+            "evidence": "train.jsonl:31 and train.jsonl:208 repeat train.jsonl:12",
+            "mend": "nothing to do: the first is kept, the others are dropped",
         },
         {
-            "check": "conflicting_answers", "row_ids": ["r7d2b55c0e1aa"], "related_ids": ["r3c9d00b1f2e4"],
-            "evidence": "the same prompt, 2 answers: train.jsonl:77 answers {\"intent\": \"refund\"}; train.jsonl:301 answers {\"intent\": \"defect\"}",
+            "check": "conflicting_answers",
+            "row_ids": ["r7d2b55c0e1aa"],
+            "related_ids": ["r3c9d00b1f2e4"],
+            "evidence": 'the same prompt, 2 answers: train.jsonl:77 answers {"intent": "refund"}; train.jsonl:301 answers {"intent": "defect"}',
             "mend": "look at them and keep the right answer, if only one can be right",
         },
-        {"check": "length_quantiles", "row_ids": [], "related_ids": [], "evidence": "tokens a row: half below 188, nine in ten below 226, longest 311 (n 408)",
-         "mend": "nothing to do unless the longest rows are mistakes; data.max_length sets a limit"},
+        {
+            "check": "length_quantiles",
+            "row_ids": [],
+            "related_ids": [],
+            "evidence": "tokens a row: half below 188, nine in ten below 226, longest 311 (n 408)",
+            "mend": "nothing to do unless the longest rows are mistakes; data.max_length sets a limit",
+        },
     ]
 }
 PLAN = {
@@ -273,10 +429,25 @@ PLAN = {
     "measured": {"peak_memory_bytes": 1_583_000_000, "seconds": 448.6, "tokens": 234_336, "bound_by": "compute"},
 }
 QUARANTINE = [
-    {"path": "helpdesk/train.jsonl", "line": 17, "reason": "not valid JSON: Expecting ',' delimiter at column 41", "row": '{"messages": [{"role": "user" "content": "hi'},
-    {"path": "helpdesk/train.jsonl", "line": 93, "reason": "the last message is not the assistant's", "row": {"messages": [{"role": "user", "content": "is anyone there"}]}},
-    {"path": "helpdesk/train.jsonl", "line": 240, "reason": "not UTF-8 at byte 12", "row": "{\"messages\": \ufffd\ufffd"},
-    {"path": "helpdesk/train.jsonl", "line": 388, "reason": "content holds an image part; only text parts are trained", "row": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}},
+    {
+        "path": "helpdesk/train.jsonl",
+        "line": 17,
+        "reason": "not valid JSON: Expecting ',' delimiter at column 41",
+        "row": '{"messages": [{"role": "user" "content": "hi',
+    },
+    {
+        "path": "helpdesk/train.jsonl",
+        "line": 93,
+        "reason": "the last message is not the assistant's",
+        "row": {"messages": [{"role": "user", "content": "is anyone there"}]},
+    },
+    {"path": "helpdesk/train.jsonl", "line": 240, "reason": "not UTF-8 at byte 12", "row": '{"messages": \ufffd\ufffd'},
+    {
+        "path": "helpdesk/train.jsonl",
+        "line": 388,
+        "reason": "content holds an image part; only text parts are trained",
+        "row": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+    },
 ]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.errors import CheckpointError, OutputInUse, RecipeError
+from tunesmith.errors import CheckpointError, OutputInUse, RecipeError, StorageFailed
 from tunesmith.run import RunDirectory, read_events, write_text
 
 
@@ -125,6 +125,15 @@ def test_a_lock_that_nobody_holds_stops_nobody_whatever_it_says(note, tmp_path):
     (tmp_path / ".lock").write_text(note)
     with RunDirectory.open(tmp_path, resume=False):
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()} {socket.gethostname()}\n"
+
+
+def test_a_lock_that_is_a_link_is_refused_and_what_it_points_to_is_not_touched(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(StorageFailed, match="symbolic links"):
+        RunDirectory.open(tmp_path / "run", resume=True)
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_closing_twice_is_closing_once(tmp_path):

@@ -25,7 +25,7 @@ CANARIES = {
     "OpenAI project": "sk-proj-" + LETTERS[:20] + "_" + LETTERS[20:],
     "Anthropic": "sk-ant-api03-" + LETTERS,
     "AWS key id": "AKIA" + "IOSFODNN7TESTKEY",
-    "AWS session key id": "ASIA" + "IOSFODNN7TESTKEY",
+    "AWS temporary key id": "ASIA" + "IOSFODNN7TESTKEY",
     "GitHub": "ghp_" + LETTERS[:36],
     "GitHub fine-grained": "github_pat_" + LETTERS[:22] + "_" + LETTERS,
     "GitLab": "glpat-" + LETTERS[:20],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from ..errors import ModelError, TemplateError
 
 ROUNDS = 8  # of splitting: each breaks every control token in sight, and breaking one can lay bare another inside it
 
+REMEMBERED = 10_000  # short texts whose answer is kept
+
 
 class Encoded(NamedTuple):
     """ids int32[T]; starts, ends int64[T]: the characters each token covers (bytes of one character share its place)."""
@@ -25,6 +28,11 @@ class Encoded(NamedTuple):
     ids: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
+
+
+class _Piece(NamedTuple):
+    ids: list[int]
+    offsets: list[tuple[int, int]]
 
 
 class Rule(NamedTuple):
@@ -61,6 +69,7 @@ class Encoder:
         self.unk_id = tokenizer.unk_token_id
         self.layouts: dict[str, Any] = {}
         self._found: dict[str, str | None] = {}
+        self._tails: dict[str, list[int]] = {}
         anchor = self.backend.encode("\n", add_special_tokens=False).ids
         self.anchor = anchor if self.backend.encode("\na", add_special_tokens=False).ids != [*anchor, *self._plain("a").ids] else None
 
@@ -90,36 +99,51 @@ class Encoder:
 
     def holds_special(self, text: str) -> str | None:
         """A special token's string that the text holds, or None; remembered, as rows repeat their tools."""
+        if len(self._found) > REMEMBERED:
+            self._found.clear()
         if text not in self._found:
             self._found[text] = next((token for token in self.special.values() if token in text), None)
         return self._found[text]
 
     def encode_all(self, texts: Sequence[str]) -> list[Encoded]:
         """Each text as a whole."""
-        return [_encoded(one) for one in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+        return [_encoded(one.ids, one.offsets) for one in self.backend.encode_batch(list(texts), add_special_tokens=False)]
 
     def encode_split(self, text: str, points: Sequence[int]) -> Encoded:
         """The text in pieces that end at the points (characters): no token spans a point."""
         edges = sorted({0, len(text), *points})
-        pieces = [self._continuation(text[a:b], a) if a else _encoded(self._plain(text[a:b])) for a, b in zip(edges, edges[1:], strict=False)]
-        return Encoded(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True)))
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for begin, end in pairwise(edges):
+            piece, at = self._piece(text[begin:end], begin)
+            ids += piece.ids
+            offsets += [(first + at, last + at) for first, last in piece.offsets]
+        return _encoded(ids, offsets)
+
+    def encode_tail(self, text: str) -> list[int]:
+        """The ids of a text; remembered, as the ends of prompts repeat."""
+        if len(self._tails) > REMEMBERED:
+            self._tails.clear()
+        if text not in self._tails:
+            self._tails[text] = self._plain(text).ids
+        return self._tails[text]
 
     def _plain(self, text: str) -> Any:
         return self.backend.encode(text, add_special_tokens=False)
 
-    def _continuation(self, piece: str, at: int) -> Encoded:
-        """A piece from inside a text. Tokenizers that put a space before what they get see a newline first, taken out again."""
-        if self.anchor is None:
-            ids, starts, ends = _encoded(self._plain(piece))
-            return Encoded(ids, starts + at, ends + at)
-        ids, starts, ends = _encoded(self._plain("\n" + piece))
+    def _piece(self, piece: str, at: int) -> tuple[Any, int]:
+        """A piece from place `at` of a text, tokenised, and what its offsets lack. Tokenizers that put a space before what they get
+        see a newline first, which is taken out again."""
+        if at == 0 or self.anchor is None:
+            return self._plain(piece), at
         skip = len(self.anchor)
-        if ids[:skip].tolist() != self.anchor:
+        whole = self._plain("\n" + piece)
+        if whole.ids[:skip] != self.anchor:
             raise TemplateError(
                 f"the tokenizer joins a newline with {piece[:20]!r}, so the text cannot be split before it",
                 mend="take the control token's text, or the space around it, out of the row",
             )
-        return Encoded(ids[skip:], starts[skip:] + (at - 1), ends[skip:] + (at - 1))
+        return _Piece(whole.ids[skip:], whole.offsets[skip:]), at - 1
 
     def protect(self, text: str, encoded: Encoded, rules: Sequence[Rule], points: Sequence[int] = ()) -> Encoded:
         """The same text, tokenised so that no control token comes from the row's own spans.
@@ -146,9 +170,9 @@ class Encoder:
         return places
 
 
-def _encoded(one: Any) -> Encoded:
-    offsets = np.asarray(one.offsets, dtype=np.int64).reshape(-1, 2)
-    return Encoded(np.asarray(one.ids, dtype=np.int32), offsets[:, 0], offsets[:, 1])
+def _encoded(ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
+    places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    return Encoded(np.array(ids, dtype=np.int32), places[:, 0], places[:, 1])
 
 
 def _cut(text: str, place: tuple[int, int], rule: Rule) -> int:

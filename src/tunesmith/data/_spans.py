@@ -6,7 +6,6 @@ which special token ends an assistant's turn (the last one that a turn has in co
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -63,7 +62,7 @@ def with_parts(messages: list[dict[str, Any]], layout: Layout) -> list[dict[str,
 
 
 def layout_for(template: ChatTemplate, encoder: Encoder) -> Layout:
-    """The template's layout with this tokenizer, found once."""
+    """The template's layout with this tokenizer, found once. Raises TemplateError where the template has to be killed."""
     if template.sha256 not in encoder.layouts:
         encoder.layouts[template.sha256] = _find_layout(template, encoder)
     return encoder.layouts[template.sha256]
@@ -74,13 +73,13 @@ def _find_layout(template: ChatTemplate, encoder: Encoder) -> Layout:
     as_parts = [[{**message, "content": [{"type": "text", "text": message["content"]}]} for message in one] for one in as_text]
     marked = [mark(messages) for messages in as_text + as_parts]
     tools = [None, None, [_TOOL], [_TOOL]] * 2
-    texts = template.render_many([RenderJob(one.messages, tool) for one, tool in zip(marked, tools, strict=True)])
+    texts = template.render_many([RenderJob(one.messages, tool) for one, tool in zip(marked, tools, strict=True)], patience=1)
     tails = [_tail(text, one) for text, one in zip(texts, marked, strict=True)]
     parts = tails[0] is None and tails[4] is not None
     found = tails[4:] if parts else tails[:4]
     close, stops = {}, {encoder.eos} if encoder.eos else set()
     for kind, at_end, in_middle in (("content", found[0], found[1]), ("tool_calls", found[2], found[3])):
-        close[kind] = encoder.last_special(os.path.commonprefix([at_end, in_middle])) if at_end and in_middle else None
+        close[kind] = encoder.last_special(at_end[: _shared(at_end, in_middle)]) if at_end and in_middle else None
         tail = at_end if at_end and encoder.first_special(at_end) else in_middle
         first = encoder.first_special(tail) if tail else None
         if close[kind] or first:
@@ -88,6 +87,11 @@ def _find_layout(template: ChatTemplate, encoder: Encoder) -> Layout:
     sources = template.text + (template.tool_text or "")
     markup = [number for number, token in encoder.added.items() if number not in encoder.special and token in sources]
     return Layout(parts, close, tuple(sorted(stops)), encoder.mask(encoder.special), encoder.mask(markup))
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts have in common from the beginning."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _tail(text: str | TemplateError, marked: Any) -> str | None:
@@ -146,7 +150,7 @@ def _start(located: Located, first: int, opening: Located | None, fields: Sequen
         last = opening.marks[-1] if opening.marks else None
         if (before and before[:2]) == (last and last[:2]):
             asked, written = opening.text[last.position if last else 0 :], located.text[begin : mark.position]
-            shared = len(os.path.commonprefix([asked, written]))
+            shared = _shared(asked, written)
             if shared == len(asked):
                 return begin + shared
             if fields[mark.field].kind == "name":

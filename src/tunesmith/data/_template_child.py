@@ -15,7 +15,7 @@ import signal
 import struct
 import sys
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -30,7 +30,7 @@ LONGEST_MESSAGE = 1000  # characters of an error passed on
 class Generation(jinja2.ext.Extension):
     """{% generation %} … {% endgeneration %}: the body, in a scope of its own as in transformers; the mark is not used."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.CallBlock:
         line = next(parser.stream).lineno
@@ -90,9 +90,7 @@ def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separator
 
 
 def make_environment(clock: Clock) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = clock.strftime_now

@@ -211,7 +211,7 @@ def trainable_share(total: Sequence[int] | np.ndarray, supervised: Sequence[int]
     tokens, carrying = int(totals.sum()), int(trained.sum())
     share = carrying / tokens if tokens else 0.0
     without = np.flatnonzero(trained == 0)
-    named = [row_ids[index] for index in without] if row_ids else []
+    named = [row_ids[int(index)] for index in without] if row_ids else []
     evidence = f"{carrying} of {tokens} tokens carry loss ({share:.1%}); {without.size} of {trained.size} rows have none"
     if without.size:
         mend = "give these rows an answer with weight above 0, or remove them"

@@ -18,6 +18,7 @@ PROMPT_NAMES = (
 )
 _ANSWERS = (*ANSWER_NAMES, "reply", "sentiment", "translation", "class_name", "topic", "result")
 _IDENTIFIERS = ("id", "idx", "index", "uid", "uuid", "row_id", "unnamed: 0", "")
+_ABOUT_A_TEXT = ("source", "url", "domain", "lang", "language", "split", "dataset", "meta", "date", "timestamp", "title", "author")
 _COMMON = 0.9  # of the rows that must have a column before it is proposed
 
 MOST_LABELS = 150  # distinct answers of a classification
@@ -34,7 +35,8 @@ def guess_columns(rows: Sequence[dict[str, Any]]) -> dict[str, str] | None:
 
     By the values for lists of messages, else by the names, else, of two columns, by length: the longer is the prompt.
     """
-    if not rows or any(detect(row)[0] for row in rows):
+    forms = {form for row in rows for form in detect(row)[0]}
+    if not rows or forms - {"text"}:
         return None
     counts = Counter(key for row in rows for key, value in row.items() if value not in (None, ""))
     common = [key for key, count in counts.items() if count >= _COMMON * len(rows) and key.lower() not in _IDENTIFIERS]
@@ -45,7 +47,7 @@ def guess_columns(rows: Sequence[dict[str, Any]]) -> dict[str, str] | None:
     texts = [key for key in common if all(isinstance(row.get(key, ""), str | int | None) for row in rows)]
     prompt, answer = _named(texts, PROMPT_NAMES), _named(texts, _ANSWERS)
     if len(texts) == 1:
-        return {"text": texts[0]}
+        return {"text": texts[0]} if not forms else None
     if len(texts) == 2:
         lengths = {key: sum(len(str(row.get(key, ""))) for row in rows) for key in texts}
         longer, shorter = sorted(texts, key=lambda key: -lengths[key])
@@ -55,7 +57,11 @@ def guess_columns(rows: Sequence[dict[str, Any]]) -> dict[str, str] | None:
             (False, True): (texts[1 - texts.index(answer)] if answer else None, answer),
             (False, False): (longer, shorter),
         }[prompt is not None, answer is not None]
-    return {"prompt": prompt, "completion": answer} if prompt and answer and prompt != answer else None
+    if not prompt or not answer or prompt == answer:
+        return None
+    if forms and (answer.lower() in _ABOUT_A_TEXT or answer_kind([str(row.get(answer, "")) for row in rows]) != "classification"):
+        return None  # rows that read as documents are only a classification where the other column looks like its labels
+    return {"prompt": prompt, "completion": answer}
 
 
 def _named(keys: Sequence[str], names: Sequence[str]) -> str | None:

@@ -1,6 +1,6 @@
 """Hub data sets: `owner/name[@revision][:split]` or `owner/name:folder.split` to files on this machine.
 
-The revision is resolved to a 40-digit commit first, and files are fetched by that commit only, so what was read can be
+The revision is resolved to a 40-digit commit first, and every file must be of that commit, so what was read can be
 named. HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_TOKEN are honoured as they stand when called. Which files a split has
 is told by their names (train.jsonl, test_1.csv, data/train-00000-of-00002.parquet); what is ambiguous is refused.
 """
@@ -54,7 +54,7 @@ def fetch(source: str, default_split: str) -> tuple[list[tuple[Path, str]], str]
     if folder:
         paths = [folder / name for name in chosen]
     else:
-        paths = [_download(repo, name, commit, source) for name in chosen]
+        paths = [_download(repo, name, revision, commit, source) for name in chosen]
     return [(path, f"{repo}@{commit}:{name}") for path, name in zip(paths, chosen, strict=True)], commit
 
 
@@ -131,15 +131,20 @@ def _ask(repo: str, revision: str, source: str) -> tuple[str, list[str]]:
     return info.sha or "", [sibling.rfilename for sibling in info.siblings or []]
 
 
-def _download(repo: str, name: str, commit: str, source: str) -> Path:
+def _download(repo: str, name: str, revision: str, commit: str, source: str) -> Path:
+    """The file of `revision`, which must still be `commit`. Asked for by its name, so that the cache knows it offline."""
     from huggingface_hub import hf_hub_download
 
     with _explained(source):
         path = hf_hub_download(
-            repo, name, repo_type="dataset", revision=commit, endpoint=_endpoint(), cache_dir=_cache(), etag_timeout=_TIMEOUT
+            repo, name, repo_type="dataset", revision=revision, endpoint=_endpoint(), cache_dir=_cache(), etag_timeout=_TIMEOUT
         )
     if not Path(path).resolve().is_relative_to(_cache().resolve()):
         raise DataRefused(f"the file {name[:80]!r} would lie outside the hub's cache", where=source, mend="do not use this data set")
+    if not Path(path).as_posix().endswith(f"/snapshots/{commit}/{name}"):
+        raise DataRefused(
+            f"{revision} is no longer commit {commit}: it moved while it was read", where=source, mend="run again, or pin a commit"
+        )
     return Path(path)
 
 

@@ -60,10 +60,13 @@ def inspect_file(source: str, columns: dict[str, str] | None = None, *, default_
     """
     try:
         read = read_records(source, DataSection(train=source, columns=columns or {}), default_split=default_split)
+        guessed = guess_columns(_raw_rows(source, default_split)) if columns is None and read.format == "text" else None
     except DataRefused:
-        columns = guess_columns(_raw_rows(source, default_split)) if columns is None else None
-        if columns is None:
+        guessed = guess_columns(_raw_rows(source, default_split)) if columns is None else None
+        if guessed is None:
             raise
+    if guessed is not None:
+        columns = guessed
         read = read_records(source, DataSection(train=source, columns=columns), default_split=default_split)
     talks = [record for record in read.records if isinstance(record, Conversation)]
     answers = [record.answer for record in talks]
@@ -95,7 +98,8 @@ def propose_recipe(path: str, test: str | None = None, *, folder: str | Path = "
     lines = [f"# yaml-language-server: $schema={schema_path}"] if schema_path else []
     rejected = f", {len(train.read.rejected)} more are unusable" if train.read.rejected else ""
     lines += [
-        f"# A recipe for {_scalar(Path(path).name)}, written by `tunesmith init`: {len(train.read.records)} rows, {train.read.format}{rejected}.",
+        f"# A recipe for {_scalar(Path(path).name)}, written by `tunesmith init`.",
+        f"# It holds {len(train.read.records)} rows, read as {train.read.format}{rejected}.",
         f"# Look at what it would do by `tunesmith plan {name}.yaml`, then `tunesmith run {name}.yaml`.",
         _line(f"name: {_scalar(name)}", f"the run lies in runs/{name}"),
         "model:",
@@ -261,8 +265,8 @@ def _block(key: str, text: str) -> list[str]:
 
 def _scalar(text: str) -> str:
     """Text as a YAML scalar: bare where that is safe, else quoted."""
-    bare = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./@-]*", text) and text.lower() not in _RESERVED
-    return text if (bare and not text.startswith((".", "/"))) or (text.startswith("../") and bare) else _quoted(text)
+    bare = re.fullmatch(r"(\.\./)*[A-Za-z_][A-Za-z0-9_./@-]*", text) and text.lower() not in _RESERVED
+    return text if bare else _quoted(text)
 
 
 def _quoted(text: str) -> str:

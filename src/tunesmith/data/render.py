@@ -22,7 +22,7 @@ from ..errors import TemplateError
 from ._encode import Encoded, Encoder, Rule, encoder_for
 from ._marks import Located, Marked, data_spans, locate, mark, unmarked
 from ._spans import Layout, Turn, find_turn, layout_for, with_parts
-from .records import Conversation, Document, Message, Record
+from .records import Document, Message, Record
 from .template import ChatTemplate, RenderJob
 
 ROWS_PER_BATCH = 256
@@ -82,14 +82,9 @@ def render_records(
     while chunk := list(islice(rest, ROWS_PER_BATCH)):
         rows = [_attempt(record, _prepare, record, template, encoder, train_on) for record in chunk]
         _render_rows(rows, template, encoder)
-        texts = [text for row in rows if isinstance(row, _Row) for text in (row.text, row.prompt) if text is not None]
-        encoded = iter(encoder.encode_all(texts))
+        encoded = iter(encoder.encode_all([row.text for row in rows if isinstance(row, _Row)]))
         for record, row in zip(chunk, rows, strict=True):
-            if isinstance(row, TemplateError):
-                yield row
-            else:
-                whole, prompt = next(encoded), None if row.prompt is None else next(encoded)
-                yield _attempt(record, _finish, row, whole, prompt, encoder)
+            yield row if isinstance(row, TemplateError) else _attempt(record, _finish, row, next(encoded), encoder)
 
 
 def _attempt(record: Record, function: Any, *arguments: Any) -> Any:
@@ -182,8 +177,8 @@ def _locate_row(row: _Row, texts: dict[str, str | TemplateError], layout: Layout
         turn = row.turns[row.last]
         if not located.text.startswith(opening.text) or turn.start != len(opening.text):
             raise TemplateError(
-                f"the template asks for the last answer in another way than it writes it: the prompt ends {opening.text[-40:]!r}, the whole "
-                f"conversation reads {located.text[max(0, turn.start - 40) : turn.start + 20]!r} there",
+                f"the template asks for the last answer in another way than it writes it: the prompt ends {opening.text[-40:]!r}, "
+                f"the whole conversation reads {located.text[max(0, turn.start - 40) : turn.start + 20]!r} there",
                 mend="give the answer the reasoning that the prompt opens, or name a template that fits in model.chat_template",
             )
         row.prompt, row.prompt_rules = opening.text, _rules(opening, row.messages, row.marked, layout, encoder)
@@ -215,38 +210,54 @@ def _rules(located: Located, messages: Sequence[dict], marked: Marked, layout: L
     found = {number for number, opens, _ in located.marks if opens} & {number for number, opens, _ in located.marks if not opens}
     for number, _, _ in located.marks:
         if number not in found and (token := encoder.holds_special(marked.fields[number].text)):
-            raise TemplateError(f"the template cuts into a message that holds the control token {token!r}", mend="take it out of the message")
+            raise TemplateError(
+                f"the template cuts into a message that holds the control token {token!r}", mend="take it out of the message"
+            )
     users = [(start, end) for start, end, index in spans if messages[index]["role"] != "assistant"]
     return Rule(layout.special, [span[:2] for span in spans]), Rule(layout.markup, users)
 
 
-def _finish(row: _Row, whole: Encoded, prompt: Encoded | None, encoder: Encoder) -> Rendered:
+def _finish(row: _Row, whole: Encoded, encoder: Encoder) -> Rendered:
     """Ids and weights of a row that was located."""
     whole = encoder.protect(row.text, whole, row.rules)
-    weights = np.zeros(len(whole.ids), dtype=np.float32)
     if row.marked is None:
-        weights[1:] = 1.0
+        weights = np.ones(len(whole.ids), dtype=np.float32)
+        weights[:1] = 0.0
         return Rendered(whole.ids, weights, 0)
     prompt_length = len(whole.ids)
-    if prompt is not None:
-        prompt = encoder.protect(row.prompt, prompt, row.prompt_rules)
-        prompt_length = len(prompt.ids)
-        if not _begins_with(whole, prompt):  # a token spans the end of the prompt: split it there, as it is when the model is asked
-            whole = encoder.protect(row.text, encoder.encode_split(row.text, [len(row.prompt)]), row.rules, [len(row.prompt)])
-            weights = np.zeros(len(whole.ids), dtype=np.float32)
-        if not _begins_with(whole, prompt):
-            raise TemplateError("the prompt's tokens differ from those of the whole conversation", mend="report this template and tokenizer")
+    if row.prompt is not None:
+        whole, prompt_length = _with_prompt(row, whole, encoder)
     elif row.last in row.turns:
         prompt_length = int(np.searchsorted(whole.starts, row.turns[row.last].start))
+    weights = np.zeros(len(whole.ids), dtype=np.float32)
     for index, weight in row.loss.items():
-        turn = row.turns[index]
-        covered = _covered(row, turn, whole, encoder)
+        covered = _covered(row, row.turns[index], whole, encoder)
         weights[max(covered.start, prompt_length if index == row.last else 1) : covered.stop] = weight
     return Rendered(whole.ids, weights, prompt_length)
 
 
-def _begins_with(whole: Encoded, prompt: Encoded) -> bool:
-    return np.array_equal(whole.ids[: len(prompt.ids)], prompt.ids)
+def _with_prompt(row: _Row, whole: Encoded, encoder: Encoder) -> tuple[Encoded, int]:
+    """The tokens, the first of which are those of the prompt, and how many these are.
+
+    A control token separates what is before it from what is after it, so only the prompt's end from its last one on is tokenised
+    again. Where a token spans the end of the prompt the text is split there, as it is when the model is asked.
+    """
+    end = len(row.prompt)
+    ending = np.flatnonzero(row.rules[0].control[whole.ids] & (whole.ends <= end))
+    begin = int(whole.starts[ending[-1]]) if len(ending) else -1
+    if begin >= max((stop for _, stop in row.prompt_rules[0].spans), default=0):
+        first, tail = int(ending[-1]), encoder.encode_tail(row.prompt[begin:])
+    else:
+        first, tail = 0, encoder.protect(row.prompt, encoder.encode_all([row.prompt])[0], row.prompt_rules).ids
+    length = first + len(tail)
+    if not np.array_equal(whole.ids[first:length], tail):
+        whole = encoder.protect(row.text, encoder.encode_split(row.text, [end]), row.rules, [end])
+        if not np.array_equal(whole.ids[first:length], tail):
+            raise TemplateError(
+                "the prompt's tokens are not the first ones of the whole conversation",
+                mend="the tokenizer looks across control tokens, which cannot be trained exactly: use another model folder",
+            )
+    return whole, length
 
 
 def _covered(row: _Row, turn: Turn, whole: Encoded, encoder: Encoder) -> slice:
@@ -283,16 +294,23 @@ def encode_prompts(
     marked = [mark(messages) for messages in given]
     jobs = [RenderJob(messages, tools, True) for pair in zip(given, marked, strict=True) for messages in (pair[0], pair[1].messages)]
     texts = template.render_many(jobs)
-    ids = []
+    found: list[tuple[str, tuple[Rule, ...]]] = []
     for number, messages in enumerate(given):
         try:
             _refuse_hidden_control(messages, tools, encoder)
             located = _checked(texts[2 * number], texts[2 * number + 1], marked[number])
-            rules = _rules(located, messages, marked[number], layout, encoder)
-            ids.append(encoder.protect(located.text, encoder.encode_all([located.text])[0], rules).ids)
+            found.append((located.text, _rules(located, messages, marked[number], layout, encoder)))
         except TemplateError as error:
             raise TemplateError(error.what, where=f"prompt {number}", mend=error.mend) from error
-    return ids
+    encoded = encoder.encode_all([text for text, _ in found])
+    return [encoder.protect(text, one, rules).ids for (text, rules), one in zip(found, encoded, strict=True)]
+
+
+def stop_tokens(template: ChatTemplate, tokenizer: Any) -> list[int]:
+    """The ids with which an answer ends: the template's end-of-turn tokens and the tokenizer's end of sequence, in order of id."""
+    encoder = encoder_for(tokenizer)
+    stops = layout_for(template, encoder).stops
+    return sorted(number for number, token in encoder.special.items() if token in stops)
 
 
 def colourise(rendered: Rendered, tokenizer: Any) -> Text:

@@ -9,6 +9,7 @@ process (_template_child.py) that is killed after a second, may not grow by more
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import json
 import os
@@ -29,9 +30,10 @@ from ..recipe import ModelSection
 
 SECONDS_PER_RENDER = 1.0
 START_SECONDS = 60.0  # for the child to import jinja2, on a busy machine
-KILLS_PER_CALL = 3  # renders over a limit after which a call gives up on the rest
+PATIENCE = 3  # renders of one call that may be killed before the template is given up
 JOBS_PER_BATCH = 64
 BYTES_PER_BATCH = 2 * 2**20
+KILLED = ("time", "died")  # errors that cost the child
 FIXED_CLOCK = "2025-01-01T00:00:00"
 CHILD = Path(__file__).with_name("_template_child.py")
 CHILD_ENVIRONMENT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "VIRTUAL_ENV")  # nothing that may hold a secret
@@ -98,17 +100,22 @@ class ChatTemplate:
             raise result
         return result
 
-    def render_many(self, jobs: Sequence[RenderJob]) -> list[str | TemplateError]:
-        """Each job's text or its error, in order: one exchange with the child for 64 jobs (some 50 µs a job)."""
+    def render_many(self, jobs: Sequence[RenderJob], *, patience: int = PATIENCE) -> list[str | TemplateError]:
+        """Each job's text or its error, in order: one exchange with the child for 64 jobs (some 50 µs a job).
+
+        Raises TemplateError after `patience` renders that had to be killed: such a template is not tried on the rest.
+        """
         results: list[str | TemplateError | None] = [None] * len(jobs)
         by_tools = {True: [], False: []}
         for index, job in enumerate(jobs):
             by_tools[self.tool_text is not None and job.tools is not None].append(index)
         for with_tools, indices in by_tools.items():
             text = self.tool_text if with_tools else self.text
-            replies = _child.render(text, self.special_tokens, self.clock, [_payload(jobs[i]) for i in indices])
-            for index, reply in zip(indices, replies, strict=True):
+            replies = _child.render(text, self.special_tokens, self.clock, [_payload(jobs[i]) for i in indices], patience)
+            for index, reply in zip(indices, replies, strict=False):
                 results[index] = self._result(index, reply)
+            if len(replies) < len(indices) or sum(reply.get("error") in KILLED for reply in replies) >= patience:
+                raise results[indices[len(replies) - 1]]
         return results
 
     def _result(self, index: int, reply: dict[str, Any]) -> str | TemplateError:
@@ -208,25 +215,19 @@ class _Child:
     def __init__(self) -> None:
         self.lock, self.process, self.owner = threading.Lock(), None, None
 
-    def render(self, template: str, variables: dict[str, str], clock: str, jobs: Sequence[bytes | dict]) -> list[dict[str, Any]]:
-        """A reply for each job, in order; jobs that are replies already are passed through."""
-        replies = [job if isinstance(job, dict) else None for job in jobs]
-        waiting = [index for index, job in enumerate(jobs) if not isinstance(job, dict)]
+    def render(
+        self, template: str, variables: dict[str, str], clock: str, jobs: Sequence[bytes | dict], patience: int
+    ) -> list[dict[str, Any]]:
+        """A reply for each job, in order, up to the one with which the patience ends; jobs that are replies already are passed on."""
+        replies: list[dict[str, Any]] = []
         head = json.dumps({"template": template, "variables": variables, "clock": clock}).encode()[:-1] + b', "jobs": ['
-        kills = 0
         with self.lock:
-            while waiting:
-                batch = _first_batch(waiting, jobs)
-                body = head + b", ".join(jobs[index] for index in batch) + b"]}"
-                done = list(self._exchange(body, len(batch)))
-                for index, reply in zip(batch, done, strict=False):
-                    replies[index] = reply
-                waiting = waiting[len(done) :]
-                kills += done[-1].get("error") in ("time", "died")
-                if kills == KILLS_PER_CALL:
-                    for index in waiting:
-                        replies[index] = {**done[-1], "message": f"{kills} rows before it did, so it was not tried"}
-                    break
+            while len(replies) < len(jobs) and sum(reply.get("error") in KILLED for reply in replies) < patience:
+                batch = _first_batch(jobs[len(replies) :])
+                if batch:
+                    replies.extend(self._exchange(head + b", ".join(batch) + b"]}", len(batch)))
+                else:
+                    replies.append(jobs[len(replies)])
         return replies
 
     def _exchange(self, body: bytes, count: int) -> Iterator[dict[str, Any]]:
@@ -291,20 +292,20 @@ class _Child:
         process.kill()
         status = process.wait()
         for stream in (process.stdin, process.stdout):
-            try:
+            with contextlib.suppress(BrokenPipeError):  # what was not sent to a dead child
                 stream.close()
-            except BrokenPipeError:
-                pass  # what was not sent to a dead child
         return status
 
 
-def _first_batch(waiting: Sequence[int], jobs: Sequence[bytes]) -> list[int]:
-    batch, size = [], 0
-    for index in waiting[:JOBS_PER_BATCH]:
-        size += len(jobs[index])
-        if batch and size > BYTES_PER_BATCH:
+def _first_batch(jobs: Sequence[bytes | dict]) -> list[bytes]:
+    """The jobs at the head of the list that go together; none where the first is a reply already."""
+    batch: list[bytes] = []
+    size = 0
+    for job in jobs[:JOBS_PER_BATCH]:
+        if isinstance(job, dict) or (batch and size + len(job) > BYTES_PER_BATCH):
             break
-        batch.append(index)
+        size += len(job)
+        batch.append(job)
     return batch
 
 

@@ -21,7 +21,7 @@ from ..data.records import Conversation
 from ..score import parse_output
 from .task import LABEL_FIELD, Item, Task
 
-REGULARISATION = (1.0, 10.0, 100.0)
+REGULARISATION = (1.0, 10.0, 100.0, 1000.0)
 """The values of C tried."""
 _RARE = 2000
 """Training rows from which n-grams of a single row are left out, to bound the time."""

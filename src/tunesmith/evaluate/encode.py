@@ -13,7 +13,6 @@ import numpy as np
 
 from ..data.records import Conversation, Message, Source
 from ..data.render import encode_prompt, render
-from ..errors import TemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,12 +53,5 @@ class TemplateEncoder:
         whole = (*messages, Message("assistant", reference))
         conversation = Conversation(messages=whole, row_id="item", source=Source("evaluation", 0), tools=tools)
         rendered = render(conversation, self.template, self.tokenizer, train_on="last")
-        prompt = self.prompt(messages, tools)
-        if not np.array_equal(rendered.ids[: len(prompt)], prompt):
-            raise TemplateError(
-                "the prompt is not the beginning of the training render, so scores would not fit the training",
-                where=f"chat template {self.sha256[:12]}",
-                mend="use a template whose generation prompt is what an assistant turn starts with",
-            )
         end = int(np.flatnonzero(rendered.weights)[-1]) + 1
-        return rendered.ids[len(prompt) : end]
+        return rendered.ids[rendered.prompt_length : end]

@@ -39,12 +39,19 @@ Chance = Mapping[str, Mapping[str, Mapping[str, float | int]]]
 def check_gates(gates: Iterable[Gate], task: Task | None) -> None:
     """Refuses, before anything is trained, a gate whose metric its task cannot have (RecipeError)."""
     for position, gate in enumerate(gates):
-        direction(gate.metric)
+        direction(gate.metric)  # refuses an unknown one
         where = f"evaluate.gates.{position}.metric"
         if gate.task == "general" and gate.metric != "perplexity":
             raise RecipeError(f"the general set is measured by perplexity, not {gate.metric}", where=where, mend="write metric: perplexity")
-        if gate.task == "task" and task is not None and base_metric(gate.metric) not in {"perplexity", "exact_match", *task.metrics}:
-            raise RecipeError(f"{gate.metric} is not measured", where=where, mend=f"add {base_metric(gate.metric)} to task.metrics")
+        if gate.task != "task" or task is None:
+            continue
+        name, _, part = gate.metric.partition(".")
+        if name not in {"perplexity", "exact_match", *task.metrics}:
+            raise RecipeError(f"{gate.metric} is not measured", where=where, mend=f"add {name} to task.metrics")
+        parts = {"field_accuracy": task.fields.exact, "macro_f1": task.label_fields}.get(name, ()) if task.fields else ()
+        if part not in {"", *parts}:
+            mend = f"{name} has the parts {', '.join(parts)}" if parts else f"write {name}"
+            raise RecipeError(f"{gate.metric} is not measured: {name} has no part {part!r}", where=where, mend=mend)
 
 
 def paired_difference(candidate: Scored, baseline: Scored, metric: str, bootstrap: Bootstrap) -> PairedDifference | None:

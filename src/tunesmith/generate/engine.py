@@ -17,7 +17,7 @@ from ..errors import ModelError
 from .attention import NAME, attending, attention_implementation
 from .cache import PrefixCache, PrefixKV
 from .protocol import Sampling
-from .rows import Row, choose_next
+from .rows import Row, choose_next, refuse_nan
 
 # A shorter common prefix is not worth a pass of its own.
 MIN_PREFIX = 8
@@ -121,7 +121,7 @@ class Engine:
         for wanted, targets in zip(wanted_chunks, target_chunks, strict=True):
             logits_SV = self.logits(hidden_NH[wanted]).float()
             parts.append(logits_SV.gather(-1, targets[:, None]).squeeze(-1) - logits_SV.logsumexp(dim=-1))
-        return torch.cat(parts).cpu().numpy()
+        return refuse_nan(torch.cat(parts)).cpu().numpy()
 
     def difference(self, ids: Sequence[int], plain_attention: str) -> float:
         """How far this engine is from the plain model on the ids: the largest relative difference of centred logits.

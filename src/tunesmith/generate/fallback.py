@@ -11,11 +11,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from .engine import batches
 from .protocol import Sampling
-from .rows import Row, choose_next
+from .rows import Row, choose_next, refuse_nan
 
 
 class _Choose(LogitsProcessor):
@@ -49,6 +50,10 @@ class Fallback:
 
     def generate(self, rows: list[Row], sampling: Sampling, stop_ids: frozenset[int]) -> None:
         """Moves every row to its end."""
+        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
+            for row in rows:
+                self._generate_uncached(row, sampling, stop_ids)
+            return
         with _own_generation_config(self.model, max(row.limit for row in rows)) as config:
             for batch in batches([len(row.prompt) + row.limit for row in rows], self.batch_size):
                 self._generate_batch([rows[i] for i in batch], config, sampling, stop_ids)
@@ -65,6 +70,13 @@ class Fallback:
             stopping_criteria=StoppingCriteriaList([_Ended(rows)]),
         )
 
+    def _generate_uncached(self, row: Row, sampling: Sampling, stop_ids: frozenset[int]) -> None:
+        """One row by a full forward a token: under learned prompts PEFT 0.21's cached generate strays from its own forward (seen)."""
+        while row.finish_reason is None:
+            ids_1T = torch.tensor([row.prompt + row.token_ids], device=self.model.device)
+            logits_1V = self.model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T)).logits[:, -1].float()
+            choose_next(logits_1V, [row], sampling, stop_ids)
+
     def logprobs(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probability of every answer token, each pair alone, float32 [len(answer)]."""
         scores = []
@@ -75,7 +87,7 @@ class Fallback:
             ids_1T = torch.tensor([[*prompt, *answer[:-1]]], dtype=torch.long, device=self.model.device)
             logits_AV = self.model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T)).logits[0, -len(answer) :].float()
             targets_A1 = torch.tensor([list(answer)], device=logits_AV.device).T
-            scores.append(logits_AV.log_softmax(dim=-1).gather(-1, targets_A1).squeeze(-1).cpu().numpy())
+            scores.append(refuse_nan(logits_AV.log_softmax(dim=-1).gather(-1, targets_A1).squeeze(-1)).cpu().numpy())
         return scores
 
 

@@ -88,7 +88,7 @@ class LocalGenerator:
         if len(prompts) != len(answers):
             raise ValueError(f"{len(prompts)} prompts, {len(answers)} answers")
         check_lengths(prompts, self._max_positions, room=0)
-        check_lengths([[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)], self._max_positions, room=0)
+        check_lengths([[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)], self._max_positions, room=0)
         if not len(prompts):
             return []
         with self._ready(prompts) as way:
@@ -120,7 +120,7 @@ class LocalGenerator:
                 if difference <= tolerance:
                     return engine
                 reason = f"its logits differ from the plain model's by {difference:.2g} (allowed {tolerance:.2g})"
-        note = f"{type(self._base).__name__}: generation falls back to transformers' generate, which is slower: {reason}"
+        note = f"{type(self._base).__name__}: generation falls back to plain forwards and transformers' generate, which is slower: {reason}"
         self.notes.append(note)
         warnings.warn(note, stacklevel=4)
         return None

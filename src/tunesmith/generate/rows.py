@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from ..errors import ModelError
+from ..errors import ModelError, NonFinite
 from .protocol import Constraint, Generation, Matcher, Sampling
 from .sampling import choose_tokens, row_streams
 
@@ -71,9 +71,10 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_positions: int | None, *
 def choose_next(logits_BV: torch.Tensor, rows: Sequence[Row], sampling: Sampling, stop_ids: frozenset[int]) -> list[int]:
     """The next token of every row, which unfinished rows take; a finished row gets its last token again, to be ignored.
 
-    logits [B, V] of the rows in order; changed in place under a constraint.
+    logits [B, V] of the rows in order; changed in place under a constraint. Raises NonFinite where they hold NaN.
     """
     logits_BV = logits_BV.float()
+    refuse_nan(logits_BV.sum(dim=-1))  # a sum is NaN if a part is; far cheaper than looking at each
     for row, logits_V in zip(rows, logits_BV, strict=True):
         if row.matcher is not None and row.finish_reason is None:
             row.matcher.mask_(logits_V)
@@ -84,6 +85,13 @@ def choose_next(logits_BV: torch.Tensor, rows: Sequence[Row], sampling: Sampling
             _take(row, tokens_B[b], stop_ids)
         tokens_B[b] = row.token_ids[-1]
     return tokens_B
+
+
+def refuse_nan(values: torch.Tensor) -> torch.Tensor:
+    """The values, unless one of them is NaN: then NonFinite."""
+    if bool(values.isnan().any()):
+        raise NonFinite("the model's logits are NaN", where="generation", mend="look at the training log: the weights may have diverged")
+    return values
 
 
 def _take(row: Row, token: int, stop_ids: frozenset[int]) -> None:

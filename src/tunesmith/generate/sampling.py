@@ -16,6 +16,9 @@ import torch
 
 from .protocol import Sampling
 
+# Most probable tokens looked at first for top-p.
+FIRST_NUCLEUS = 128
+
 
 def row_streams(prompts: Sequence[Sequence[int]], seed: int) -> list[np.random.Generator]:
     """One random stream a prompt, seeded by hash(seed, prompt's tokens, how many times the prompt came before).
@@ -48,12 +51,24 @@ def kept_probabilities(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Ten
         logits_BV = logits_BV.masked_fill(logits_BV < smallest_kept_B1, -torch.inf)
     probs_BV = torch.softmax(logits_BV, dim=-1)
     if sampling.top_p < 1:
-        sorted_BV = probs_BV.sort(dim=-1, descending=True).values
-        mass_before_BV = sorted_BV.double().cumsum(dim=-1) - sorted_BV
-        last_kept_B1 = (mass_before_BV < sampling.top_p).sum(dim=-1, keepdim=True) - 1
-        probs_BV = probs_BV.masked_fill(probs_BV < sorted_BV.gather(-1, last_kept_B1), 0.0)
+        probs_BV = probs_BV.masked_fill(probs_BV < _smallest_in_nucleus(probs_BV, sampling.top_p), 0.0)
         probs_BV = probs_BV / probs_BV.sum(dim=-1, keepdim=True)
     return probs_BV
+
+
+def _smallest_in_nucleus(probs_BV: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The smallest probability [B, 1] among each row's most probable tokens that together reach top_p.
+
+    Looks at ever more of the most probable tokens, since a full sort of the vocabulary costs as much as a small model's step.
+    """
+    V, k = probs_BV.shape[-1], FIRST_NUCLEUS
+    while True:
+        top_Bk = probs_BV.topk(min(k, V), dim=-1).values
+        mass_Bk = top_Bk.double().cumsum(dim=-1)
+        if k >= V or bool((mass_Bk[:, -1] >= top_p).all()):
+            last_B1 = (mass_Bk - top_Bk < top_p).sum(dim=-1, keepdim=True) - 1
+            return top_Bk.gather(-1, last_B1)
+        k *= 8
 
 
 def choose_tokens(logits_BV: torch.Tensor, sampling: Sampling, uniforms_B: Sequence[float] | None) -> list[int]:

@@ -38,7 +38,10 @@ def ledger_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
 def _account(ledger: dict[str, Any], limits: Limits) -> dict[str, Any]:
     dropped = mapping(ledger.get("rows_dropped"))
     lines = [("Trained", number(ledger.get("rows_trained"))), ("Held out for validation", number(ledger.get("rows_held_out")))]
-    lines += [(f"Dropped: {text(reason, limits.names).replace('_', ' ')}", number(many)) for reason, many in list(dropped.items())[: limits.entries]]
+    lines += [
+        (f"Dropped: {text(reason, limits.names).replace('_', ' ')}", number(many))
+        for reason, many in list(dropped.items())[: limits.entries]
+    ]
     rows_in, known = number(ledger.get("rows_in")), [value for _, value in lines if value is not None]
     total = sum(known) if len(known) == len(lines) and len(dropped) <= limits.entries else None
     tokens = mapping(ledger.get("tokens"))
@@ -48,7 +51,10 @@ def _account(ledger: dict[str, Any], limits: Limits) -> dict[str, Any]:
         "total": words.count(total),
         "balances": None if total is None or rows_in is None else total == rows_in,
         "off_by": words.count(abs((rows_in or 0) - (total or 0))),
-        "tokens": [(label, words.count(tokens.get(key))) for label, key in (("in all", "total"), ("supervised", "supervised"), ("truncated", "truncated"))],
+        "tokens": [
+            (label, words.count(tokens.get(key)))
+            for label, key in (("in all", "total"), ("supervised", "supervised"), ("truncated", "truncated"))
+        ],
     }
 
 
@@ -65,8 +71,11 @@ def findings_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
     """health.json's findings in words; None when the file is missing."""
     if run.health is None:
         return {"findings": None, "left_out": 0}
-    found = rows(run.health.get("findings"))
-    return {"findings": [_finding(finding, limits) for finding in found[: limits.findings]], "left_out": max(0, len(found) - limits.findings)}
+    found = sorted(rows(run.health.get("findings")), key=lambda finding: not finding.get("row_ids"))
+    return {
+        "findings": [_finding(finding, limits) for finding in found[: limits.findings]],
+        "left_out": max(0, len(found) - limits.findings),
+    }
 
 
 def _finding(finding: dict[str, Any], limits: Limits) -> dict[str, Any]:
@@ -102,12 +111,14 @@ def repeat_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
     found = _manifest_groups(run.manifest or {})
     groups, left = [], limits.entries
     for key, entries in found.items():
-        shown = [(text(where, 120), text(entry, 160)) for where, entry in entries[:left]]
+        shown = [(text(where, 120), text(entry, 160)) for where, entry in entries[: max(0, left)]]
         left -= len(shown)
         if shown:
             groups.append((words.readable(key), shown))
     return {
-        "command": f"tunesmith run recipe.yaml --out {shlex.quote('../' + text(name, 200) + '-again')}" if run.recipe_text is not None else None,
+        "command": f"tunesmith run recipe.yaml --out {shlex.quote('../' + text(name, 200) + '-again')}"
+        if run.recipe_text is not None
+        else None,
         "groups": groups if run.manifest is not None else None,
         "left_out": sum(len(entries) for entries in found.values()) - (limits.entries - left),
         "recipe": excerpt(run.recipe_text, limits.recipe) if run.recipe_text is not None else None,
@@ -122,7 +133,7 @@ def _manifest_groups(manifest: dict[str, Any]) -> dict[str, list[tuple[str, str]
         if key == "recipe" and isinstance(value, dict):
             continue
         if isinstance(value, dict):
-            groups.setdefault(key, []).extend(_flat(value))
+            groups.setdefault(key, []).extend(_flat(value) if value else [("", "nothing recorded")])
         else:
             groups.setdefault("run", []).extend(_flat({key: value}))
     return groups
@@ -136,4 +147,6 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
         return [pair for index, part in enumerate(value) for pair in _flat(part, f"{prefix}[{index}]")]
     if isinstance(value, list):
         return [(prefix, ", ".join(_leaf(part) for part in value))]
-    return [(prefix, "not known" if value is None else _leaf(value))]
+    if prefix.endswith("_bytes") and number(value) is not None:
+        return [(prefix.removesuffix("_bytes"), words.size(number(value)))]
+    return [(prefix, {True: "yes", False: "no", None: "not known"}[value] if value is None or isinstance(value, bool) else _leaf(value))]

@@ -26,10 +26,13 @@ def candidates_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
     tasks = mapping(evaluation.get("tasks"))
     notes = evaluation.get("notes") if isinstance(evaluation.get("notes"), list) else []
     compared = rows(evaluation.get("comparisons"))
-    parts = {"How the few-shot examples were chosen": few_shot_part(run), "How the classical candidate was fitted": mapping(evaluation.get("classical"))}
+    parts = {
+        "How the few-shot examples were chosen": few_shot_part(run),
+        "How the classical candidate was fitted": mapping(evaluation.get("classical")),
+    }
     return {
         "tasks": [_task(run, name, mapping(task), limits) for name, task in list(tasks.items())[:8]],
-        "comparisons": [_comparison(run, row) for row in compared[: limits.entries]],
+        "comparisons": [part for part in _comparisons(run, compared[: limits.entries]) if part],
         "comparisons_left_out": max(0, len(compared) - limits.entries),
         "choices": [_choice(title, part, limits) for title, part in parts.items() if part],
         "notes": [text(note, limits.text) for note in notes[:10]],
@@ -47,7 +50,7 @@ def _task(run: RunFiles, name: str, task: dict[str, Any], limits: Limits) -> dic
         "name": text(name, limits.names),
         "n": words.count(task.get("n")),
         "skipped": [(text(reason, 120), words.count(many)) for reason, many in list(mapping(task.get("skipped")).items())[:10]],
-        "hash": text(task.get("hash"), 64),
+        "hash": text(task.get("hash"), 17),
         "tables": [_table(run, name, part, {one: mapping(entries[one]) for one in names}) for part in (whole, parts) if part],
         "charts": [_chart(run, name, metric, names) for metric in whole[:_MOST_CHARTS]],
         "missing": _missing(run, name, task, entries)[: limits.candidates],
@@ -61,7 +64,10 @@ def _missing(run: RunFiles, name: str, task: dict[str, Any], entries: dict[str, 
     wanted = mapping(run.recipe.get("evaluate")).get("candidates")
     named = [str(candidate) for candidate in wanted] if isinstance(wanted, list) and name == "task" else []
     absent = [candidate for candidate in dict.fromkeys([*reasons, *named]) if candidate not in entries]
-    return [(words.candidate_label(candidate), text(reasons.get(candidate) or "named in the recipe, but not evaluated", 200)) for candidate in absent]
+    return [
+        (words.candidate_label(candidate), text(reasons.get(candidate) or "named in the recipe, but not evaluated", 200))
+        for candidate in absent
+    ]
 
 
 def _metrics(run: RunFiles, task: str, measured_in: list[dict[str, Any]]) -> list[str]:
@@ -93,9 +99,9 @@ def _row(run: RunFiles, task: str, candidate: str, entry: dict[str, Any], metric
         "words": words.CANDIDATES.get(candidate, ("", ""))[1],
         "tuned": candidate.startswith("tuned"),
         "cells": [_cell(metric, measured(run, task, candidate, metric), mapping(entry.get("not_measured"))) for metric in metrics],
-        "decoding": words.readable(entry.get("decoding")) or "\N{EM DASH}",
+        "decoding": text(entry.get("decoding"), 60),
         "seconds": words.duration(seconds),
-        "tokens": words.NOT_MEASURED if tokens is None else f"{tokens:.1f}",
+        "tokens": "" if not entry.get("decoding") else words.NOT_MEASURED if tokens is None else f"{tokens:.1f} tokens",
     }
 
 
@@ -116,12 +122,23 @@ def _chart(run: RunFiles, task: str, metric: str, names: list[str]) -> dict[str,
         got = measured(run, task, candidate, metric)
         value = words.value_words(metric, got["value"])
         note = value if got["value"] is None else f"{value} ({words.span(metric, got['low'], got['high'])}), n {words.count(got['n'])}"
-        intervals.append(Interval(words.candidate_label(candidate), got["value"], got["low"], got["high"], note, candidate.startswith("tuned")))
+        intervals.append(
+            Interval(words.candidate_label(candidate), got["value"], got["low"], got["high"], note, candidate.startswith("tuned"))
+        )
     svg: Markup = interval_chart(intervals, name=text(known.label, 60), share=known.share)
     return {"title": text(known.label, 60), "lower": words.lower_is_better(metric), "svg": svg}
 
 
-def _comparison(run: RunFiles, row: dict[str, Any]) -> dict[str, Any]:
+def _comparisons(run: RunFiles, compared: list[dict[str, Any]]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """(differences in whole metrics, differences by field)."""
+    by_field = ["." in str(row.get("metric")) for row in compared]
+    shown = [_comparison(run, row) for row in compared]
+    return [row for row, part in zip(shown, by_field, strict=True) if not part], [
+        row for row, part in zip(shown, by_field, strict=True) if part
+    ]
+
+
+def _comparison(run: RunFiles, row: dict[str, Any]) -> dict[str, str]:
     metric, task = str(row.get("metric")), str(row.get("task"))
     n = number(row.get("n")) or measured(run, task, str(row.get("candidate")), metric)["n"]
     difference, low, high, seen = (number(row.get(key)) for key in ("difference", "low", "high", "minimum_detectable"))

@@ -137,7 +137,11 @@ def _field_rows(reference: dict[str, Any], ours: dict[str, Any], theirs: dict[st
 def _cell(name: str, answer: dict[str, Any] | None, reference: dict[str, Any], sample: dict[str, Any], limits: Limits) -> dict[str, Any]:
     """One field of one answer; mark: right, wrong, close (a free text, with its ROUGE-L) or none."""
     if answer is None or name not in answer:
-        return {"text": Excerpt("missing" if name in reference else "not given", 0), "mark": "wrong" if name in reference else "none", "note": ""}
+        return {
+            "text": Excerpt("missing" if name in reference else "not given", 0),
+            "mark": "wrong" if name in reference else "none",
+            "note": "",
+        }
     shown = excerpt(_shown(answer[name]), limits.text)
     scores = mapping(sample.get("scores"))
     score = number(scores.get(f"field_accuracy.{name}"))
@@ -159,8 +163,13 @@ def _whole(ours: dict[str, Any], theirs: dict[str, Any], metric: str, limits: Li
     for sample in (theirs, ours):
         score = number(mapping(sample.get("scores")).get(metric)) or 0.0
         kind = metric.partition(".")[0]
-        right, note = score >= _RIGHT, "" if kind in ("exact_match", "accuracy") else f"{words.metric_of(metric).label} {words.value_words(metric, score)}"
-        cells.append({"text": excerpt(sample.get("output"), limits.text), "mark": "close" if note else "right" if right else "wrong", "note": note})
+        right, note = (
+            score >= _RIGHT,
+            "" if kind in ("exact_match", "accuracy") else f"{words.metric_of(metric).label} {words.value_words(metric, score)}",
+        )
+        cells.append(
+            {"text": excerpt(sample.get("output"), limits.text), "mark": "close" if note else "right" if right else "wrong", "note": note}
+        )
     return {"name": "answer", "reference": excerpt(ours.get("reference"), limits.text), "there": True, "cells": cells}
 
 

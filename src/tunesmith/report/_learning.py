@@ -35,10 +35,21 @@ def _stage(name: str, events: list[dict[str, Any]]) -> dict[str, Any] | None:
     lines = [Line("training loss", train), Line("validation loss", validation, "validation")]
     loss = line_chart(lines, name=f"Loss of stage {name}", x_label="step", y_label="loss, nats per token", marks=marks[:5])
     schedule = line_chart(
-        [Line("learning rate", rate, "rate")], name=f"Learning rate of stage {name}", x_label="step", y_label="learning rate", marks=marks[:5]
+        [Line("learning rate", rate, "rate")],
+        name=f"Learning rate of stage {name}",
+        x_label="step",
+        y_label="learning rate",
+        marks=marks[:5],
     )
     lost = sum(value is None for _, value in train + validation)
-    return {"name": name, "loss": loss, "rate": schedule, "caption": _loss_words(train, validation), "steps": len(train), "not_finite": lost}
+    return {
+        "name": name,
+        "loss": loss,
+        "rate": schedule,
+        "caption": _loss_words(train, validation),
+        "steps": len(train),
+        "not_finite": lost,
+    }
 
 
 def _series(events: list[dict[str, Any]], keys: tuple[str, ...]) -> list[tuple[float, float | None]]:
@@ -58,7 +69,9 @@ def _loss_words(train: list[tuple[float, float | None]], validation: list[tuple[
         if not known:
             said.append(f"{label}: {words.NOT_MEASURED}")
         else:
-            said.append(f"{label} {words.plain(known[0][1])} at step {words.count(known[0][0])}, {words.plain(known[-1][1])} at step {words.count(known[-1][0])}")
+            said.append(
+                f"{label} {words.plain(known[0][1])} at step {words.count(known[0][0])}, {words.plain(known[-1][1])} at step {words.count(known[-1][0])}"
+            )
     best = min(((value, step) for step, value in validation if value is not None), default=None)
     low = f"; lowest validation loss {words.plain(best[0])} at step {words.count(best[1])}" if best else ""
     return "; ".join(said) + low + "."
@@ -70,6 +83,7 @@ def costs_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
     return {
         "tokens": _tokens(run, measured),
         "phases": _phases(run, limits),
+        "phases_sum": _phases_sum(run),
         "plan": [
             _planned("Peak memory", predicted, measured, "peak_memory_bytes", words.size),
             _planned("Time", predicted, measured, "seconds", words.duration),
@@ -77,7 +91,9 @@ def costs_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
         ],
         "has_plan": run.plan is not None,
         "bound": [
-            (label, text(part.get("bound_by"), limits.names)) for label, part in (("predicted", predicted), ("measured", measured)) if part.get("bound_by")
+            (label, text(part.get("bound_by"), limits.names))
+            for label, part in (("predicted", predicted), ("measured", measured))
+            if part.get("bound_by")
         ],
     }
 
@@ -85,7 +101,9 @@ def costs_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
 def _tokens(run: RunFiles, measured: dict[str, Any]) -> Any:
     account = mapping(mapping(run.ledger).get("tokens"))
     total, supervised = number(account.get("total")), number(account.get("supervised"))
-    shared = next((number(part.get(key)) for part in (account, measured) for key in ("shared", "tokens_shared", "shared_tokens") if key in part), None)
+    shared = next(
+        (number(part.get(key)) for part in (account, measured) for key in ("shared", "tokens_shared", "shared_tokens") if key in part), None
+    )
     bars = [Bar("All tokens of the training rows", total, words.count(total))]
     for label, value in (("Supervised: carry loss", supervised), ("Shared: computed once for many rows", shared)):
         part = f" ({100 * value / total:.0f}%)" if value is not None and total else ""
@@ -93,27 +111,42 @@ def _tokens(run: RunFiles, measured: dict[str, Any]) -> Any:
     return bar_chart(bars, name="Tokens")
 
 
-def _phases(run: RunFiles, limits: Limits) -> Any:
+def _by_phase(run: RunFiles) -> dict[str, float]:
+    """Seconds by phase in the order of the events; a phase that a resumed run went through again counts both times."""
     phases: dict[str, float] = {}
     for event in run.events or []:
         seconds = number(event.get("seconds"))
         if event.get("event") == "phase" and seconds is not None and seconds >= 0:
-            name = words.readable(event.get("name") or "unnamed", limits.names)
+            name = str(event.get("name") or "unnamed")
             phases[name] = phases.get(name, 0.0) + seconds
+    return phases
+
+
+def _phases_sum(run: RunFiles) -> str | None:
+    phases = _by_phase(run)
+    return words.duration(sum(phases.values())) if phases else None
+
+
+def _phases(run: RunFiles, limits: Limits) -> Any:
+    phases = _by_phase(run)
     total = sum(phases.values()) or 1.0
-    shown = list(phases.items())[:20]
-    bars = [Bar(name, seconds, f"{words.duration(seconds)}, {100 * seconds / total:.0f}%") for name, seconds in shown]
-    if len(phases) > len(shown):
-        rest = sum(list(phases.values())[len(shown) :])
-        bars.append(Bar(f"{len(phases) - len(shown)} more phases", rest, f"{words.duration(rest)}, {100 * rest / total:.0f}%"))
-    if bars:
-        bars.append(Bar("Sum", None, words.duration(total)))
+    shown, rest = list(phases.items())[:20], list(phases.values())[20:]
+    if rest:
+        shown.append((f"{len(rest)} more phases", sum(rest)))
+    bars = [
+        Bar(text(words.humane(name), limits.names), seconds, f"{words.duration(seconds)}, {100 * seconds / total:.0f}%")
+        for name, seconds in shown
+    ]
     return bar_chart(bars, name="Seconds a phase")
 
 
 def phase_seconds(run: RunFiles, ending: str) -> float | None:
     """The seconds of the phases whose name ends with the word `ending`, e.g. `evaluate task.tuned`; None where there is none."""
-    found = [number(event.get("seconds")) for event in run.events or [] if event.get("event") == "phase" and str(event.get("name")).split()[-1:] == [ending]]
+    found = [
+        number(event.get("seconds"))
+        for event in run.events or []
+        if event.get("event") == "phase" and str(event.get("name")).split()[-1:] == [ending]
+    ]
     known = [seconds for seconds in found if seconds is not None]
     return sum(known) if known else None
 
@@ -127,4 +160,6 @@ def _planned(label: str, predicted: dict[str, Any], measured: dict[str, Any], ke
 def resumed_words(run: RunFiles) -> list[str]:
     """One sentence for each time that the run was resumed."""
     resumed = [event for event in rows(run.events or []) if event.get("event") == "resumed"]
-    return [f"Resumed in stage {text(event.get('stage') or 'train', 80)} at step {words.count(event.get('step'))}." for event in resumed[:10]]
+    return [
+        f"Resumed in stage {text(event.get('stage') or 'train', 80)} at step {words.count(event.get('step'))}." for event in resumed[:10]
+    ]

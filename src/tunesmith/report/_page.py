@@ -54,21 +54,25 @@ def render_report(run_path: Path) -> str:
 
 
 def _render(run: RunFiles, limits: Limits) -> str:
-    return _environment().get_template("report.html").render(
-        title=text(run.recipe.get("name") or run.path.resolve().name or "run", limits.names),
-        model=text(_model_name(run), limits.names),
-        description=words.excerpt(mapping(run.recipe.get("task")).get("description"), limits.text),
-        verdict=verdict_view(run, limits),
-        candidates=candidates_view(run, limits),
-        learning=learning_view(run, limits),
-        costs=costs_view(run, limits),
-        examples=examples_view(run, limits),
-        ledger=ledger_view(run, limits),
-        findings=findings_view(run, limits),
-        repeat=repeat_view(run, limits),
-        problems=[text(problem, 300) for problem in dict.fromkeys(run.problems)][:20],
-        evaluated=run.evaluation is not None,
-        NOT_MEASURED=words.NOT_MEASURED,
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            title=text(run.recipe.get("name") or run.path.resolve().name or "run", limits.names),
+            model=text(_model_name(run), limits.names),
+            description=words.excerpt(mapping(run.recipe.get("task")).get("description"), limits.text),
+            verdict=verdict_view(run, limits),
+            candidates=candidates_view(run, limits),
+            learning=learning_view(run, limits),
+            costs=costs_view(run, limits),
+            examples=examples_view(run, limits),
+            ledger=ledger_view(run, limits),
+            findings=findings_view(run, limits),
+            repeat=repeat_view(run, limits),
+            problems=[text(problem, 300) for problem in dict.fromkeys(run.problems)][:20],
+            evaluated=run.evaluation is not None,
+            NOT_MEASURED=words.NOT_MEASURED,
+        )
     )
 
 

@@ -36,12 +36,16 @@ class RunFiles:
     events: list[dict[str, Any]] | None = None
     quarantine: list[dict[str, Any]] | None = None
     problems: list[str] = field(default_factory=list)
+    _samples: dict[str, list[dict[str, Any]] | None] = field(default_factory=dict)
 
     def samples(self, task: str, candidate: str) -> list[dict[str, Any]] | None:
         """The sample lines of one candidate on one task; None when there is no such file."""
         if not (_FILE_WORD.fullmatch(task) and _FILE_WORD.fullmatch(candidate)):
             return None
-        return _json_lines(self.path / "samples" / f"{task}.{candidate}.jsonl", self.problems)
+        name = f"{task}.{candidate}.jsonl"
+        if name not in self._samples:
+            self._samples[name] = _json_lines(self.path / "samples" / name, self.problems)
+        return self._samples[name]
 
 
 def read_run(path: Path) -> RunFiles:

@@ -12,7 +12,9 @@ from . import _words as words
 from ._read import RunFiles
 from ._words import Limits, mapping, number, rows, text
 
-MARKS = {"PASS": "\N{HEAVY CHECK MARK}", "FAIL": "\N{HEAVY BALLOT X}", words.NOT_MEASURED: "\N{EN DASH}"}
+_RESULTS = ("PASS", "FAIL", words.NOT_MEASURED)
+
+_NO_EVALUATION = "No evaluation is in this run: nothing is known yet about how good the model is."
 
 
 def verdict_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
@@ -24,31 +26,29 @@ def verdict_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
     recommendation = mapping(mapping(evaluation).get("recommendation"))
     return {
         "verdict": verdict,
-        "mark": MARKS[verdict],
-        "sentences": _sentences(run, main) if evaluation is not None else ["No evaluation is in this run: nothing is known yet about how good the model is."],
+        "sentences": _sentences(run, main) if evaluation is not None else [_NO_EVALUATION],
         "figures": _figures(run, main) if main else [],
         "gates": gates[: limits.entries],
         "gates_left_out": max(0, len(gates) - limits.entries),
-        "recommendation": words.candidate_label(str(recommendation["candidate"])) if recommendation.get("candidate") else None,
-        "reason": words.excerpt(recommendation.get("reason"), limits.text),
+        "recommendation": words.advice(str(recommendation["candidate"]), examples_chosen(run)) if recommendation.get("candidate") else None,
+        "reason": words.excerpt(words.humane(recommendation.get("reason")), limits.text),
         "notes": notes,
     }
 
 
 def _gate(gate: dict[str, Any], limits: Limits) -> dict[str, Any]:
-    result = gate.get("result") if gate.get("result") in MARKS else words.NOT_MEASURED
+    result = gate.get("result") if gate.get("result") in _RESULTS else words.NOT_MEASURED
     return {
-        "name": text(gate.get("name"), 3 * limits.names) or "unnamed gate",
+        "name": text(words.humane(gate.get("name")), 3 * limits.names) or "unnamed gate",
         "result": result,
-        "mark": MARKS[result],
-        "reason": words.excerpt(gate.get("reason"), limits.text),
+        "reason": words.excerpt(words.humane(gate.get("reason")), limits.text),
     }
 
 
 def _settle(evaluation: dict[str, Any] | None, gates: list[dict[str, Any]]) -> tuple[str, list[str]]:
     """The verdict to show. What was not measured never helps: PASS needs at least one gate, and every gate passed."""
     stated = mapping(evaluation).get("verdict")
-    if evaluation is None or stated not in MARKS:
+    if evaluation is None or stated not in _RESULTS:
         return words.NOT_MEASURED, []
     results = {gate["result"] for gate in gates}
     if stated != "PASS" or results == {"PASS"}:
@@ -162,12 +162,11 @@ def _difference_sentence(run: RunFiles, main: dict[str, Any], digits: int) -> st
     shown = [None if value is None else words.signed(factor * value, digits).removeprefix("+") for value in (difference, low, high, seen)]
     if low is None or high is None:
         return f"The difference is {shown[0]}{unit}; its interval: {words.NOT_MEASURED}, so it may be chance."
+    said = f"The difference is {shown[0]}{unit} ({confidence_words(run)} {shown[1]} to {shown[2]})"
     if low > 0 or high < 0:
-        meaning = "which chance alone would hardly give"
-    else:
-        meaning = "which includes zero: it may be chance"
-    power = f" With this many items a true difference below {shown[3]}{unit} would probably have gone unseen." if seen is not None else ""
-    return f"The difference is {shown[0]}{unit} ({confidence_words(run)} {shown[1]} to {shown[2]}), {meaning}.{power}"
+        return f"{said}; chance alone would hardly give that."
+    power = f" With this many items a true difference below {shown[3]}{unit} would probably go unseen." if seen is not None else ""
+    return f"{said}; the interval includes zero, so it may be chance.{power}"
 
 
 def _figures(run: RunFiles, main: dict[str, Any]) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ the charts escape.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +157,21 @@ def candidate_words(name: str, examples: int | None = None) -> str:
     if name == "few_shot" and examples is not None:
         return f"the same model with {examples} example{'' if examples == 1 else 's'} in the prompt"
     return CANDIDATES[name][1] if name in CANDIDATES else f"the candidate {text(name, 80)}"
+
+
+def advice(name: str, examples: int | None = None) -> str:
+    """What to use, as an order: `Use the tuned model.`"""
+    return f"Use {candidate_words(name, examples).replace('the same model', 'the base model')}."
+
+
+def humane(value: Any) -> str:
+    """Text of our own with the machine names in it as words: `tuned against few_shot` -> `tuned against few-shot`."""
+    raw = value if isinstance(value, str) else "" if value is None else str(value)
+    for name in (*CANDIDATES, *METRICS):
+        if name in raw:
+            said = CANDIDATES[name][0].lower() if name in CANDIDATES else METRICS[name].label
+            raw = re.sub(rf"\b{name}\b", said if name == "rougeL" else said[:1].lower() + said[1:], raw)
+    return capital(raw)
 
 
 def capital(sentence: str) -> str:

@@ -1,6 +1,6 @@
 """Charts as pure functions: takes numbers and labels, gives an SVG string, without scripts, styles or references.
 
-Every chart is 360 units wide, so that its text is readable on a phone and not too large on a desk; colours come from the page's
+Charts are 300 (intervals) or 360 units wide, so that their text is readable on a phone and not too large on a desk; colours come from the page's
 style sheet by class name. Labels are escaped here (`Markup.format`), so an SVG string may stand in a page as it is. A chart
 without a single finite value says NOT MEASURED.
 """
@@ -16,9 +16,10 @@ from markupsafe import Markup
 from ._words import NOT_MEASURED, plain
 
 WIDTH = 360
-_MARGIN = 8
-# So many letters of the page's 11-unit type fit beside each other.
-_ROW_LETTERS = 58
+INTERVAL_WIDTH = 300  # three stand side by side on a desk
+_MARGIN = 1
+# The width of a letter of the page's 11-unit type, so that a row's label and note never meet.
+_LETTER = 6.2
 # Beyond this a line has more points than the chart has pixels.
 _MOST_POINTS = 300
 
@@ -97,10 +98,10 @@ def interval_chart(rows: Sequence[Interval], *, name: str, share: bool = False) 
     edges = [edge for row in rows for edge in (row.value, row.low, row.high) if _finite(edge)]
     if not edges:
         return _empty(f"{name}: {NOT_MEASURED}")
-    ticks = nice_ticks(0, 1, 4) if share and 0 <= min(edges) and max(edges) <= 1 else nice_ticks(min(0.0, *edges), max(edges), 4)
+    ticks = nice_ticks(0, 1, 4) if share and min(edges) >= 0 and max(edges) <= 1 else nice_ticks(min(0.0, *edges), max(edges), 4)
     row_height, top = 38, 4
     bottom = top + row_height * len(rows)
-    at = _scale(ticks[0], ticks[-1], _MARGIN, WIDTH - _MARGIN)
+    at = _scale(ticks[0], ticks[-1], _MARGIN + 4, INTERVAL_WIDTH - _MARGIN - 4)
     parts = [_line(at(tick), top, at(tick), bottom, "grid") for tick in ticks]
     for index, row in enumerate(rows):
         parts.append(_interval_row(row, at, top + index * row_height))
@@ -110,12 +111,12 @@ def interval_chart(rows: Sequence[Interval], *, name: str, share: bool = False) 
         anchor = "start" if tick == ticks[0] else "end" if tick == ticks[-1] else "middle"
         parts.append(_text(at(tick), bottom + 13, label, "tick", anchor))
     said = "; ".join(f"{row.label}: {row.note}" for row in rows)
-    return _svg(bottom + 18, f"{name}, value and interval. {said}", parts)
+    return _svg(bottom + 18, f"{name}, value and interval. {said}", parts, INTERVAL_WIDTH)
 
 
 def _interval_row(row: Interval, at: Callable[[float], float], y: float) -> Markup:
     kind = " accent" if row.accent else ""
-    parts = _heading(row.label, row.note, y + 13, kind)
+    parts = _heading(row.label, row.note, y + 13, kind, INTERVAL_WIDTH)
     middle = y + 24
     if _finite(row.low) and _finite(row.high):
         parts.append(_line(at(row.low), middle, at(row.high), middle, "whisker" + kind))
@@ -125,9 +126,7 @@ def _interval_row(row: Interval, at: Callable[[float], float], y: float) -> Mark
     return Markup("").join(parts)
 
 
-def line_chart(
-    lines: Sequence[Line], *, name: str, x_label: str, y_label: str, marks: Sequence[tuple[float, str]] = ()
-) -> Markup:
+def line_chart(lines: Sequence[Line], *, name: str, x_label: str, y_label: str, marks: Sequence[tuple[float, str]] = ()) -> Markup:
     """Lines over one pair of axes with round ticks; `marks` are upright dashed lines at an x, each with a word.
 
     Points that are not finite break their line and are counted in the chart's description.
@@ -180,7 +179,9 @@ def _draw(line: Line, at_x: Callable[[float], float], at_y: Callable[[float], fl
         if len(shown) > 1:
             parts.append(Markup('<polyline class="line {}" points="{}"/>').format(line.kind, path))
         if len(shown) == 1 or line.kind == "validation":
-            parts += [Markup('<circle class="point {}" cx="{}" cy="{}" r="3"/>').format(line.kind, _f(at_x(x)), _f(at_y(y))) for x, y in shown]
+            parts += [
+                Markup('<circle class="point {}" cx="{}" cy="{}" r="3"/>').format(line.kind, _f(at_x(x)), _f(at_y(y))) for x, y in shown
+            ]
     return Markup("").join(parts)
 
 
@@ -215,7 +216,7 @@ def bar_chart(bars: Sequence[Bar], *, name: str) -> Markup:
     parts = []
     for index, bar in enumerate(bars):
         y, kind = top + index * row_height, " accent" if bar.accent else ""
-        parts += _heading(bar.label, bar.note, y + 12, kind)
+        parts += _heading(bar.label, bar.note, y + 12, kind, WIDTH)
         parts.append(_rect(y + 18, WIDTH - 2 * _MARGIN, "track"))
         if _finite(bar.value) and bar.value > 0:
             parts.append(_rect(y + 18, max(1.5, (WIDTH - 2 * _MARGIN) * bar.value / longest), "bar" + kind))
@@ -241,11 +242,11 @@ def _f(coordinate: float) -> str:
     return f"{coordinate:.1f}".removesuffix(".0")
 
 
-def _heading(label: str, note: str, y: float, kind: str) -> list[Markup]:
+def _heading(label: str, note: str, y: float, kind: str, width: float) -> list[Markup]:
     """A row's label at the left and its note at the right, the label cut so that they never meet."""
-    note = _cut(note, 40)
-    label = _cut(label, _ROW_LETTERS - len(note))
-    return [_text(_MARGIN, y, label, "label" + kind), _text(WIDTH - _MARGIN, y, note, "note" + kind, "end")]
+    note = _cut(note, 36)
+    label = _cut(label, max(4, int(width / _LETTER) - len(note) - 1))
+    return [_text(_MARGIN, y, label, "label" + kind), _text(width - _MARGIN, y, note, "note" + kind, "end")]
 
 
 def _cut(words: str, letters: int) -> str:
@@ -264,9 +265,9 @@ def _text(x: float, y: float, words: str, kind: str, anchor: str = "start") -> M
     return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>').format(kind, _f(x), _f(y), anchor, _cut(words, 56))
 
 
-def _svg(height: float, description: str, parts: Sequence[Markup]) -> Markup:
+def _svg(height: float, description: str, parts: Sequence[Markup], width: float = WIDTH) -> Markup:
     return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        WIDTH, _f(height), description, Markup("").join(parts)
+        width, _f(height), description, Markup("").join(parts)
     )
 
 

@@ -1,0 +1,38 @@
+"""tunesmith: fine-tune a language model and prove what the tuning did. Names are loaded when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .chat import Chat
+    from .data.inspect import propose_recipe
+    from .errors import TunesmithError
+    from .pipeline import RunResult, evaluate, plan, run, train
+    from .recipe import Recipe, json_schema, load_recipe
+    from .report import write_report
+
+_HOME = {
+    "Chat": "chat",
+    "Recipe": "recipe",
+    "RunResult": "pipeline",
+    "TunesmithError": "errors",
+    "check_data_file": "inspection",
+    "evaluate": "pipeline",
+    "json_schema": "recipe",
+    "load_recipe": "recipe",
+    "plan": "pipeline",
+    "propose_recipe": "data.inspect",
+    "run": "pipeline",
+    "train": "pipeline",
+    "write_report": "report",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"tunesmith has no {name}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

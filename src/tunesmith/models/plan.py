@@ -1,0 +1,173 @@
+"""The plan: a roofline of each phase, its FLOPs and bytes against what this machine really does, and the peak of memory.
+
+The machine is measured once (matrix products in the model's dtype, memory bandwidth) and kept in the cache. A phase takes the longer of its
+two times; `bound_by` says which. Constants that no shape gives were fitted on a 135M Llama on CPU and are named below.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..recipe import FullMethod, Stage
+from ..run import write_json
+from .load import LoadedModel, cache_folder
+
+PASSES_HIDDEN, PASSES_INNER = 150, 60  # times a token's hidden (inner) vector is read or written outside matrix products, one layer, one training step
+SAVED_HIDDEN, SAVED_INNER = 9, 3  # vectors of each width that the backward pass keeps, per token and layer
+FORWARD_SHARE = 0.35  # of those passes, what a forward alone takes
+STEP_OVERHEAD = 4e-4  # seconds a layer of one decoding step, whatever the batch
+HEAD_BYTES = 3 * 64 * 2**20  # fp32 logits of one chunk and their kin
+LIBRARIES = 150 * 2**20  # bytes that libraries take once they really work
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the machine does, measured: matrix products in FLOP/s, and bytes/s moved by elementwise work."""
+
+    flops_per_second: float
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides its cost."""
+
+    parameters: int
+    linear: int
+    """Weights of the backbone's linear layers."""
+    layers: int
+    hidden: int
+    inner: int
+    vocabulary: int
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase's prediction."""
+
+    name: str
+    seconds: float
+    flops: float
+    bytes: float
+    bound_by: str
+
+
+def measure_machine(dtype: torch.dtype) -> Machine:
+    """The machine's speeds in this dtype and with the present threads; about half a second the first time, then from the cache."""
+    name = f"{platform.processor() or platform.machine()}-{torch.__version__}-{torch.get_num_threads()}-{str(dtype).removeprefix('torch.')}"
+    path = cache_folder() / "machine.json"
+    known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if name not in known:
+        known[name] = asdict(Machine(_matmul_rate(dtype), _bandwidth(dtype)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, known)
+    return Machine(**known[name])
+
+
+def _rate(work: float, run: Any) -> float:
+    run()
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        run()
+        best = max(best, work / (time.perf_counter() - began))
+    return best
+
+
+def _matmul_rate(dtype: torch.dtype) -> float:
+    a, b = torch.randn(1024, 640).to(dtype), torch.randn(1536, 640).to(dtype)
+    return _rate(2.0 * 1024 * 640 * 1536, lambda: nn.functional.linear(a, b))
+
+
+def _bandwidth(dtype: torch.dtype) -> float:
+    a = torch.randn(1 << 22).to(dtype)
+    return _rate(3.0 * a.numel() * a.element_size(), lambda: a + a)
+
+
+def model_shape(loaded: LoadedModel) -> Shape:
+    """Counts a model's weights."""
+    model = loaded.model
+    backbone = getattr(model, model.base_model_prefix)
+    config = model.config.get_text_config()
+    linear = sum(m.weight.numel() for m in backbone.modules() if isinstance(getattr(m, "weight", None), nn.Parameter) and m.weight.dim() == 2)
+    table = model.get_input_embeddings().weight
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    total = sum(p.numel() for p in model.parameters())
+    return Shape(total, linear - table.numel(), config.num_hidden_layers, config.hidden_size, inner, table.shape[0], table.element_size())
+
+
+def train_phase(shape: Shape, machine: Machine, stage: Stage, *, tokens: float, supervised: float) -> Phase:
+    """Forward and backward over `tokens` computed tokens (shared ones once), `supervised` of which go through the head."""
+    full = isinstance(stage.method, FullMethod)
+    passes = (3 if full else 2) + (1 if stage.gradient_checkpointing else 0)
+    flops = 2.0 * shape.linear * tokens * passes + 2.0 * shape.vocabulary * shape.hidden * supervised * (4 if full else 2)
+    moved = _elementwise(shape, tokens) + supervised * shape.vocabulary * 4 * 6
+    if full:
+        moved += stage.max_steps * shape.parameters * 40.0
+    return _phase(f"train {stage.name}", machine, flops, moved)
+
+
+def forward_phase(name: str, shape: Shape, machine: Machine, *, tokens: float, heads: float) -> Phase:
+    """A forward pass over `tokens`, `heads` of which go through the head: validation, perplexity, prompts."""
+    flops = 2.0 * shape.linear * tokens + 2.0 * shape.vocabulary * shape.hidden * heads
+    return _phase(name, machine, flops, FORWARD_SHARE * _elementwise(shape, tokens) + heads * shape.vocabulary * 4 * 3)
+
+
+def decode_phase(name: str, shape: Shape, machine: Machine, *, items: int, new_tokens: float, batch: int) -> Phase:
+    """Greedy decoding of `new_tokens` for each of `items` prompts, `batch` at once: every step reads all weights."""
+    steps = new_tokens * max(1.0, items / batch)
+    flops = 2.0 * (shape.linear + shape.vocabulary * shape.hidden) * items * new_tokens
+    moved = steps * shape.parameters * shape.itemsize + items * new_tokens * shape.vocabulary * 4 * 3
+    phase = _phase(name, machine, flops, moved)
+    overhead = steps * shape.layers * STEP_OVERHEAD
+    return Phase(name, phase.seconds + overhead, flops, moved, phase.bound_by)
+
+
+def _elementwise(shape: Shape, tokens: float) -> float:
+    return tokens * shape.layers * (PASSES_HIDDEN * shape.hidden + PASSES_INNER * shape.inner) * shape.itemsize
+
+
+def _phase(name: str, machine: Machine, flops: float, moved: float) -> Phase:
+    compute, memory = flops / machine.flops_per_second, moved / machine.bytes_per_second
+    return Phase(name, compute + memory, flops, moved, "compute" if compute >= memory else "memory bandwidth")
+
+
+def train_memory(shape: Shape, stage: Stage, *, resident: int, batch_tokens: int, trainable: int) -> int:
+    """Peak bytes of a stage: what is resident after loading, the trained state, and the largest batch's activations."""
+    state = trainable * (18 if isinstance(stage.method, FullMethod) and shape.itemsize == 2 else 16)
+    layers = 2 if stage.gradient_checkpointing else shape.layers
+    saved = batch_tokens * layers * (SAVED_HIDDEN * shape.hidden + SAVED_INNER * shape.inner) * shape.itemsize
+    kept = batch_tokens * shape.layers * shape.hidden * shape.itemsize if stage.gradient_checkpointing else 0
+    wide = 0 if isinstance(stage.method, FullMethod) else shape.linear // shape.layers * shape.itemsize
+    return int(resident + LIBRARIES + state + saved + kept + wide + HEAD_BYTES)
+
+
+def available_memory() -> int:
+    """Bytes this process may still take, the resident ones not counted; of the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 1 << 62
+    for limit, used in (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),):
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return free
+
+
+def phase_json(phase: Phase) -> dict[str, Any]:
+    """A phase for plan.json."""
+    return asdict(phase)

