@@ -23,7 +23,7 @@ class TunesmithError(Exception):
         place = f"{self.where}: " if self.where else ""
         return f"{place}{self.what}" + (f"\n  mend: {self.mend}" if self.mend else "")
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return _rebuild, (type(self), self.what, self.where, self.mend)
 
 

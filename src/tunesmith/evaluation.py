@@ -20,7 +20,7 @@ from .generate import GREEDY, Constraint, Generation, Generator, LocalGenerator,
 from .models.load import LoadedModel, load_model
 from .models.methods import CARD, load_adapter
 from .recipe import ModelSection
-from .run import write_json, write_text
+from .rundir import write_json, write_text
 
 if TYPE_CHECKING:
     from .pipeline import Session

@@ -25,7 +25,7 @@ from .planning import make_plan
 from .recipe import Recipe, Stage, dump_recipe, load_recipe
 from .report import write_report
 from .report.card import write_card
-from .run import RunDirectory, manifest, write_json, write_text
+from .rundir import RunDirectory, manifest, write_json, write_text
 from .train.memory import peak_memory_bytes
 from .train.signals import StopRequest
 from .train.stage import add_new_tokens, check_targets, derive_stage, is_finished, locate_start, run_stage

@@ -112,8 +112,8 @@ def test_near_duplicates_are_reported_as_groups_and_not_dropped():
 def test_an_instruction_repeated_in_every_prompt_makes_no_rows_alike():
     frame = "Read the customer's message below with care and answer with the one label out of the list that fits it best: "
     rows = numbered([frame + text for text in sentences(200, 2)])
-    assert near_duplicates(rows, 0.7) == []
-    assert find_test_overlap(rows[:100], rows[100:], 0.7) == {}
+    assert near_duplicates(rows, 0.5) == []
+    assert find_test_overlap(rows[:100], rows[100:], 0.5) == {}
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.9])
@@ -234,6 +234,9 @@ def test_a_short_last_turn_is_compared_with_what_was_said_before_it():
 def test_a_system_message_that_all_rows_share_makes_no_overlap():
     train, test = numbered(sentences(20, 8), system="You are helpful."), numbered(sentences(20, 9), "test.jsonl", system="You are helpful.")
     assert find_test_overlap(train, test, 0.9) == {}
+    assert find_test_overlap([row("Hi there", system="You are helpful.")], [row("hi there!", system="You are terse.")], 0.9) == {
+        0: (0, 1.0)
+    }
 
 
 def test_a_training_set_that_is_the_test_set_leaves_nothing_to_train_on():

@@ -257,6 +257,13 @@ def test_a_tokenizer_that_adds_bos_does_not_double_the_template_s(smollm2_tokeni
         assert int((ids == own.bos_token_id).sum()) == 1
 
 
+def test_a_tokenizer_that_trims_its_offsets_loses_no_space(smollm2_tokenizer, smollm2_template):
+    own = copy.deepcopy(smollm2_tokenizer)
+    own.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    row = conversation(user("q  "), assistant("  one \n\n"), user(" q"), assistant("two  "))
+    assert supervised(render(row, smollm2_template, own), own) == ["  one \n\n<|im_end|>", "two  <|im_end|>"]
+
+
 def test_the_end_of_turn_carries_loss_though_it_is_the_padding_token_too(smollm2_tokenizer, smollm2_template):
     assert smollm2_tokenizer.pad_token_id == smollm2_tokenizer.eos_token_id
     rendered = render(TURNS, smollm2_template, smollm2_tokenizer)

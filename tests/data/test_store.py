@@ -16,7 +16,7 @@ from tunesmith.data.render import Rendered, render_records
 from tunesmith.data.store import TokenStore, store_key
 from tunesmith.data.template import ChatTemplate, load_template
 from tunesmith.errors import CheckpointError, StorageFailed
-from tunesmith.run import storage
+from tunesmith.rundir import storage
 
 KEY = {"source": "a", "settings": {"max_length": None}}
 

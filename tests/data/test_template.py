@@ -34,7 +34,7 @@ CALL = {"type": "function", "id": "call00001", "function": {"name": "get_weather
 CONVERSATIONS = {
     "turns": ([{"role": "user", "content": "  q <1> é "}, {"role": "assistant", "content": "a\n"}, {"role": "user", "content": "q"}], None),
     "system": ([{"role": "system", "content": "Be brief."}, *HELLO, {"role": "assistant", "content": "hi"}], None),
-    "reasoning": ([*HELLO, {"role": "assistant", "content": "hi", "reasoning_content": "greet", "name": None}], None),
+    "reasoning": ([*HELLO, {"role": "assistant", "content": "hi", "reasoning_content": "greet", "tool_calls": None}], None),
     "parts": (
         [{"role": role, "content": [{"type": "text", "text": "a <part>"}]} for role in ("user", "assistant", "user", "assistant")],
         None,

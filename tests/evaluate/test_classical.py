@@ -39,12 +39,16 @@ def test_what_it_cannot_write_is_not_measured_and_the_answer_is_not_whole(desk):
     assert set(json.loads(answer_text(found.labels[0], task))) == {"intent", "urgency"}
 
 
-def test_c_is_chosen_on_validation_and_the_table_is_kept_with_its_n(desk):
-    found, _ = desk
-    assert found.C in [one["C"] for one in found.trials]
+def test_c_is_the_best_on_validation_and_the_table_is_kept_with_its_n(desk, monkeypatch):
+    found, task = desk
     assert {one["n"] for one in found.trials} == {12}
-    best = max(one["exact_match"] for one in found.trials)
-    assert next(one["C"] for one in found.trials if one["exact_match"] == best) == found.C
+    assert found.C == 1.0  # all are equally good here: the smallest
+    monkeypatch.setattr("tunesmith.evaluate.classical.REGULARISATION", (1e-6, 10.0, 1e-5))
+    lopsided = [one for one in desk_rows(60) if "stop my order" not in one.messages[1].content or one.source.line < 10]
+    found = classical_answers(lopsided, freeze_task("validation", desk_rows(12, start=100), schema=SCHEMA), task)
+    values = [one["exact_match"] for one in found.trials]
+    assert found.C == 10.0
+    assert values[1] > max(values[0], values[2])
 
 
 def test_the_choice_of_c_never_looks_at_the_test_items():

@@ -80,7 +80,8 @@ def test_the_verdict_is_pass_and_says_by_how_much_on_how_many_items(finished):
     assert result.evaluation["verdict"] == "PASS"
     first, second = result.evaluation["gates"]
     assert first["result"] == second["result"] == "PASS"
-    assert "n = 40" in first["reason"] and "n = 30" in second["reason"]
+    assert "n = 40" in first["reason"]
+    assert "n = 30" in second["reason"]
     assert result.evaluation["recommendation"]["candidate"] == "tuned"
 
 
@@ -117,7 +118,8 @@ def test_every_candidate_answers_the_same_items_in_the_same_order(finished):
     assert ids["task.zero_shot"] == ids["task.few_shot"] == ids["task.classical"] == ids["task.tuned"]
     sample = result.samples["task.tuned"][5]
     assert set(sample) == {"item_id", "prompt", "reference", "output", "finish_reason", "scores"}
-    assert sample["scores"]["exact_match"] == 1.0 and sample["output"] == sample["reference"]
+    assert sample["scores"]["exact_match"] == 1.0
+    assert sample["output"] == sample["reference"]
     assert [message["role"] for message in sample["prompt"]] == ["system", "user"]
 
 
@@ -137,7 +139,8 @@ def test_few_shot_is_chosen_on_validation_before_any_test_item_is_asked_and_ties
     ]
     assert (result.evaluation["few_shot"]["selected"]["k"], result.evaluation["few_shot"]["selected"]["set"]) == (2, 0)
     few_shot_prompt = asked[-1][0]
-    assert few_shot_prompt.count("user:") == 3 and few_shot_prompt.count("system:") == 1
+    assert few_shot_prompt.count("user:") == 3
+    assert few_shot_prompt.count("system:") == 1
 
 
 def test_few_shot_examples_come_from_the_training_rows_only(finished):
@@ -181,7 +184,8 @@ def test_a_resumed_evaluation_asks_nothing_twice_and_ends_byte_equal():
         assert json.dumps([found.evaluation, found.samples]) == json.dumps([expected.evaluation, expected.samples])
     complete = Setup()
     complete.run(done=kept)
-    assert complete.order == [] and complete.base.calls == complete.tuned.calls == []
+    assert complete.order == []
+    assert complete.base.calls == complete.tuned.calls == []
 
 
 def test_a_kept_unit_of_another_model_template_or_setting_is_computed_again():
@@ -225,7 +229,8 @@ def test_without_a_test_set_nothing_is_claimed_and_nothing_is_asked():
     result = setup.run()
     assert result.evaluation["verdict"] == "NOT MEASURED"
     assert {gate["result"] for gate in result.evaluation["gates"]} == {"NOT MEASURED"}
-    assert setup.order == [] and result.evaluation["recommendation"]["candidate"] is None
+    assert setup.order == []
+    assert result.evaluation["recommendation"]["candidate"] is None
 
 
 def test_an_empty_test_set_reads_not_measured_for_each_candidate():

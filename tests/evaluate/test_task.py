@@ -66,7 +66,8 @@ def test_rows_that_cannot_be_asked_are_listed_with_their_reason_and_counted():
         "nothing comes before the answer",
         "the last turn is not the assistant's",
     ]
-    assert task_summary(task)["n"] == 1 and sum(task_summary(task)["skipped"].values()) == 4
+    assert task_summary(task)["n"] == 1
+    assert sum(task_summary(task)["skipped"].values()) == 4
 
 
 def test_a_reference_that_breaks_the_schema_is_refused_by_its_row_id():

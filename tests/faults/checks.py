@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.faults.harness import Child, CountingStorage, KillingStorage, PowerCutStorage, copy_of, in_child, installed, tree
 
 from tunesmith.errors import CheckpointError, OutputInUse
-from tunesmith.run import RunDirectory, read_events, storage, verify_folder
+from tunesmith.rundir import RunDirectory, read_events, storage, verify_folder
 
 STAGE = "sft"
 STEPS = 3

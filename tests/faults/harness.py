@@ -1,6 +1,6 @@
 """Faults for the one object that writes: errors at the n-th call, a kill at the n-th call, a power cut before every call.
 
-Takes nothing but `tunesmith.run.storage`, whose calls it replaces while `installed(double)` is entered, and forks children from this
+Takes nothing but `tunesmith.rundir.storage`, whose calls it replaces while `installed(double)` is entered, and forks children from this
 (warm) process; gives what the child returned or how it died, and the folders that a power cut would have left.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunesmith.errors import TunesmithError
-from tunesmith.run import Storage, storage
+from tunesmith.rundir import Storage, storage
 
 OPERATIONS = ("open", "write", "fsync", "truncate", "rename", "mkdir", "unlink", "rmtree")
 
@@ -60,7 +60,7 @@ for _operation in OPERATIONS:
 
 @contextlib.contextmanager
 def installed(double: Storage) -> Iterator[Any]:
-    """Let every call to `tunesmith.run.storage` go to the double, whoever holds the object."""
+    """Let every call to `tunesmith.rundir.storage` go to the double, whoever holds the object."""
     for operation in OPERATIONS:
         setattr(storage, operation, getattr(double, operation))
     try:

@@ -35,7 +35,7 @@ from tests.faults.checks import (
 from tests.faults.harness import CountingStorage, FailingStorage, copy_of, in_child, installed, tree
 
 from tunesmith.errors import CheckpointError, StorageFailed
-from tunesmith.run import RunDirectory, _directory, _storage, atomic_folder, storage, verify_folder, write_json
+from tunesmith.rundir import RunDirectory, _directory, _storage, atomic_folder, storage, verify_folder, write_json
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -123,6 +123,15 @@ def test_each_token_of_a_shared_prefix_is_computed_once_and_no_padding_is():
     assert sum(seen) == 20 + sum(len(prompt) - 20 for prompt in prompts)
 
 
+def test_a_prompt_that_is_the_beginning_of_another_keeps_a_token_outside_the_shared_prefix():
+    model, long = tiny_model("llama"), prompts_with_prefix(1, prefix=20)[0]
+    prompts = [long, long[:12], long, long[:12]]
+    assert engine.shared_prefix_length(prompts) == 11
+    assert tokens_of(generator(model).generate(prompts, max_new_tokens=6)) == [plain_greedy(model, p, 6, {0}) for p in prompts]
+    for scores, prompt in zip(generator(model).logprobs(prompts, [[5, 6]] * 4), prompts, strict=True):
+        np.testing.assert_allclose(scores, reference_logprobs(model, prompt, [5, 6]), atol=1e-5)
+
+
 def test_the_head_runs_on_the_last_position_only_and_on_answer_positions_when_scoring():
     model, prompts = tiny_model("llama"), prompts_with_prefix(8)
     ours = generator(model, batch_size=8)

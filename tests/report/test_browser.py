@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ PAYLOADS = [
     f"<script>{MARK}</script>",
     f"<img src=x onerror={MARK}>",
     f'"><svg onload={MARK}>',
-    f"</pre></details><iframe srcdoc='<script>parent.__ran=1</script>'></iframe>",
+    "</pre></details><iframe srcdoc='<script>parent.__ran=1</script>'></iframe>",
     f"' autofocus tabindex=1 onfocus={MARK} x='",
     f"</style><script>{MARK}</script>",
     f"</title><script>{MARK}</script>",
@@ -42,33 +43,27 @@ def browser():
 
 def poisoned(value, payload):
     """A JSON value whose every text and every key carries the payload; the words that the report's logic reads stay."""
-    kept = {
-        "task",
-        "general",
-        "tuned",
-        "few_shot",
-        "zero_shot",
-        "classical",
-        "exact_match",
-        "perplexity",
-        "PASS",
-        "phase",
-        "resumed",
-        "user",
-        "system",
-    }
     if isinstance(value, dict):
-        return {(key if key in LOGIC or key in kept else key + payload): poisoned(part, payload) for key, part in value.items()}
+        return {(key if key in LOGIC | KEPT else key + payload): poisoned(part, payload) for key, part in value.items()}
     if isinstance(value, list):
         return [poisoned(part, payload) for part in value]
-    return value + payload if isinstance(value, str) and value not in kept else value
+    return value + payload if isinstance(value, str) and value not in KEPT else value
 
 
+KEPT = set(
+    re.findall(
+        r"\w+", "task general tuned few_shot zero_shot classical exact_match perplexity PASS phase phase_part evaluate resumed user system"
+    )
+)
 LOGIC = set(
-    "tasks hash n skipped candidates metrics value low high not_measured seconds decoding mean_output_tokens comparisons metric candidate baseline difference "
-    "minimum_detectable task gates name result reason recommendation verdict few_shot selected table k set classical trials confidence findings check row_ids "
-    "related_ids evidence mend rows_in rows_trained rows_held_out rows_dropped tokens total supervised truncated shared predicted measured bound_by "
-    "peak_memory_bytes path line row event stage step loss learning_rate validation_loss item_id prompt role content reference output finish_reason scores".split()
+    re.findall(
+        r"\w+",
+        """tasks hash n skipped candidates metrics value low high not_measured decoding mean_output_tokens comparisons metric candidate
+        baseline difference minimum_detectable task gates name result reason recommendation verdict few_shot selected table k set
+        classical trials confidence findings check row_ids related_ids evidence mend rows_in rows_trained rows_held_out rows_dropped
+        tokens total supervised truncated predicted measured bound_by peak_memory_bytes path line row event stage step loss of
+        learning_rate eval_loss computed_tokens seconds item_id prompt role content reference output finish_reason scores""",
+    )
 )
 
 
@@ -107,8 +102,9 @@ def test_hostile_text_anywhere_in_a_run_does_nothing(browser, run_path, tmp_path
     tab.wait_for_timeout(50)
     assert tab.evaluate("window.__ran") is None
     assert asked == [target.as_uri()]
-    foreign = "script, iframe, img, a[href^=javascript], math, mglyph, object, embed, meta[http-equiv=refresh], [onload], [onerror], [onfocus], [autofocus]"
-    assert tab.evaluate(f"document.querySelectorAll({json.dumps(foreign)}).length") == 0
+    foreign = "script, iframe, img, a[href^=javascript], math, mglyph, object, embed, meta[http-equiv=refresh]"
+    handlers = "[onload], [onerror], [onfocus], [autofocus]"
+    assert tab.evaluate(f"document.querySelectorAll({json.dumps(f'{foreign}, {handlers}')}).length") == 0
     assert tab.evaluate("document.body.innerText").count(payload) > 10
     assert "49" not in payload or "{{ 7*7 }}" in page_text
     sections = "[...document.querySelectorAll('body, main > section, footer')].map(one => one.tagName + one.id).join()"

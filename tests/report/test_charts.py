@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
 from tunesmith.report.charts import Bar, Interval, Line, bar_chart, interval_chart, line_chart, nice_ticks, thin, tick_label
-import itertools
 
 
 def parsed(svg):

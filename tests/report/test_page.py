@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -10,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith import run as run_package
 from tunesmith.errors import MissingFile, StorageFailed
 from tunesmith.report import render_report, write_report
-import itertools
+from tunesmith.rundir import storage
 
 FILES = (
     "recipe.yaml",
@@ -77,7 +77,7 @@ def test_a_full_disk_is_a_named_error_and_leaves_the_old_report(run_path, monkey
     def refuse(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_package.storage, "write", refuse)
+    monkeypatch.setattr(storage, "write", refuse)
     with pytest.raises(StorageFailed):
         write_report(run_path)
     assert (run_path / "report.html").read_bytes() == old

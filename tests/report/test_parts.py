@@ -98,10 +98,28 @@ def test_a_loss_of_nan_is_counted_and_not_drawn(run_path):
     assert stage["not_finite"] == 1
 
 
-def test_both_names_of_the_validation_loss_are_read(run_path):
-    for key in ("validation_loss", "eval_loss"):
-        (run_path / "events.jsonl").write_text(json.dumps({"stage": "sft", "step": 5, key: 0.5}))
-        assert "validation loss 0.50 at step 5" in learning_view(read_run(run_path), LIMITS)["stages"][0]["caption"]
+def test_the_validation_loss_is_read_from_its_own_events(run_path):
+    lines = [{"stage": "sft", "step": 4, "loss": 1.0}, {"event": "evaluated", "stage": "sft", "step": 4, "eval_loss": 0.5}]
+    (run_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (stage,) = learning_view(read_run(run_path), LIMITS)["stages"]
+    assert stage["caption"].startswith("Training loss 1.00 at step 4, 1.00 at step 4; validation loss 0.50 at step 4, 0.50 at step 4;")
+
+
+def test_tokens_computed_once_are_counted_over_the_steps_that_were_logged(run_path):
+    steps = [{"stage": "sft", "step": step, "loss": 1.0, "tokens": 100, "computed_tokens": 30} for step in (5, 10, 10, 15)]
+    (run_path / "events.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    svg = costs_view(read_run(run_path), LIMITS)["tokens"]
+    assert "Training: tokens of 3 logged steps: 300;" in svg
+    assert "Training: computed, shared ones once: 90 (30%)" in svg
+
+
+def test_parts_of_a_phase_are_shown_once_under_it_and_cost_the_candidates_their_time(run_path):
+    with (run_path / "events.jsonl").open("a") as events:
+        events.write('{"event": "phase_part", "of": "evaluate", "name": "task.tuned", "seconds": 25.3}\n')
+    run = read_run(run_path)
+    assert costs_view(run, LIMITS)["phases"].count("task, tuned") == 2  # the label, and the chart's description
+    rows = candidates_view(run, LIMITS)["tasks"][0]["tables"][0]["rows"]
+    assert {row["label"]: row["seconds"] for row in rows}["Tuned"] == "25 s"
 
 
 def test_a_prediction_without_a_measurement_stays_not_measured(run_path):
@@ -113,8 +131,8 @@ def test_a_prediction_without_a_measurement_stays_not_measured(run_path):
 
 
 def test_shared_tokens_that_nobody_counted_are_not_measured(run_path):
-    (run_path / "data" / "ledger.json").write_text('{"tokens": {"total": 100, "supervised": 20}}')
-    assert "Shared: computed once for many rows: NOT MEASURED" in costs_view(read_run(run_path), LIMITS)["tokens"]
+    (run_path / "events.jsonl").write_text('{"stage": "sft", "step": 1, "loss": 1.0, "tokens": 100}\n')
+    assert "Training: computed, shared ones once: NOT MEASURED" in costs_view(read_run(run_path), LIMITS)["tokens"]
 
 
 def test_twelve_examples_hold_wins_losses_and_ties():
@@ -200,7 +218,7 @@ def test_the_command_quotes_a_name_that_a_shell_would_read(make_run, tmp_path):
 def test_the_manifest_is_shown_whole_but_for_the_recipe(run_path):
     groups = dict(repeat_view(read_run(run_path), LIMITS)["groups"])
     assert ("torch", "2.13.0") in groups["Versions"]
-    assert ("helpdesk/test.jsonl", "ab" * 32) in groups["Data"]
+    assert ("test.sha256", "ab" * 32) in groups["Data"]
     assert ("memory", "7.75 GiB") in groups["Hardware"]
     assert "Recipe" not in groups
 

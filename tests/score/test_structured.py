@@ -93,6 +93,12 @@ def test_value_fields_are_compared_as_json_so_that_one_is_one_point_zero_but_not
     assert score_structured('{"n": 1, "tags": ["a"]}', reference, fields).scores["field_accuracy.ok"] == 0.0
 
 
+def test_nan_and_infinity_are_no_json_even_where_the_schema_allows_any_number():
+    fields = OutputFields.from_schema({"type": "object", "properties": {"n": {"type": "number"}}})
+    assert parse_output('{"n": 1.5}', fields) == {"n": 1.5}
+    assert [parse_output(f'{{"n": {word}}}', fields) for word in ("NaN", "Infinity", "-Infinity")] == [None] * 3
+
+
 def test_a_schema_of_texts_only_demands_equal_texts_for_exact_match():
     fields = OutputFields.from_schema({"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]})
     assert score_structured('{"a": "x"}', '{"a": "y"}', fields).scores["exact_match"] == 0.0

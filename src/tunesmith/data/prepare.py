@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import DataRefused, TemplateError
 from ..recipe import DataSection
-from ..run import RunDirectory, write_json, write_text
+from ..rundir import RunDirectory, write_json, write_text
 from .check import Finding, check_data, length_finding, length_quantiles, trainable_share
 from .ledger import Ledger
 from .read import ReadResult, read_records

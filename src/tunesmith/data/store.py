@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError
-from ..run import atomic_folder, storage, verify_folder, write_bytes, write_json
+from ..rundir import atomic_folder, storage, verify_folder, write_bytes, write_json
 from .render import Rendered
 from .template import ChatTemplate
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import FeatureUnion
@@ -84,7 +85,7 @@ def _labels(answer: str, task: Task) -> dict[str, str] | None:
     return task.reference_labels(answer)
 
 
-def _fit_predict(known, labels: list[str], asked, C: float) -> np.ndarray:
+def _fit_predict(known: csr_matrix, labels: list[str], asked: csr_matrix, C: float) -> np.ndarray:
     """Labels[N] for the rows asked; a field with one label in training always gets that one."""
     if len(set(labels)) == 1:
         return np.array([labels[0]] * asked.shape[0])

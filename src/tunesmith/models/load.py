@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ..errors import ModelError
 from ..recipe import ModelSection
-from ..run import atomic_folder
+from ..rundir import atomic_folder
 
 
 @dataclass(frozen=True)

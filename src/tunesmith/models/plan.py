@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from ..recipe import FullMethod, Stage
-from ..run import write_json
+from ..rundir import write_json
 from .load import LoadedModel, cache_folder
 
 PASSES_HIDDEN, PASSES_INNER = 150, 60  # times a token's hidden (inner) vector is read or written outside matrix products, one layer, one training step
@@ -73,14 +74,16 @@ def measure_machine(dtype: torch.dtype) -> Machine:
     return Machine(**known[name])
 
 
-def _rate(work: float, run: Any) -> float:
+def _rate(work: float, run: Callable[[], Any]) -> float:
+    """Work a second with all threads to itself: by processor time, so that other programs on the machine do not count."""
     run()
     best = 0.0
     for _ in range(5):
-        began = time.perf_counter()
-        run()
-        best = max(best, work / (time.perf_counter() - began))
-    return best
+        began = time.process_time()
+        for _ in range(4):
+            run()
+        best = max(best, 4 * work / max(time.process_time() - began, 1e-9))
+    return best * torch.get_num_threads()
 
 
 def _matmul_rate(dtype: torch.dtype) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from . import _words as words
-from ._learning import phase_seconds
+from ._learning import part_seconds
 from ._read import RunFiles
 from ._verdict import difference_words, few_shot_part, main_metric, measured
 from ._words import Limits, mapping, number, rows, text
@@ -24,7 +24,7 @@ def candidates_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
     """One entry per task, the comparisons, and the trials by which a candidate's settings were chosen on validation rows."""
     evaluation = mapping(run.evaluation)
     tasks = mapping(evaluation.get("tasks"))
-    notes = evaluation.get("notes") if isinstance(evaluation.get("notes"), list) else []
+    notes = evaluation.get("notes")
     compared = rows(evaluation.get("comparisons"))
     parts = {
         "How the few-shot examples were chosen": few_shot_part(run),
@@ -35,7 +35,7 @@ def candidates_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
         "comparisons": [part for part in _comparisons(run, compared[: limits.entries]) if part],
         "comparisons_left_out": max(0, len(compared) - limits.entries),
         "choices": [_choice(title, part, limits) for title, part in parts.items() if part],
-        "notes": [text(note, limits.text) for note in notes[:10]],
+        "notes": [text(note, limits.text) for note in (notes if isinstance(notes, list) else [])[:10]],
     }
 
 
@@ -93,7 +93,7 @@ def _metric_head(metric: str) -> dict[str, Any]:
 
 def _row(run: RunFiles, task: str, candidate: str, entry: dict[str, Any], metrics: list[str]) -> dict[str, Any]:
     seconds, tokens = number(entry.get("seconds")), number(entry.get("mean_output_tokens"))
-    seconds = phase_seconds(run, f"{task}.{candidate}") if seconds is None else seconds
+    seconds = part_seconds(run, f"{task}.{candidate}") if seconds is None else seconds
     return {
         "label": words.candidate_label(candidate),
         "words": words.CANDIDATES.get(candidate, ("", ""))[1],

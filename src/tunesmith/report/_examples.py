@@ -35,16 +35,16 @@ def examples_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
     ours = _by_item(run.samples("task", tuned))
     theirs = _by_item(run.samples("task", base)) if base else {}
     shared = [item for item in ours if item in theirs]
-    outcomes = {item: _outcome(ours[item], theirs[item], metric) for item in shared}
-    chosen = choose({item: outcome for item, outcome in outcomes.items() if outcome is not None})
+    found = {item: _outcome(ours[item], theirs[item], metric) for item in shared}
+    outcomes = {item: outcome for item, outcome in found.items() if outcome is not None}
     return {
         "tuned": words.candidate_label(tuned),
         "base": words.candidate_label(base) if base else None,
         "metric": words.metric_of(metric).label,
         "counts": [(_OUTCOMES[kind][0], sum(outcome == kind for outcome in outcomes.values())) for kind, _ in _QUOTA],
-        "unscored": sum(outcome is None for outcome in outcomes.values()),
+        "unscored": len(found) - len(outcomes),
         "n": len(shared),
-        "examples": [_example(outcomes[item], ours[item], theirs[item], metric, limits) for item in chosen],
+        "examples": [_example(outcomes[item], ours[item], theirs[item], metric, limits) for item in choose(outcomes)],
     }
 
 

@@ -6,15 +6,16 @@ count once: the last line of a step is the one that the weights went through.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from . import _words as words
 from ._read import RunFiles
-from ._words import Limits, mapping, number, rows, text
+from ._words import Limits, capital, mapping, number, rows, text
 from .charts import Bar, Line, bar_chart, line_chart
 
 _MOST_STAGES = 6
-_VALIDATION_KEYS = ("validation_loss", "eval_loss")
+EN_DASH = "\N{EN DASH}"
 
 
 def learning_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
@@ -28,10 +29,10 @@ def learning_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
 
 
 def _stage(name: str, events: list[dict[str, Any]]) -> dict[str, Any] | None:
-    train, validation, rate = (_series(events, keys) for keys in (("loss",), _VALIDATION_KEYS, ("learning_rate",)))
+    train, validation, rate = (_series(events, key) for key in ("loss", "eval_loss", "learning_rate"))
     if not (train or validation or rate):
         return None
-    marks = [(number(event["step"]), "resumed") for event in events if event.get("event") == "resumed"]
+    marks = [(float(event["step"]), "resumed") for event in events if event.get("event") == "resumed"]
     lines = [Line("training loss", train), Line("validation loss", validation, "validation")]
     loss = line_chart(lines, name=f"Loss of stage {name}", x_label="step", y_label="loss, nats per token", marks=marks[:5])
     schedule = line_chart(
@@ -52,14 +53,9 @@ def _stage(name: str, events: list[dict[str, Any]]) -> dict[str, Any] | None:
     }
 
 
-def _series(events: list[dict[str, Any]], keys: tuple[str, ...]) -> list[tuple[float, float | None]]:
-    """The values under any of `keys` by step; a value that is there but not finite is kept as None."""
-    found: dict[float, float | None] = {}
-    for event in events:
-        for key in keys:
-            if key in event and (event[key] is not None or "event" not in event):
-                found[float(event["step"])] = number(event[key])
-    return sorted(found.items())
+def _series(events: list[dict[str, Any]], key: str) -> list[tuple[float, float | None]]:
+    """The values of `key` by step; a value that is there but not finite is kept as None."""
+    return sorted({float(event["step"]): number(event[key]) for event in events if key in event}.items())
 
 
 def _loss_words(train: list[tuple[float, float | None]], validation: list[tuple[float, float | None]]) -> str:
@@ -69,9 +65,8 @@ def _loss_words(train: list[tuple[float, float | None]], validation: list[tuple[
         if not known:
             said.append(f"{label}: {words.NOT_MEASURED}")
         else:
-            said.append(
-                f"{label} {words.plain(known[0][1])} at step {words.count(known[0][0])}, {words.plain(known[-1][1])} at step {words.count(known[-1][0])}"
-            )
+            first, last = (f"{words.plain(value)} at step {words.count(step)}" for step, value in (known[0], known[-1]))
+            said.append(f"{label} {first}, {last}")
     best = min(((value, step) for step, value in validation if value is not None), default=None)
     low = f"; lowest validation loss {words.plain(best[0])} at step {words.count(best[1])}" if best else ""
     return "; ".join(said) + low + "."
@@ -81,13 +76,13 @@ def costs_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
     """Bars for tokens and for seconds a phase, and predicted against measured."""
     predicted, measured = mapping(mapping(run.plan).get("predicted")), mapping(mapping(run.plan).get("measured"))
     return {
-        "tokens": _tokens(run, measured),
+        "tokens": _tokens(run),
         "phases": _phases(run, limits),
         "phases_sum": _phases_sum(run),
         "plan": [
             _planned("Peak memory", predicted, measured, "peak_memory_bytes", words.size),
             _planned("Time", predicted, measured, "seconds", words.duration),
-            _planned("Tokens", predicted, measured, "tokens", lambda value: words.count(value)),
+            _planned("Tokens", predicted, measured, "tokens", words.count),
         ],
         "has_plan": run.plan is not None,
         "bound": [
@@ -98,17 +93,32 @@ def costs_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
     }
 
 
-def _tokens(run: RunFiles, measured: dict[str, Any]) -> Any:
+def _tokens(run: RunFiles) -> Any:
+    """Tokens of the rows, and what training made of them: a token that many rows share is computed once."""
     account = mapping(mapping(run.ledger).get("tokens"))
     total, supervised = number(account.get("total")), number(account.get("supervised"))
-    shared = next(
-        (number(part.get(key)) for part in (account, measured) for key in ("shared", "tokens_shared", "shared_tokens") if key in part), None
-    )
-    bars = [Bar("All tokens of the training rows", total, words.count(total))]
-    for label, value in (("Supervised: carry loss", supervised), ("Shared: computed once for many rows", shared)):
-        part = f" ({100 * value / total:.0f}%)" if value is not None and total else ""
-        bars.append(Bar(label, value, words.count(value) + part, accent=label.startswith("Supervised")))
+    steps = {(str(event.get("stage")), event["step"]): event for event in run.events or [] if "loss" in event and number(event.get("step"))}
+    read, computed = (_sum(steps.values(), key) for key in ("tokens", "computed_tokens"))
+    all_steps = sum(max(step for stage, step in steps if stage == name) for name in {stage for stage, _ in steps})
+    of = "all steps" if len(steps) == all_steps else f"{words.count(len(steps))} logged steps"
+    bars = [
+        Bar("Rows: all tokens", total, words.count(total)),
+        Bar("Rows: supervised, they carry loss", supervised, words.count(supervised) + _share(supervised, total), accent=True),
+        Bar(f"Training: tokens of {of}", read, words.count(read)),
+        Bar("Training: computed, shared ones once", computed, words.count(computed) + _share(computed, read)),
+    ]
     return bar_chart(bars, name="Tokens")
+
+
+def _sum(events: Iterable[dict[str, Any]], key: str) -> float | None:
+    """The sum of `key` over the events; None unless every one has it."""
+    values = [number(event.get(key)) for event in events]
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
+
+
+def _share(part: float | None, whole: float | None) -> str:
+    return f" ({100 * part / whole:.0f}%)" if part is not None and whole else ""
 
 
 def _by_phase(run: RunFiles) -> dict[str, float]:
@@ -128,27 +138,36 @@ def _phases_sum(run: RunFiles) -> str | None:
 
 
 def _phases(run: RunFiles, limits: Limits) -> Any:
+    """A bar for each phase, and under it one for each of its parts."""
     phases = _by_phase(run)
     total = sum(phases.values()) or 1.0
     shown, rest = list(phases.items())[:20], list(phases.values())[20:]
+    bars = []
+    for name, seconds in shown:
+        bars.append(Bar(capital(text(name, limits.names)), seconds, f"{words.duration(seconds)}, {100 * seconds / total:.0f}%"))
+        bars += [Bar(f"{EN_DASH} {_part_words(part, limits)}", took, words.duration(took)) for part, took in _parts(run, name).items()][:20]
     if rest:
-        shown.append((f"{len(rest)} more phases", sum(rest)))
-    bars = [
-        Bar(text(words.humane(name), limits.names), seconds, f"{words.duration(seconds)}, {100 * seconds / total:.0f}%")
-        for name, seconds in shown
-    ]
+        bars.append(Bar(f"{len(rest)} more phases", sum(rest), words.duration(sum(rest))))
     return bar_chart(bars, name="Seconds a phase")
 
 
-def phase_seconds(run: RunFiles, ending: str) -> float | None:
-    """The seconds of the phases whose name ends with the word `ending`, e.g. `evaluate task.tuned`; None where there is none."""
-    found = [
-        number(event.get("seconds"))
-        for event in run.events or []
-        if event.get("event") == "phase" and str(event.get("name")).split()[-1:] == [ending]
-    ]
-    known = [seconds for seconds in found if seconds is not None]
-    return sum(known) if known else None
+def _parts(run: RunFiles, phase: str | None) -> dict[str, float]:
+    """Seconds by part of a phase (None: of any); of a part that a resumed run says again, the last word."""
+    found = [event for event in run.events or [] if event.get("event") == "phase_part" and (phase is None or event.get("of") == phase)]
+    seconds = {str(event.get("name")): number(event.get("seconds")) for event in found}
+    return {name: value for name, value in seconds.items() if value is not None and value >= 0}
+
+
+def _part_words(name: str, limits: Limits) -> str:
+    """`task.few_shot` as `task, few-shot`."""
+    task, _, candidate = name.partition(".")
+    known = {"few_shot": "few-shot"}.get(task, task)
+    return text(f"{known}, {words.candidate_label(candidate).lower()}" if candidate else known, limits.names)
+
+
+def part_seconds(run: RunFiles, name: str) -> float | None:
+    """The seconds of one part of a phase, such as `task.tuned` of the evaluation; None where nothing says it."""
+    return _parts(run, None).get(name)
 
 
 def _planned(label: str, predicted: dict[str, Any], measured: dict[str, Any], key: str, say: Any) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from ..errors import MissingFile
-from ..run import write_text
+from ..rundir import write_text
 from . import _words as words
 from ._account import findings_view, ledger_view, repeat_view
 from ._candidates import candidates_view

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ..models.load import ModelIdentity
-from ..run import MANIFEST, atomic_folder, write_text
+from ..rundir import MANIFEST, atomic_folder, write_text
 
 MAIN_METRICS = ("exact_match", "field_accuracy", "macro_f1", "rougeL", "json_validity", "perplexity")
 

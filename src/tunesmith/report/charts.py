@@ -1,8 +1,8 @@
 """Charts as pure functions: takes numbers and labels, gives an SVG string, without scripts, styles or references.
 
-Charts are 300 (intervals) or 360 units wide, so that their text is readable on a phone and not too large on a desk; colours come from the page's
-style sheet by class name. Labels are escaped here (`Markup.format`), so an SVG string may stand in a page as it is. A chart
-without a single finite value says NOT MEASURED.
+Charts are 300 (intervals) or 360 units wide, so that their text is readable on a phone and not too large on a desk; colours
+come from the page's style sheet by class name. Labels are escaped here (`Markup.format`), so an SVG string may stand in a page
+as it is. A chart without a single finite value says NOT MEASURED.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from markupsafe import Markup
 
@@ -224,7 +225,7 @@ def bar_chart(bars: Sequence[Bar], *, name: str) -> Markup:
     return _svg(top + row_height * len(bars), f"{name}. {said}", parts)
 
 
-def _finite(value: float | None) -> bool:
+def _finite(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 

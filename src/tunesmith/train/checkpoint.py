@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..errors import CheckpointError, NonFinite
-from ..run import RunDirectory
+from ..rundir import RunDirectory
 from .optimiser import FlatAdamW
 
 STATE, TENSORS = "state.json", "state.safetensors"

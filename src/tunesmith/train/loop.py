@@ -17,7 +17,7 @@ from ..errors import Interrupted, InvariantViolated, NonFinite
 from ..models.policy import Policy
 from ..objectives import Objective
 from ..recipe import Stage
-from ..run import RunDirectory
+from ..rundir import RunDirectory
 from .checkpoint import Progress, load_checkpoint, load_weights, save_checkpoint
 from .memory import peak_memory_bytes
 from .optimiser import FlatAdamW, learning_rate

@@ -22,7 +22,7 @@ from ..models.methods import CARD, attach, load_adapter, save_result, target_mod
 from ..models.policy import Policy
 from ..objectives import OBJECTIVES
 from ..recipe import FullMethod, LoraMethod, Stage
-from ..run import RunDirectory, atomic_folder
+from ..rundir import RunDirectory, atomic_folder
 from .invariants import every_row_carries_loss, fast_paths_agree, fresh_adapter_changes_nothing, no_leak, something_trains
 from .loop import Job, train
 from .memory import keep_freed_memory

@@ -13,10 +13,11 @@ can count its calls, make them fail, kill the process at any of them and replay 
     ('step-1', [], 2.5)
 """
 
-from ._directory import RefusedCheckpoint, RunDirectory, read_events
+from ._directory import RefusedCheckpoint, RunDirectory, read_events, refuse_in_use
 from ._manifest import manifest
 from ._redact import redact
 from ._storage import (
+    MANIFEST,
     Storage,
     atomic_folder,
     make_folder,
@@ -31,6 +32,7 @@ from ._storage import (
 )
 
 __all__ = [
+    "MANIFEST",
     "RefusedCheckpoint",
     "RunDirectory",
     "Storage",
@@ -39,6 +41,7 @@ __all__ = [
     "manifest",
     "read_events",
     "redact",
+    "refuse_in_use",
     "remove_folder",
     "storage",
     "storage_failures",

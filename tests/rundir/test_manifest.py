@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.run import _manifest, manifest, redact, write_json
+from tunesmith.rundir import _manifest, manifest, redact, write_json
 
 LETTERS = "aB3dE5gH7jK9mN1pQ2sT4vW6yZ8bC0dF2hJ4lM6"
 
@@ -233,7 +233,7 @@ def test_a_git_that_hangs_is_given_up(tmp_path, monkeypatch):
 
 def test_importing_and_using_the_package_imports_neither_torch_nor_transformers():
     code = (
-        "import sys, tunesmith.run as r; r.manifest({}, {}, {}, {}); sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+        "import sys, tunesmith.rundir as r; r.manifest({}, {}, {}, {}); sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     source = str(Path(_manifest.__file__).parents[2])
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": source}, check=False).returncode == 0

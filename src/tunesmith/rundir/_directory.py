@@ -70,17 +70,12 @@ class RunDirectory:
         has, and StorageFailed.
         """
         path = Path(path).absolute()
-        _refuse_foreign(path)
+        refuse_in_use(path, resume=resume)
         make_folder(path)
         lock = _take_lock(path)
         try:
+            refuse_in_use(path, resume=resume)  # another process may have begun a run between the two
             content = _content(path) - {LOCK}
-            if content and not resume:
-                raise OutputInUse(
-                    "the folder holds a run already",
-                    where=str(path),
-                    mend="add --resume to go on with it, or give another folder with --out",
-                )
             sweep(path)
             run = cls(path, lock, resumed=bool(content))
             run._drop_torn_line()
@@ -292,6 +287,18 @@ def _step(name: str) -> int:
 def _content(path: Path) -> set[str]:
     with storage_failures(path):
         return {name for name in os.listdir(path) if not is_temporary(name)}
+
+
+def refuse_in_use(path: Path, *, resume: bool) -> None:
+    """Raises OutputInUse for a folder that holds a run (without resume) or anything else; touches nothing, so it can be asked early."""
+    path = Path(path).absolute()
+    _refuse_foreign(path)
+    if not resume and path.is_dir() and _content(path) - {LOCK}:
+        raise OutputInUse(
+            "the folder holds a run already",
+            where=str(path),
+            mend="add --resume to go on with it, or give another folder with --out",
+        )
 
 
 def _refuse_foreign(path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy
 import pytest
 
 from tunesmith.errors import CheckpointError, StorageFailed
-from tunesmith.run import (
+from tunesmith.rundir import (
     Storage,
     _storage,
     atomic_folder,

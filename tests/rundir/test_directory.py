@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.errors import CheckpointError, OutputInUse, RecipeError, StorageFailed
-from tunesmith.run import RunDirectory, read_events, write_text
+from tunesmith.rundir import RunDirectory, read_events, write_text
 
 
 def save(run: RunDirectory, *steps: int) -> None:
