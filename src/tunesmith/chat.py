@@ -40,7 +40,9 @@ class Chat:
         self.template = load_template(loaded.tokenizer, recipe.model)
         add_new_tokens(loaded, self.template)
         self.tokenizer = loaded.tokenizer
-        self.generator = LocalGenerator(open_result(folder, loaded), loaded.tokenizer, stop_ids=stop_tokens(self.template, loaded.tokenizer))
+        self.generator = LocalGenerator(
+            open_result(folder, loaded), loaded.tokenizer, stop_ids=stop_tokens(self.template, loaded.tokenizer)
+        )
         self.sampling = Sampling(temperature=temperature)
         self.max_new_tokens = max_new_tokens or recipe.evaluate.max_new_tokens or 256
         card = json.loads((folder / CARD).read_text())

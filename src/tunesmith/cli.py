@@ -48,7 +48,9 @@ def _plain(result: Any) -> Any:
 
 
 @app.command(epilog="Example: tunesmith run recipes/quickstart.yaml --gate")
-def run(recipe: RecipePath, set_: Sets = None, out: Out = None, resume: Resume = False, gate: GateFlag = False, as_json: AsJson = False) -> None:
+def run(
+    recipe: RecipePath, set_: Sets = None, out: Out = None, resume: Resume = False, gate: GateFlag = False, as_json: AsJson = False
+) -> None:
     """Do everything the recipe asks for: data, plan, training, evaluation, verdict, report."""
     _check_recipe(recipe, set_, out, resume)
     from .pipeline import run as work

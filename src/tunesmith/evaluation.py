@@ -12,10 +12,8 @@ from peft import PeftModel
 from torch import nn
 
 from .data.records import Conversation
-from .evaluate import EvaluationInputs, TemplateEncoder, check_gates, derive_max_new_tokens, distinct_answers, evaluate_candidates, freeze_task
-from .data.read import read_records
 from .data.render import stop_tokens
-from .errors import RecipeError
+from .evaluate import EvaluationInputs, TemplateEncoder, derive_max_new_tokens, evaluate_candidates
 from .generate import GREEDY, Constraint, Generation, Generator, LocalGenerator, Sampling, choice_constraint, json_schema_constraint
 from .models.load import LoadedModel, load_model
 from .models.methods import CARD, load_adapter
@@ -65,33 +63,23 @@ def open_result(folder: Path, loaded: LoadedModel) -> nn.Module:
 
 def evaluate_run(session: Session) -> dict[str, Any]:
     """Runs every candidate and writes evaluation.json and samples/. Returns evaluation.json's content."""
-    recipe, data = session.recipe, session.data
-    encoder = TemplateEncoder(session.template, session.loaded.tokenizer)
-    conversations = [r for r in (*data.records, *data.validation_records) if isinstance(r, Conversation)]
-    schema = json.loads(Path(recipe.task.output_schema).read_text()) if recipe.task.output_schema else None
-    labels = distinct_answers(conversations) if recipe.task.labels == "auto" else recipe.task.labels
-    freeze = {"schema": schema, "labels": labels, "metrics": recipe.task.metrics}
-    tests = [r for r in data.test_records if isinstance(r, Conversation)]
-    task = freeze_task("task", tests, **freeze) if tests else None
-    held = [r for r in data.validation_records if isinstance(r, Conversation)]
-    check_gates(recipe.evaluate.gates, task)
+    recipe, data, tasks = session.recipe, session.data, session.tasks
     model = tuned_model(session)
-    stops = stop_tokens(session.template, session.loaded.tokenizer)
-    constraint = _constraint(schema, labels, session.loaded, stops)
+    stops = stop_tokens(session.template, session.loaded.tokenizer) if session.template else []
     base, tuned = _generators(session, model, stops)
     inputs = EvaluationInputs(
-        task=task,
+        task=tasks.task,
         training=[r for r in data.records if isinstance(r, Conversation)],
-        encoder=encoder,
+        encoder=TemplateEncoder(session.template, session.loaded.tokenizer),
         base=base,
         tuned=tuned,
         base_id=session.loaded.identity.sha256,
         tuned_id=_result_hash(session.run.path / "model") if model is not None else "",
         max_new_tokens=recipe.evaluate.max_new_tokens or derive_max_new_tokens(int(np.count_nonzero(w)) for _, w in data.train),
         vocabulary_size=session.loaded.model.get_input_embeddings().weight.shape[0],
-        general=_general(session),
-        validation=freeze_task("validation", held, **freeze) if held else None,
-        constraint=constraint,
+        general=tasks.general,
+        validation=tasks.validation,
+        constraint=_constraint(tasks.schema, tasks.labels, session.loaded, stops),
         context_length=session.loaded.context,
         training_template_sha256=_trained_with(session.run.path / "model"),
         seed=recipe.seed,
@@ -110,24 +98,9 @@ def evaluate_run(session: Session) -> dict[str, Any]:
         session.tell({"event": "phase_part", "of": "evaluate", "name": name, "seconds": seconds})
     for name, lines in result.samples.items():
         write_text(session.run.file(f"samples/{name}.jsonl"), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    result.evaluation["notes"] += [*tasks.notes]
     write_json(session.run.file("evaluation.json"), result.evaluation)
     return result.evaluation
-
-
-def _general(session: Session) -> Any:
-    section = session.recipe.evaluate
-    if section.general is None:
-        return None
-    read = read_records(section.general, session.recipe.data.model_copy(update={"columns": {}, "format": "auto"}))
-    rows = [r for r in read.records if isinstance(r, Conversation)]
-    if not rows:
-        raise RecipeError("the general set holds no conversations", where=f"evaluate.general: {section.general}", mend="give rows with messages")
-    seen = {_question(r) for r in session.data.records if isinstance(r, Conversation)}
-    return freeze_task("general", [r for r in rows if _question(r) not in seen], metrics=())
-
-
-def _question(row: Conversation) -> str:
-    return "\n".join(m.content for m in row.messages if m.role == "user")
 
 
 def _constraint(schema: dict[str, Any] | None, labels: Sequence[str] | None, loaded: LoadedModel, stops: list[int]) -> Constraint | None:
@@ -136,7 +109,9 @@ def _constraint(schema: dict[str, Any] | None, labels: Sequence[str] | None, loa
     return choice_constraint(labels, loaded.tokenizer, stop_ids=stops) if labels else None
 
 
-def _generators(session: Session, model: nn.Module | None, stops: list[int]) -> tuple[Callable[[], Generator], Callable[[], Generator] | None]:
+def _generators(
+    session: Session, model: nn.Module | None, stops: list[int]
+) -> tuple[Callable[[], Generator], Callable[[], Generator] | None]:
     """Makers of the base's and of the tuned model's generator."""
     tokenizer, size = session.loaded.tokenizer, session.recipe.evaluate.batch_size
 
@@ -147,8 +122,8 @@ def _generators(session: Session, model: nn.Module | None, stops: list[int]) -> 
         return lambda: local(session.loaded.model), None
     if isinstance(model, PeftModel):
         return lambda: _WithoutAdapter(local(model), model), lambda: local(model)
-    base = session.loaded.model if model is not session.loaded.model else load_model(session.recipe.model).model
-    return lambda: local(base), lambda: local(model)
+    trained_in_place = model is session.loaded.model
+    return lambda: local(load_model(session.recipe.model).model if trained_in_place else session.loaded.model), lambda: local(model)
 
 
 def _card(folder: Path) -> dict[str, Any]:

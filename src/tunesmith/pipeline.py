@@ -1,6 +1,6 @@
 """What a verb does, in order: each part is called with its own section of the recipe, and what it gives goes into the run directory.
 
-    run = train (data, plan, stages) -> evaluate -> report
+run = train (data, plan, stages) -> evaluate -> report
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .recipe import Recipe, Stage, dump_recipe, load_recipe
 from .report import write_report
 from .report.card import write_card
 from .rundir import RunDirectory, manifest, write_json, write_text
+from .tasks import Tasks, make_tasks
 from .train.memory import peak_memory_bytes
 from .train.signals import StopRequest
 from .train.stage import add_new_tokens, check_targets, derive_stage, is_finished, locate_start, run_stage
@@ -58,6 +59,7 @@ class Session:
     template: ChatTemplate | None = None
     new_tokens: list[int] = field(default_factory=list)
     data: PreparedData | None = None
+    tasks: Tasks | None = None
     stages: list[Stage] = field(default_factory=list)
     model: nn.Module | None = None
 
@@ -131,7 +133,13 @@ def evaluate(
         return _finish(session, evaluation)
 
 
-def plan(recipe: str | Path | dict[str, Any] | Recipe, *, sets: Sequence[str] = (), out: str | Path | None = None, report: Report = lambda event: None) -> dict[str, Any]:
+def plan(
+    recipe: str | Path | dict[str, Any] | Recipe,
+    *,
+    sets: Sequence[str] = (),
+    out: str | Path | None = None,
+    report: Report = lambda event: None,
+) -> dict[str, Any]:
     """What would happen: the predicted memory and time, the ledger, and the first row with its mask; nothing is left on disk.
 
     Returns {"plan", "ledger", "findings", "notes", "recipe", "example"}, the last a rich Text.
@@ -179,7 +187,9 @@ def _prepare(session: Session) -> None:
     with session.phase("load"):
         session.loaded = load_model(recipe.model)
         documents_only = recipe.data.format == "text"
-        session.template = None if documents_only and not _has_template(session.loaded, recipe) else load_template(session.loaded.tokenizer, recipe.model)
+        session.template = (
+            None if documents_only and not _has_template(session.loaded, recipe) else load_template(session.loaded.tokenizer, recipe.model)
+        )
         session.new_tokens = add_new_tokens(session.loaded, session.template)
     with session.phase("data"):
         stage = recipe.stages[0]
@@ -193,16 +203,32 @@ def _prepare(session: Session) -> None:
             context=session.loaded.context,
             seed=recipe.seed,
         )
+    session.tasks = make_tasks(recipe, session.data)
     session.stages = [_derive(session, stage) for stage in recipe.stages]
-    data = recipe.data.model_copy(update={"max_length": session.data.max_length})
-    model = recipe.model.model_copy(update={"revision": session.loaded.identity.revision, "dtype": str(session.loaded.dtype).removeprefix("torch.")})
+    data = recipe.data.model_copy(update={"max_length": session.data.max_length, **_pinned(session.data)})
+    model = recipe.model.model_copy(
+        update={"revision": session.loaded.identity.revision, "dtype": str(session.loaded.dtype).removeprefix("torch.")}
+    )
     output = recipe.output.model_copy(update={"dir": str(session.run.path)})
     session.recipe = recipe.model_copy(update={"stages": session.stages, "data": data, "model": model, "output": output})
     write_text(session.run.file("recipe.yaml"), dump_recipe(session.recipe))
     hashes = {part: source["sha256"] for part, source in session.data.sources.items()}
-    about = {**manifest(session.recipe.model_dump(), session.loaded.identity.public(), hashes, {"seed": recipe.seed}), "data": session.data.sources}
+    about = {
+        **manifest(session.recipe.model_dump(), session.loaded.identity.public(), hashes, {"seed": recipe.seed}),
+        "data": session.data.sources,
+    }
     about["chat_template_sha256"] = session.template.sha256 if session.template else None
     write_json(session.run.file("manifest.json"), about)
+
+
+def _pinned(data: PreparedData) -> dict[str, str]:
+    """Hub data sets at the commit that was read, so that the saved recipe reads the same rows."""
+    pinned = {}
+    for part, source in data.sources.items():
+        if source["revision"]:
+            name, colon, split = source["source"].partition(":")
+            pinned[part] = f"{name.partition('@')[0]}@{source['revision']}{colon}{split}"
+    return pinned
 
 
 def _has_template(loaded: LoadedModel, recipe: Recipe) -> bool:

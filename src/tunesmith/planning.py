@@ -60,14 +60,19 @@ def make_plan(session: Session) -> dict[str, Any]:
         "bound_by": longest.bound_by,
         "phases": [phase_json(phase) for phase in phases],
         "machine": {"flops_per_second": machine.flops_per_second, "bytes_per_second": machine.bytes_per_second},
-        "notes": [] if has_fast_bf16() else ["this processor has no bfloat16 arithmetic: the base is held in float32 and takes about twice the time"],
+        "notes": []
+        if has_fast_bf16()
+        else ["this processor has no bfloat16 arithmetic: the base is held in float32 and takes about twice the time"],
     }
 
 
 def _sample(session: Session, stage: Stage) -> tuple[float, float, float, int]:
     """Per update: row tokens, computed tokens, supervised tokens (means over some updates), and the largest batch's computed tokens."""
     source = DatasetSource(
-        session.data.train, batch_size=stage.per_device_train_batch_size, accumulation=stage.gradient_accumulation_steps, seed=session.recipe.seed
+        session.data.train,
+        batch_size=stage.per_device_train_batch_size,
+        accumulation=stage.gradient_accumulation_steps,
+        seed=session.recipe.seed,
     )
     windows = [source.window(step) for step in range(min(SAMPLED_WINDOWS, stage.max_steps))]
     totals = np.array(

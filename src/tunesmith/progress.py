@@ -54,7 +54,14 @@ class Display:
                 self._say(f"{event['stage']} step {event['step']}/{event['total_steps']}  {numbers}")
             return
         if self._bar is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
+            )
             self._bar = Progress(*columns, console=self.console, transient=False)
             self._bar.start()
             self._task = self._bar.add_task(event["stage"], total=event["total_steps"], completed=event["step"] - 1, numbers=numbers)

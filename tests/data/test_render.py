@@ -196,6 +196,21 @@ GOLDEN = {
 ROWS = {"turns": TURNS, "reasoning": REASONING, "tools": TOOLS}
 
 
+def test_the_opening_of_a_tool_call_carries_loss_though_the_prompt_opens_a_turn_otherwise(smollm2_tokenizer):
+    text = STOCK["deepseekv3_training"]  # asks with <think>, and writes a call without it
+    tokenizer = with_tokens(smollm2_tokenizer, text)
+    assert supervised(render(TOOLS, template_of(text, tokenizer), tokenizer), tokenizer)[0] == (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"
+        '{"city": "Paris", "days": 2}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>'
+    )
+
+
+def test_a_template_that_asks_in_another_way_than_it_writes_is_refused_in_those_words(smollm2_tokenizer):
+    tokenizer = with_tokens(smollm2_tokenizer, STOCK["deepseekv3"])
+    with pytest.raises(TemplateError, match="asks for the last answer in another way than it writes it: the prompt ends .*think"):
+        render(TURNS, template_of(STOCK["deepseekv3"], tokenizer), tokenizer)
+
+
 def test_every_stock_template_has_its_golden_text():
     assert {name for name in STOCK if not name.endswith("_training")} == GOLDEN.keys()
 
@@ -260,8 +275,8 @@ def test_a_tokenizer_that_adds_bos_does_not_double_the_template_s(smollm2_tokeni
 def test_a_tokenizer_that_trims_its_offsets_loses_no_space(smollm2_tokenizer, smollm2_template):
     own = copy.deepcopy(smollm2_tokenizer)
     own.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    row = conversation(user("q  "), assistant("  one \n\n"), user(" q"), assistant("two  "))
-    assert supervised(render(row, smollm2_template, own), own) == ["  one \n\n<|im_end|>", "two  <|im_end|>"]
+    row = conversation(user("q  "), assistant("one \n\n"), user(" q"), assistant("two  "))
+    assert supervised(render(row, smollm2_template, own), own) == ["one \n\n<|im_end|>", "two  <|im_end|>"]
 
 
 def test_the_end_of_turn_carries_loss_though_it_is_the_padding_token_too(smollm2_tokenizer, smollm2_template):

@@ -21,7 +21,14 @@ def _rows(seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
         return rng.integers(1, VOCABULARY, n)
 
     system, first, second = draw(20), draw(17), draw(18)
-    bodies = [[system, first, draw(6)], [system, first, draw(9)], [system, second, draw(5)], [system, second, draw(1)], [system, draw(8)], [draw(12)]]
+    bodies = [
+        [system, first, draw(6)],
+        [system, first, draw(9)],
+        [system, second, draw(5)],
+        [system, second, draw(1)],
+        [system, draw(8)],
+        [draw(12)],
+    ]
     rows = [np.concatenate(parts) for parts in bodies]
     rows += [rows[0].copy(), np.concatenate([system, first])]
     weights = [rng.choice([0.0, 1.0, 0.5], len(row)).astype(np.float32) for row in rows]

@@ -32,7 +32,15 @@ class DatasetSource:
     store: `store[i]` gives (ids, weights). window(step) is a pure function of step.
     """
 
-    def __init__(self, store: Sequence[Row], *, batch_size: int, accumulation: int, seed: int, make: Callable[[list[Row], tuple[int, ...]], Batch] | None = None):
+    def __init__(
+        self,
+        store: Sequence[Row],
+        *,
+        batch_size: int,
+        accumulation: int,
+        seed: int,
+        make: Callable[[list[Row], tuple[int, ...]], Batch] | None = None,
+    ):
         self.store, self.batch_size, self.accumulation, self.seed = store, batch_size, accumulation, seed
         self.make = make or (lambda rows, indices: Batch(build_forest(rows), indices))
         self.steps_per_epoch = math.ceil(len(store) / (batch_size * accumulation))

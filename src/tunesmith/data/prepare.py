@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataRefused, TemplateError
+from ..errors import DataRefused, ModelError, TemplateError
 from ..recipe import DataSection
 from ..rundir import RunDirectory, write_json, write_text
 from .check import Finding, check_data, length_finding, length_quantiles, trainable_share
@@ -106,7 +106,14 @@ def prepare_data(
 
 
 def _prepare(
-    section: DataSection, account: _Account, template: ChatTemplate | None, tokenizer: Any, system: str | None, train_on: TrainOn, context: int, seed: int
+    section: DataSection,
+    account: _Account,
+    template: ChatTemplate | None,
+    tokenizer: Any,
+    system: str | None,
+    train_on: TrainOn,
+    context: int,
+    seed: int,
 ) -> PreparedData:
     ledger, quarantine = account.ledger, account.quarantine
     read = read_records(section.train, section, system=system, quarantine=quarantine)
@@ -115,6 +122,12 @@ def _prepare(
     ledger.drop("quarantined", len(read.rejected))
     test = read_records(section.test, section, system=system, quarantine=quarantine, default_split="test") if section.test else None
     notes = read.notes + (test.notes if test else [])
+    if template is None and any(isinstance(record, Conversation) for record in read.records):
+        raise ModelError(
+            "the model has no chat template, so conversations cannot be written for it",
+            where="model.chat_template",
+            mend="name one (chatml), or a .jinja file; its new tokens are trained and saved",
+        )
     if test:
         sources["test"] = _source(section.test, test)
     checked = check_data(read.records, test.records if test else [], section)
@@ -152,7 +165,17 @@ def _prepare(
     ledger.tokens["total"], ledger.tokens["supervised"] = int(train.lengths.sum()), sum(supervised)
     kept_records = [records[i] for i in kept]
     return PreparedData(
-        train, validation if len(validation) else None, kept_records, held, test.records if test else [], ledger, account.findings, notes, sources, lengths, limit
+        train,
+        validation if len(validation) else None,
+        kept_records,
+        held,
+        test.records if test else [],
+        ledger,
+        account.findings,
+        notes,
+        sources,
+        lengths,
+        limit,
     )
 
 

@@ -88,6 +88,13 @@ def encode_items(
     """
     prompts, answers, short, misfits = [], [], 0, []
     for item in task.items:
+        if not item.messages:
+            first, rest = encoder.document(item.reference)
+            prompts.append([int(token) for token in first])
+            answers.append([int(token) for token in rest])
+            if context_length is not None and len(first) + len(rest) > context_length:
+                misfits.append(item.item_id)
+            continue
         kept = list(examples)
         while True:
             messages = with_examples(item.messages, kept)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..data.records import Conversation, Message, Source
+from ..data.records import Conversation, Document, Message, Source
 from ..data.render import encode_prompt, render
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ..data.template import ChatTemplate
 
 Tools = tuple[dict[str, Any], ...] | None
+
+
+NO_TEMPLATE = "no template: plain text only"
 
 
 class Encoder(Protocol):
@@ -34,12 +37,15 @@ class Encoder(Protocol):
     def answer(self, messages: Sequence[Message], reference: str, tools: Tools = None) -> Sequence[int]:
         """Token ids of the reference after that prompt, the end-of-turn token included."""
 
+    def document(self, text: str) -> tuple[Sequence[int], Sequence[int]]:
+        """A plain text's first token, which nothing predicts, and the rest."""
+
 
 class TemplateEncoder:
     """The encoder on a chat template and its tokenizer; the same renderer as training's."""
 
-    def __init__(self, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase):
-        self.template, self.tokenizer, self.sha256 = template, tokenizer, template.sha256
+    def __init__(self, template: ChatTemplate | None, tokenizer: PreTrainedTokenizerBase):
+        self.template, self.tokenizer, self.sha256 = template, tokenizer, template.sha256 if template else NO_TEMPLATE
 
     def prompt(self, messages: Sequence[Message], tools: Tools = None) -> np.ndarray:
         """Token ids [T] of the prompt, the generation prompt included."""
@@ -55,3 +61,8 @@ class TemplateEncoder:
         rendered = render(conversation, self.template, self.tokenizer, train_on="last")
         end = int(np.flatnonzero(rendered.weights)[-1]) + 1
         return rendered.ids[rendered.prompt_length : end]
+
+    def document(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """A plain text's first token ([1]) and the rest ([T - 1]), the end-of-sequence token included, as training renders it."""
+        ids = render(Document(text, row_id="item", source=Source("evaluation", 0)), None, self.tokenizer).ids
+        return ids[:1], ids[1:]

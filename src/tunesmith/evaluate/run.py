@@ -119,6 +119,10 @@ class _Work:
     def run_task(self, task: Task) -> None:
         """The candidates on the base model and the classical one; few_shot's choice comes before any test item is read."""
         wanted = self.section.candidates
+        if task.is_text:
+            self.absent.update(dict.fromkeys(("few_shot", "classical"), "plain text is measured by perplexity alone"))
+            self.run_general(task)
+            return
         chosen = self._choose_examples(task) if "few_shot" in wanted else None
         if "zero_shot" in wanted:
             self._language_model(task, "zero_shot", "base", ())
@@ -141,7 +145,10 @@ class _Work:
             self.absent["tuned"] = "there is no tuned model"
             return
         if self.inputs.task and self.inputs.task.items:
-            self._language_model(self.inputs.task, "tuned", "tuned", ())
+            if self.inputs.task.is_text:
+                self._guard(self.inputs.task, "tuned", "tuned")
+            else:
+                self._language_model(self.inputs.task, "tuned", "tuned", ())
         if self.inputs.general and self.inputs.general.items:
             self._guard(self.inputs.general, "tuned", "tuned")
 

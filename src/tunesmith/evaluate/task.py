@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.records import Conversation, Message
+from ..data.records import Conversation, Document, Message, Record
 from ..errors import DataRefused, RecipeError
 from ..score import ItemScore, OutputFields, canonical, exact_match, parse_output, rouge_l, score_structured
 
@@ -55,6 +55,11 @@ class Task:
     def schema(self) -> dict[str, Any] | None:
         """The JSON Schema of an answer, if there is one."""
         return self.fields.schema if self.fields else None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the items are plain text, which nobody answers: perplexity is all there is."""
+        return any(not item.messages for item in self.items)
 
     @property
     def label_fields(self) -> tuple[str, ...]:
@@ -101,7 +106,7 @@ class Task:
 
 def freeze_task(
     name: str,
-    conversations: Iterable[Conversation],
+    records: Iterable[Record],
     *,
     schema: dict[str, Any] | None = None,
     labels: Sequence[str] | None = None,
@@ -111,22 +116,29 @@ def freeze_task(
 
     A conversation whose last turn has no text or calls tools, or that has nothing before it, is listed in `skipped` with its reason. Raises
     RecipeError for a metric that such answers do not have, or both a schema and labels; DataRefused where a reference breaks the schema.
+    Documents (plain text) become items without a prompt, measured by perplexity alone.
     """
     if schema is not None and labels is not None:
         raise RecipeError("a task has an output_schema or labels, not both", where="task", mend="remove one of the two")
     fields = OutputFields.from_schema(schema) if schema is not None else None
     names = tuple(dict.fromkeys(label.strip() for label in labels)) if labels is not None else None
+    records = list(records)
+    if any(isinstance(record, Document) for record in records):
+        metrics = ()
     _check_metrics(metrics, fields, names)
     items, skipped, seen = [], [], Counter()
-    for conversation in conversations:
-        reason = _unusable(conversation)
+    for record in records:
+        reason = _unusable(record) if isinstance(record, Conversation) else None
         if reason:
-            skipped.append((conversation.row_id, reason))
+            skipped.append((record.row_id, reason))
             continue
-        seen[conversation.row_id] += 1
-        times = seen[conversation.row_id]
-        item_id = conversation.row_id if times == 1 else f"{conversation.row_id}-{times}"
-        items.append(Item(item_id, tuple(conversation.prompt()), conversation.messages[-1].content, conversation.tools))
+        seen[record.row_id] += 1
+        times = seen[record.row_id]
+        item_id = record.row_id if times == 1 else f"{record.row_id}-{times}"
+        if isinstance(record, Document):
+            items.append(Item(item_id, (), record.text))
+        else:
+            items.append(Item(item_id, tuple(record.prompt()), record.messages[-1].content, record.tools))
     if fields:
         broken = [item.item_id for item in items if parse_output(item.reference, fields) is None]
         if broken:

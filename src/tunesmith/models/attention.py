@@ -50,12 +50,20 @@ def _refuse(name: str, module: torch.nn.Module) -> None:
 
 
 def forest_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **extra: Any
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **extra: Any,
 ) -> tuple[Tensor, None]:
     """query[1, Hq, T, D], key and value[1, Hkv, T, D] -> (output[1, T, Hq, D], None); the layout is the current batch's."""
     nodes = _layout.get()
     if nodes is None:
-        raise ModelError("the model was called outside the policy's forward", mend="call the policy, or switch the attention implementation first")
+        raise ModelError(
+            "the model was called outside the policy's forward", mend="call the policy, or switch the attention implementation first"
+        )
     if extra.get("dropout"):
         _refuse("attention dropout", module)
     for name in ("s_aux", "position_bias", "head_mask"):
@@ -116,7 +124,7 @@ class _ForestAttention(torch.autograd.Function):
     """Attention with written-out backward; saves q, k, v and the output, recomputes the probabilities."""
 
     @staticmethod
-    def forward(ctx, query, key, value, nodes, scale, window, softcap):  # noqa: ANN001, ANN205
+    def forward(ctx, query, key, value, nodes, scale, window, softcap):
         heads, total, dim = query.shape
         kv_heads = key.shape[0]
         groups = heads // kv_heads
@@ -135,7 +143,7 @@ class _ForestAttention(torch.autograd.Function):
         return out_THD
 
     @staticmethod
-    def backward(ctx, grad_THD):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_THD):
         query, key, value, out_THD = ctx.saved_tensors
         nodes, scale, window, softcap = ctx.layout
         heads, total, dim = query.shape
@@ -167,4 +175,3 @@ class _ForestAttention(torch.autograd.Function):
                     d_value[:, a:b] += dv[:, offset : offset + b - a]
                     offset += b - a
         return d_query.view(heads, total, dim), d_key.to(key.dtype), d_value.to(value.dtype), None, None, None, None
-

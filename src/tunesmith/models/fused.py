@@ -35,7 +35,7 @@ class _LoraProduct(torch.autograd.Function):
     """x[..., K], wide[N, K + r] = [W, B], A[r, K], B[N, r] -> x W^T + scale (x A^T) B^T; W is frozen."""
 
     @staticmethod
-    def forward(ctx, x, wide, bias, a, b, scale):  # noqa: ANN001, ANN205
+    def forward(ctx, x, wide, bias, a, b, scale):
         flat = x.reshape(-1, x.shape[-1])
         small_a = (a * scale).to(x.dtype)
         wide[:, flat.shape[1] :].copy_(b)
@@ -46,7 +46,7 @@ class _LoraProduct(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):
         flat, low, small_a, b = ctx.saved_tensors
         inputs = flat.shape[1]
         grad = grad.reshape(-1, grad.shape[-1])
@@ -63,12 +63,12 @@ class _SwiGLU(torch.autograd.Function):
     """silu(gate) * up; the derivative of silu is s (1 + g (1 - s)), s the logistic function."""
 
     @staticmethod
-    def forward(ctx, gate, up):  # noqa: ANN001, ANN205
+    def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         d_up = F.silu(gate).mul_(grad)
         return torch.ops.aten.silu_backward(grad * up, gate), d_up

@@ -48,7 +48,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, softcap, scale, want_entropy):  # noqa: ANN001, ANN205
+    def forward(ctx, hidden, weight, bias, targets, softcap, scale, want_entropy):
         count, size = hidden.shape[0], _chunk(weight.shape[0])
         logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprobs) if want_entropy else logprobs.new_empty(0)
@@ -69,7 +69,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, grad_S, _):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_S, _):
         hidden, weight, bias, targets, slope_SH = ctx.saved_tensors
         if slope_SH is not None:
             return (slope_SH * grad_S[:, None]).to(hidden.dtype), None, None, None, None, None, None
@@ -89,7 +89,15 @@ class _TokenLogprobs(torch.autograd.Function):
                 d_hidden[a : a + size] = d_raw @ weight
             if d_weight is not None:
                 d_weight += d_raw.T @ h
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None if d_bias is None else d_bias.to(bias.dtype), None, None, None, None
+        return (
+            d_hidden,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_bias is None else d_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _d_raw(probs: Tensor, targets: Tensor, curve: Tensor | None, scale: float) -> Tensor:

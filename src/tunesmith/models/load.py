@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelError
@@ -147,7 +149,9 @@ def _locate(section: ModelSection) -> tuple[str, str]:
         return str(path), path.resolve().name
     if section.name.count("/") != 1 or section.name.startswith((".", "/", "~")):
         known = ", ".join(EMBEDDED)
-        raise ModelError(f"no model `{section.name}`", where="model.name", mend=f"a folder, a .gguf file, owner/name on the hub, or one of: {known}")
+        raise ModelError(
+            f"no model `{section.name}`", where="model.name", mend=f"a folder, a .gguf file, owner/name on the hub, or one of: {known}"
+        )
     return section.name, section.name
 
 
@@ -177,7 +181,11 @@ def _load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizer
     folder = Path(source)
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json", "spiece.model")
     if folder.is_dir() and not any((folder / name).exists() for name in names):
-        raise ModelError("the model's folder holds no tokenizer", where=source, mend="copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into it")
+        raise ModelError(
+            "the model's folder holds no tokenizer",
+            where=source,
+            mend="copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into it",
+        )
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if not tokenizer.is_fast:
         raise ModelError("the tokenizer gives no character offsets", where=source, mend="convert it to a fast tokenizer (tokenizer.json)")
@@ -188,7 +196,11 @@ def _require_whole(info: dict[str, Any], where: str) -> None:
     missing, mismatched = sorted(info.get("missing_keys", [])), [str(key) for key in info.get("mismatched_keys", [])]
     if missing or mismatched:
         unexpected = sorted(info.get("unexpected_keys", []))
-        what = f"{len(missing)} weights are not in the file ({', '.join(missing[:3])})" if missing else f"{len(mismatched)} weights have another shape ({mismatched[0]})"
+        what = (
+            f"{len(missing)} weights are not in the file ({', '.join(missing[:3])})"
+            if missing
+            else f"{len(mismatched)} weights have another shape ({mismatched[0]})"
+        )
         rest = f"; the file holds {len(unexpected)} others ({', '.join(unexpected[:3])})" if unexpected else ""
         raise ModelError(what + rest, where=where, mend="the file does not belong to this config: download or save the model again")
 
@@ -204,9 +216,11 @@ def _explained(where: str) -> Iterator[None]:
     """Turns what transformers raises about a model's files into a ModelError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError, SafetensorError, StrictDataclassError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        mend = "set model.trust_remote_code: true if you trust it" if "trust_remote_code" in str(error) else "check model.name and its files"
+        mend = (
+            "set model.trust_remote_code: true if you trust it" if "trust_remote_code" in str(error) else "check model.name and its files"
+        )
         raise ModelError(first, where=where, mend=mend) from error
 
 

@@ -65,7 +65,9 @@ def target_modules(model: nn.Module, wanted: list[str] | None) -> list[str]:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
             near = difflib.get_close_matches(target, known, n=3, cutoff=0.4) or known
-            raise RecipeError(f"`{target}` matches no linear layer of the model", where="method.target_modules", mend=f"nearest names: {', '.join(near)}")
+            raise RecipeError(
+                f"`{target}` matches no linear layer of the model", where="method.target_modules", mend=f"nearest names: {', '.join(near)}"
+            )
     return sorted(wanted)
 
 
@@ -123,12 +125,14 @@ def load_adapter(loaded: LoadedModel, folder: Path, *, trainable: bool = False) 
     model = get_peft_model(loaded.model, config)
     want = trainable_state(model)
     with safe_open(weights, "pt") as file:
-        have = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        have = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
     other = [name for name in want.keys() & have.keys() if tuple(want[name].shape) != have[name]]
     if missing or extra or other:
         what = f"missing {missing[:2]}" if missing else f"unexpected {extra[:2]}" if extra else f"shape of {other[0]}"
-        raise AdapterError(f"the adapter's tensors do not match the model: {what}", where=str(weights), mend="the file is damaged or of another model")
+        raise AdapterError(
+            f"the adapter's tensors do not match the model: {what}", where=str(weights), mend="the file is damaged or of another model"
+        )
     set_peft_model_state_dict(model, load_file(weights), adapter_name=POLICY)
     for name, parameter in model.named_parameters():
         if "lora_" in name or "trainable_tokens" in name:

@@ -21,7 +21,10 @@ from ..recipe import FullMethod, Stage
 from ..rundir import write_json
 from .load import LoadedModel, cache_folder
 
-PASSES_HIDDEN, PASSES_INNER = 150, 60  # times a token's hidden (inner) vector is read or written outside matrix products, one layer, one training step
+PASSES_HIDDEN, PASSES_INNER = (
+    150,
+    60,
+)  # times a token's hidden (inner) vector is read or written outside matrix products, one layer, one training step
 SAVED_HIDDEN, SAVED_INNER = 9, 3  # vectors of each width that the backward pass keeps, per token and layer
 FORWARD_SHARE = 0.35  # of those passes, what a forward alone takes
 STEP_OVERHEAD = 4e-4  # seconds a layer of one decoding step, whatever the batch
@@ -101,7 +104,9 @@ def model_shape(loaded: LoadedModel) -> Shape:
     model = loaded.model
     backbone = getattr(model, model.base_model_prefix)
     config = model.config.get_text_config()
-    linear = sum(m.weight.numel() for m in backbone.modules() if isinstance(getattr(m, "weight", None), nn.Parameter) and m.weight.dim() == 2)
+    linear = sum(
+        m.weight.numel() for m in backbone.modules() if isinstance(getattr(m, "weight", None), nn.Parameter) and m.weight.dim() == 2
+    )
     table = model.get_input_embeddings().weight
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     total = sum(p.numel() for p in model.parameters())

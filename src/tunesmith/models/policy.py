@@ -83,6 +83,18 @@ class Policy(nn.Module):
         with plain_layers(self.model):
             yield
 
+    @contextmanager
+    def deterministic(self) -> Iterator[None]:
+        """For a while, the adapters' own dropout is off: outputs are a function of weights and batch alone."""
+        dropping = [module for module in self.model.modules() if module.training]
+        for module in dropping:
+            module.eval()
+        try:
+            yield
+        finally:
+            for module in dropping:
+                module.train()
+
     def make_plain(self) -> None:
         """Takes the fast paths out for good."""
         remove_fast_forwards(self.model)
@@ -125,6 +137,6 @@ def _checkpoint_layers(backbone: nn.Module) -> None:
         layer.forward = partial(_checkpointed, plain)
 
 
-def _checkpointed(plain, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
+def _checkpointed(plain, *args, **kwargs):
     nodes = current_layout()
     return checkpoint(plain, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), forest_layout(nodes)), **kwargs)

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: weighted cross-entropy on the answers' tokens (maximum likelihood; Wei et al. 2021, arXiv:2109.01652).
 
-    loss = - sum_S w_S log p(token_S | before) / sum_S w_S
+loss = - sum_S w_S log p(token_S | before) / sum_S w_S
 """
 
 from __future__ import annotations

@@ -23,7 +23,11 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool", "tag:yaml.org,2002:int")]
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool", "tag:yaml.org,2002:int")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
@@ -45,7 +49,9 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 def parse_yaml(text: str, where: str) -> tuple[Any, Lines]:
     """Values of a YAML text and the line of each key path. Raises RecipeError with the line."""
     if len(text.encode()) > MAX_BYTES:
-        raise RecipeError(f"the recipe is larger than {MAX_BYTES} bytes", where=where, mend="point to data by path; do not put it in the recipe")
+        raise RecipeError(
+            f"the recipe is larger than {MAX_BYTES} bytes", where=where, mend="point to data by path; do not put it in the recipe"
+        )
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -61,7 +67,9 @@ def parse_yaml(text: str, where: str) -> tuple[Any, Lines]:
     except RecursionError as error:
         raise RecipeError("nested too deeply", where=where, mend="a recipe is four levels deep") from error
     except ValueError as error:
-        raise RecipeError(f"not readable as YAML: {str(error)[:200]}", where=where, mend="plain mappings, lists, text and numbers only") from error
+        raise RecipeError(
+            f"not readable as YAML: {str(error)[:200]}", where=where, mend="plain mappings, lists, text and numbers only"
+        ) from error
 
 
 def _walk(node: yaml.Node, path: tuple[str | int, ...], lines: Lines, where: str, count: list[int]) -> None:

@@ -65,9 +65,13 @@ def _body(recipe: dict[str, Any], base: ModelIdentity, evaluation: dict[str, Any
     if recipe["task"]["description"]:
         lines.append(recipe["task"]["description"])
     lines.append(f"Verdict: **{evaluation.get('verdict', 'NOT MEASURED')}**. " + evaluation.get("recommendation", {}).get("reason", ""))
-    rows = [f"| {key} | {v['value']:.4g} | {v['low']:.4g} to {v['high']:.4g} | {v['n']} |" for key, v in _tuned(evaluation).items() if v.get("low") is not None]
+    rows = [
+        f"| {key} | {v['value']:.4g} | {v['low']:.4g} to {v['high']:.4g} | {v['n']} |"
+        for key, v in _tuned(evaluation).items()
+        if v.get("low") is not None
+    ]
     if rows:
         lines.append("\n".join(["| metric | value | interval | n |", "| --- | --- | --- | --- |", *rows]))
     if is_adapter:
-        lines.append(f"```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(base, \"model\")  # base: {base.name}\n```")
+        lines.append(f'```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(base, "model")  # base: {base.name}\n```')
     return "\n\n".join(lines) + "\n"

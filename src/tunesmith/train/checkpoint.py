@@ -1,6 +1,6 @@
 """A stage's state at a step, on disk and back: safetensors and JSON only, complete or absent, checked on load.
 
-    stages/NAME/checkpoints/step-N/   state.safetensors (masters, moments, RNG), state.json (progress), manifest.json
+stages/NAME/checkpoints/step-N/   state.safetensors (masters, moments, RNG), state.json (progress), manifest.json
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def load_checkpoint(folder: Path, optimiser: FlatAdamW, fingerprint: str) -> Pro
     state = json.loads((folder / STATE).read_text())
     if state.pop("fingerprint") != fingerprint:
         raise CheckpointError(
-            "the checkpoint was made with other settings or data", where=str(folder), mend="resume with the recipe the run began with, or choose another --out"
+            "the checkpoint was made with other settings or data",
+            where=str(folder),
+            mend="resume with the recipe the run began with, or choose another --out",
         )
     tensors = load_file(folder / TENSORS)
     torch.set_rng_state(tensors.pop(RNG))

@@ -43,7 +43,9 @@ def something_trains(policy: Policy) -> None:
 def no_leak(policy: Policy, vocabulary: int) -> None:
     """Two rows packed together give each row's own hidden states, and no gradient of the second's loss reaches the first."""
     generator = np.random.default_rng(0)
-    rows = [(generator.integers(0, vocabulary, PROBE_TOKENS), np.r_[0, np.ones(PROBE_TOKENS - 1)].astype(np.float32)) for _ in range(2)]
+    weights = np.r_[0, np.ones(PROBE_TOKENS - 1)].astype(np.float32)
+    ids = sorted(generator.integers(0, vocabulary, (2, PROBE_TOKENS)).tolist())  # in the forest's order: a causal leak shows in the later row only
+    rows = [(np.array(row), weights) for row in ids]
     embed = policy.backbone.get_input_embeddings()
     pair, second = build_forest(rows, min_shared=PROBE_TOKENS + 1), build_forest(rows[1:])
     node = next(n for n in pair.nodes if n.end - 1 == pair.last_B[1])
@@ -75,7 +77,9 @@ def fresh_adapter_changes_nothing(policy: Policy, batch: Any) -> None:
     difference = float((tuned - base).abs().mean())
     if not difference <= (1e-5 if policy.causal.dtype == torch.float32 else 2e-2):
         raise InvariantViolated(
-            f"a fresh adapter changes the log-probabilities by {difference:.2g} nats on average", where="method", mend="report it: the adapter starts wrong"
+            f"a fresh adapter changes the log-probabilities by {difference:.2g} nats on average",
+            where="method",
+            mend="report it: the adapter starts wrong",
         )
 
 
@@ -97,7 +101,11 @@ def fast_paths_agree(policy: Policy, objective: Objective, batch: Any) -> list[s
 
 def _loss_and_gradient(policy: Policy, objective: Objective, batch: Any) -> tuple[float, Tensor]:
     """The loss and the gradient towards the input embeddings, which every layer's backward pass has gone through."""
-    inputs = policy.backbone.get_input_embeddings()(torch.from_numpy(batch.forest.tokens_T).to(policy.causal.device)[None]).detach().requires_grad_()
+    inputs = (
+        policy.backbone.get_input_embeddings()(torch.from_numpy(batch.forest.tokens_T).to(policy.causal.device)[None])
+        .detach()
+        .requires_grad_()
+    )
     divisors = objective.divisors(batch)
     terms = objective.terms(policy(batch.forest, objective.needs, embeddings=inputs), batch)
     loss = torch.stack([term.coefficient * term.sum / divisors[name] for name, term in terms.items() if divisors[name]]).sum()

@@ -17,12 +17,12 @@ from ..errors import Interrupted, InvariantViolated, NonFinite
 from ..models.policy import Policy
 from ..objectives import Objective
 from ..recipe import Stage
-from ..rundir import RunDirectory
+from ..rundir import RunDirectory, verify_folder
 from .checkpoint import Progress, load_checkpoint, load_weights, save_checkpoint
 from .memory import peak_memory_bytes
 from .optimiser import FlatAdamW, learning_rate
 from .signals import StopRequest
-from .window import WindowResult, evaluate_loss, run_window
+from .window import evaluate_loss, run_window
 
 
 class Source(Protocol):
@@ -73,7 +73,9 @@ def train(job: Job) -> Progress:
         _update(job, progress)
     job.stop.defer(False)
     if job.stage.load_best_model_at_end and progress.best_step is not None:
-        load_weights(_folder(job, progress.best_step), job.optimiser)
+        best = _folder(job, progress.best_step)
+        verify_folder(best)
+        load_weights(best, job.optimiser)
     return progress
 
 
@@ -117,7 +119,7 @@ def _update(job: Job, progress: Progress) -> None:
     optimiser.zero_grad()
     result = run_window(job.policy, job.objective, window)
     norm = optimiser.grad_norm()
-    _require_finite(result, norm, stage.name, step + 1)
+    _require_finite({"loss": result.loss, "gradient norm": norm}, "no update was made from it", stage.name, step + 1)
     _require_gradients(job, progress)
     rate = learning_rate(step, total=stage.max_steps, warmup=stage.warmup_steps, peak=stage.learning_rate, kind=stage.lr_scheduler_type)
     optimiser.step(rate, norm)
@@ -148,11 +150,11 @@ def _update(job: Job, progress: Progress) -> None:
         )
 
 
-def _require_finite(result: WindowResult, norm: float, stage: str, step: int) -> None:
-    for name, value in (("loss", result.loss), ("gradient norm", norm)):
+def _require_finite(values: dict[str, float], consequence: str, stage: str, step: int) -> None:
+    for name, value in values.items():
         if not math.isfinite(value):
             raise NonFinite(
-                f"the {name} is {value}; no update was made from it",
+                f"the {name} is {value}; {consequence}",
                 where=f"stage {stage}, step {step}",
                 mend="lower learning_rate, or look at the rows of this step; the newest checkpoint is finite",
             )
@@ -174,6 +176,7 @@ def _require_gradients(job: Job, progress: Progress) -> None:
 
 def _evaluate(job: Job, progress: Progress) -> None:
     result = evaluate_loss(job.policy, job.objective, job.validation())
+    _require_finite({"validation loss": result.loss}, "nothing was saved after it", job.stage.name, progress.step)
     progress.evaluated_step = progress.step
     better = progress.best_loss is None or result.loss < progress.best_loss
     if better:
@@ -182,13 +185,16 @@ def _evaluate(job: Job, progress: Progress) -> None:
         progress.evaluations_without_gain += 1
     patience = job.stage.early_stopping_patience
     progress.stopped_early = patience is not None and progress.evaluations_without_gain >= patience
-    _log(job, {"event": "evaluated", "step": progress.step, "eval_loss": result.loss, **{f"eval_{k}": v for k, v in result.metrics.items()}})
+    _log(
+        job, {"event": "evaluated", "step": progress.step, "eval_loss": result.loss, **{f"eval_{k}": v for k, v in result.metrics.items()}}
+    )
     if better and job.stage.load_best_model_at_end:
         _save(job, progress)
 
 
 def _save(job: Job, progress: Progress) -> None:
-    if not _folder(job, progress.step).exists():
+    newest, _ = job.run.newest_valid_checkpoint(job.stage.name)
+    if newest != _folder(job, progress.step):
         save_checkpoint(job.run, job.stage.name, progress, job.optimiser, job.fingerprint)
         _log(job, {"event": "checkpoint", "step": progress.step})
     best = None

@@ -95,7 +95,9 @@ class FlatAdamW:
         have = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith("weight.")}
         if want != have:
             odd = sorted(set(want.items()) ^ set(have.items()))
-            raise CheckpointError(f"the checkpoint's weights are not this stage's: {odd[0][0]}", mend="resume with the recipe the run began with")
+            raise CheckpointError(
+                f"the checkpoint's weights are not this stage's: {odd[0][0]}", mend="resume with the recipe the run began with"
+            )
         for name, master in zip(self.names, self.masters, strict=True):
             master.copy_(tensors[f"weight.{name}"])
         self._start.copy_(tensors["start"])
@@ -107,7 +109,7 @@ class FlatAdamW:
         self.publish()
 
 
-def _into(grad: Tensor):  # noqa: ANN202
+def _into(grad: Tensor):
     def add(parameter: nn.Parameter) -> None:
         grad.add_(parameter.grad)
         parameter.grad = None

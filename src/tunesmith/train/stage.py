@@ -66,7 +66,11 @@ def locate_start(stage: Stage, run: Path) -> Path | None:
     for folder in (run / "stages" / stage.start_from / "model", named / "model", named):
         if (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
             return folder
-    raise RecipeError(f"`{stage.start_from}` is no earlier stage, run or model folder", where=f"stages.{stage.name}.start_from", mend="name one that is there")
+    raise RecipeError(
+        f"`{stage.start_from}` is no earlier stage, run or model folder",
+        where=f"stages.{stage.name}.start_from",
+        mend="name one that is there",
+    )
 
 
 def add_new_tokens(loaded: LoadedModel, template: ChatTemplate | None) -> list[int]:
@@ -87,7 +91,9 @@ def build_model(loaded: LoadedModel, stage: Stage, start: Path | None, seed: int
     """The model to train: the base with a fresh adapter, with an earlier one, or in full."""
     if start is not None and (start / "adapter_config.json").is_file():
         if isinstance(stage.method, FullMethod):
-            raise RecipeError("full tuning cannot start from an adapter", where=f"stages.{stage.name}", mend="use method lora, or start from the base")
+            raise RecipeError(
+                "full tuning cannot start from an adapter", where=f"stages.{stage.name}", mend="use method lora, or start from the base"
+            )
         return load_adapter(loaded, start, trainable=True)
     return attach(loaded, stage.method, seed=seed, new_tokens=new_tokens)
 
@@ -112,7 +118,9 @@ def run_stage(
     model = build_model(loaded, stage, start, seed, new_tokens)
     policy = Policy(model, gradient_checkpointing=stage.gradient_checkpointing)
     objective = OBJECTIVES[stage.objective.type]()
-    source = DatasetSource(data.train, batch_size=stage.per_device_train_batch_size, accumulation=stage.gradient_accumulation_steps, seed=seed)
+    source = DatasetSource(
+        data.train, batch_size=stage.per_device_train_batch_size, accumulation=stage.gradient_accumulation_steps, seed=seed
+    )
     every_row_carries_loss(data.train, data.train.row_ids)
     something_trains(policy)
     no_leak(policy, loaded.model.get_input_embeddings().weight.shape[0])
@@ -143,8 +151,18 @@ def run_stage(
     card = {"template_sha256": template.sha256 if template else None, "stage": stage.name, "steps": progress.step, "system": system}
     with atomic_folder(run.file(f"stages/{stage.name}/model")) as folder:
         save_result(model, loaded, folder, card)
-    done = {"event": "stage_finished", "stage": stage.name, "step": progress.step, "tokens": progress.tokens, "train_seconds": progress.seconds}
-    _tell(run, report, {**done, "seconds": time.perf_counter() - began, "best_step": progress.best_step, "stopped_early": progress.stopped_early})
+    done = {
+        "event": "stage_finished",
+        "stage": stage.name,
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "train_seconds": progress.seconds,
+    }
+    _tell(
+        run,
+        report,
+        {**done, "seconds": time.perf_counter() - began, "best_step": progress.best_step, "stopped_early": progress.stopped_early},
+    )
     return model
 
 
@@ -172,4 +190,3 @@ def check_targets(stage: Stage, loaded: LoadedModel) -> Stage:
         return stage
     method = stage.method.model_copy(update={"target_modules": target_modules(loaded.model, stage.method.target_modules)})
     return stage.model_copy(update={"method": method})
-

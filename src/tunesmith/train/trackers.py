@@ -30,7 +30,9 @@ class Trackers:
 
     def log(self, event: dict[str, Any]) -> None:
         """Passes on an event's numbers, at its step."""
-        numbers = {f"{event.get('stage', 'run')}/{k}": v for k, v in event.items() if isinstance(v, int | float) and k not in ("step", "time")}
+        numbers = {
+            f"{event.get('stage', 'run')}/{k}": v for k, v in event.items() if isinstance(v, int | float) and k not in ("step", "time")
+        }
         for tracker in self._trackers if "step" in event and numbers else []:
             tracker.log(numbers, step=event["step"])
 

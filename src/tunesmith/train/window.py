@@ -58,5 +58,6 @@ def run_window(policy: Policy, objective: Objective, batches: Sequence[Any], *, 
 
 
 def evaluate_loss(policy: Policy, objective: Objective, batches: Iterable[Any]) -> WindowResult:
-    """The loss over held-out batches as one window: it does not depend on how the rows are batched."""
-    return run_window(policy, objective, list(batches), backward=False)
+    """The loss over held-out batches as one window, without dropout: it does not depend on how the rows are batched."""
+    with policy.deterministic():
+        return run_window(policy, objective, list(batches), backward=False)

