@@ -207,7 +207,7 @@ def test_the_opening_of_a_tool_call_carries_loss_though_the_prompt_opens_a_turn_
 
 def test_a_template_that_asks_in_another_way_than_it_writes_is_refused_in_those_words(smollm2_tokenizer):
     tokenizer = with_tokens(smollm2_tokenizer, STOCK["deepseekv3"])
-    with pytest.raises(TemplateError, match="asks for the last answer in another way than it writes it: the prompt ends .*think"):
+    with pytest.raises(TemplateError, match=r"asks for the last answer in another way than it writes it: the prompt ends .*think"):
         render(TURNS, template_of(STOCK["deepseekv3"], tokenizer), tokenizer)
 
 

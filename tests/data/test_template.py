@@ -165,26 +165,48 @@ def test_text_of_any_kind_comes_back_unchanged():
 def test_many_rows_share_one_child_and_a_forked_process_gets_its_own():
     texts = CHATML.render_many([RenderJob([{"role": "user", "content": str(number)}]) for number in range(1000)])
     assert [text.split("\n")[1] for text in texts] == [f"{number}<|im_end|>" for number in range(1000)]
-    child = template_module._child.process.pid
+    child = template_module._child.running.process.pid
     CHATML.render(HELLO)
-    assert template_module._child.process.pid == child
+    assert template_module._child.running.process.pid == child
     reading, writing = os.pipe()
     if (pid := os.fork()) == 0:
-        fine = CHATML.render(HELLO).startswith("<|im_start|>") and template_module._child.process.pid != child
+        fine = CHATML.render(HELLO).startswith("<|im_start|>") and template_module._child.running.process.pid != child
         template_module._child.stop()
         os.write(writing, b"1" if fine else b"0")
         os._exit(0)
     os.waitpid(pid, 0)
     assert os.read(reading, 1) == b"1"
     assert CHATML.render(HELLO).startswith("<|im_start|>")
-    assert template_module._child.process.pid == child
+    assert template_module._child.running.process.pid == child
 
 
 def test_a_child_that_died_while_idle_costs_no_row():
     CHATML.render(HELLO)
-    template_module._child.process.kill()
-    template_module._child.process.wait()
+    template_module._child.running.process.kill()
+    template_module._child.running.process.wait()
     assert CHATML.render(HELLO).startswith("<|im_start|>")
+
+
+def test_an_interrupt_in_the_middle_does_not_mix_up_the_next_replies(monkeypatch):
+    real, calls = template_module._receive, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    CHATML.render(HELLO)
+    monkeypatch.setattr(template_module, "_receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        CHATML.render_many([RenderJob([{"role": "user", "content": str(number)}]) for number in range(5)])
+    monkeypatch.undo()
+    assert CHATML.render(HELLO) == "<|im_start|>user\nhello<|im_end|>\n"
+
+
+def test_the_child_is_out_of_reach_of_the_terminal_s_interrupt():
+    CHATML.render(HELLO)
+    assert os.getpgid(template_module._child.running.process.pid) != os.getpgid(0)
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
@@ -192,7 +214,7 @@ def test_the_child_sees_no_secret_of_the_environment(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     template_module._child.stop()
     CHATML.render(HELLO)
-    assert b"hf_canary" not in Path(f"/proc/{template_module._child.process.pid}/environ").read_bytes()
+    assert b"hf_canary" not in Path(f"/proc/{template_module._child.running.process.pid}/environ").read_bytes()
 
 
 def test_the_child_imports_neither_torch_nor_transformers():

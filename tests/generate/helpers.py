@@ -5,6 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from tunesmith.generate import LocalGenerator
+
+SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
+ANSWERS = [list(range(1, 2 + i)) for i in range(11)]
+
 
 class NumberTokenizer:
     """Decodes token ids to their numbers; only what generation asks of a tokenizer."""
@@ -37,3 +42,16 @@ def plain_greedy(model, prompt, tokens, stop=()):
         if ids[-1] in stop:
             break
     return ids[len(prompt) :]
+
+
+def generator(model, **settings):
+    return LocalGenerator(model, NumberTokenizer(), **settings)
+
+
+def tokens_of(generations):
+    return [generation.token_ids for generation in generations]
+
+
+def reference_logprobs(model, prompt, answer):
+    logprobs = plain_logits(model, prompt + answer)[len(prompt) - 1 : -1].log_softmax(-1)
+    return logprobs[range(len(answer)), answer].numpy()

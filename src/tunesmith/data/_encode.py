@@ -8,7 +8,7 @@ token, the text is split there and the pieces are tokenised each for itself, as 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ class Rule(NamedTuple):
 
 
 class Encoder:
-    """Tokenises for one tokenizer. special: the token strings that are special, by id."""
+    """Tokenises for one tokenizer. special: the strings of its special tokens, by id; special_mask: bool[V], True at their ids."""
 
     def __init__(self, tokenizer: Any):
         if not tokenizer.is_fast:
@@ -64,6 +64,7 @@ class Encoder:
         self.added = {number: token.content for number, token in added.items() if token.content.strip()}
         self.special = {number: text for number, text in self.added.items() if added[number].special}
         self.length = len(tokenizer)
+        self.special_mask = self.mask(self.special)
         self.eos = tokenizer.eos_token
         self.eos_id = tokenizer.eos_token_id
         self.unk_id = tokenizer.unk_token_id
@@ -73,7 +74,7 @@ class Encoder:
         anchor = self.backend.encode("\n", add_special_tokens=False).ids
         self.anchor = anchor if self.backend.encode("\na", add_special_tokens=False).ids != [*anchor, *self._plain("a").ids] else None
 
-    def mask(self, numbers: Sequence[int]) -> np.ndarray:
+    def mask(self, numbers: Iterable[int]) -> np.ndarray:
         """bool[V]: True at these ids."""
         flags = np.zeros(max([self.backend.get_vocab_size(with_added_tokens=True), *(number + 1 for number in self.added)]), dtype=bool)
         flags[list(numbers)] = True

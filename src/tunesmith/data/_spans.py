@@ -34,14 +34,13 @@ class Layout(NamedTuple):
     """What a template does in every conversation.
 
     parts: content is given as a list of parts. close: the special token that ends a turn, by kind of turn ("content", "tool_calls"),
-    None where the last turn and one in the middle end differently. stops: the special tokens a generation ends with. special,
-    markup: bool[V], the special tokens, and the other added tokens that the template writes.
+    None where the last turn and one in the middle end differently. stops: the special tokens a generation ends with. markup: bool[V],
+    True at added tokens that are not special but that the template writes.
     """
 
     parts: bool
     close: dict[str, str | None]
     stops: tuple[str, ...]
-    special: np.ndarray
     markup: np.ndarray
 
 
@@ -86,7 +85,7 @@ def _find_layout(template: ChatTemplate, encoder: Encoder) -> Layout:
             stops.add(close[kind] or tail[slice(*first)])
     sources = template.text + (template.tool_text or "")
     markup = [number for number, token in encoder.added.items() if number not in encoder.special and token in sources]
-    return Layout(parts, close, tuple(sorted(stops)), encoder.mask(encoder.special), encoder.mask(markup))
+    return Layout(parts, close, tuple(sorted(stops)), encoder.mask(markup))
 
 
 def _shared(one: str, other: str) -> int:

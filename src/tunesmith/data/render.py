@@ -10,10 +10,10 @@ that look like control tokens stay text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from rich.text import Text
@@ -22,12 +22,13 @@ from ..errors import TemplateError
 from ._encode import Encoded, Encoder, Rule, encoder_for
 from ._marks import Located, Marked, data_spans, locate, mark, unmarked
 from ._spans import Layout, Turn, find_turn, layout_for, with_parts
-from .records import Document, Message, Record
+from .records import Conversation, Document, Message, Record
 from .template import ChatTemplate, RenderJob
 
 ROWS_PER_BATCH = 256
 
 TrainOn = Literal["all", "last"]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +44,27 @@ class Rendered:
     prompt_length: int
 
 
-@dataclass(slots=True)
-class _Row:
-    """A record on its way: what is rendered, and then what was found. loss: weight by message index, where it is above 0."""
+class _Row(NamedTuple):
+    """A conversation to be rendered. loss: weight by message index, where it is above 0. last: index of the last assistant turn."""
 
-    record: Record
+    record: Conversation
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     loss: dict[int, float]
     last: int | None
-    marked: Marked | None = None
-    text: str = ""
-    rules: tuple[Rule, ...] = ()
-    turns: dict[int, Turn] | None = None
-    prompt: str | None = None
-    prompt_rules: tuple[Rule, ...] = ()
+    marked: Marked
+
+
+class _Found(NamedTuple):
+    """A rendered text and what is known of it. prompt: the text that asks for the last turn, with its rules, where that has to be
+    the beginning of the whole."""
+
+    text: str
+    rules: tuple[Rule, Rule]
+    turns: dict[int, Turn]
+    loss: dict[int, float]
+    last: int | None
+    prompt: tuple[str, tuple[Rule, Rule]] | None = None
 
 
 def render(record: Record, template: ChatTemplate | None, tokenizer: Any, *, train_on: TrainOn = "all") -> Rendered:
@@ -81,30 +88,23 @@ def render_records(
     rest = iter(records)
     while chunk := list(islice(rest, ROWS_PER_BATCH)):
         rows = [_attempt(record, _prepare, record, template, encoder, train_on) for record in chunk]
-        _render_rows(rows, template, encoder)
-        encoded = iter(encoder.encode_all([row.text for row in rows if isinstance(row, _Row)]))
-        for record, row in zip(chunk, rows, strict=True):
-            yield row if isinstance(row, TemplateError) else _attempt(record, _finish, row, next(encoded), encoder)
+        found = _render_rows(rows, template, encoder)
+        encoded = iter(encoder.encode_all([one.text for one in found if isinstance(one, _Found)]))
+        for record, one in zip(chunk, found, strict=True):
+            yield one if isinstance(one, TemplateError) else _attempt(record, _finish, one, next(encoded), encoder)
 
 
-def _attempt(record: Record, function: Any, *arguments: Any) -> Any:
+def _attempt(record: Record, function: Callable[..., Result], *arguments: Any) -> Result | TemplateError:
     """The function's result, or its TemplateError with the row's place."""
     try:
         return function(*arguments)
     except TemplateError as error:
-        return _at(record, error)
+        return TemplateError(error.what, where=f"{record.source} ({record.row_id})", mend=error.mend)
 
 
-def _at(record: Record, error: TemplateError) -> TemplateError:
-    return TemplateError(error.what, where=f"{record.source} ({record.row_id})", mend=error.mend)
-
-
-def _prepare(record: Record, template: ChatTemplate | None, encoder: Encoder, train_on: TrainOn) -> _Row:
+def _prepare(record: Record, template: ChatTemplate | None, encoder: Encoder, train_on: TrainOn) -> _Row | _Found:
     if isinstance(record, Document):
-        if encoder.eos is None:
-            raise TemplateError("the tokenizer has no end-of-sequence token to end a document with", mend="set eos_token in the tokenizer")
-        rule = Rule(encoder.mask(encoder.special), [(0, len(record.text))])
-        return _Row(record, [], None, {}, None, text=record.text + encoder.eos, rules=(rule,))
+        return _document(record, encoder)
     if template is None:
         raise TemplateError("a conversation needs a chat template", mend="set model.chat_template")
     layout = layout_for(template, encoder)
@@ -114,7 +114,16 @@ def _prepare(record: Record, template: ChatTemplate | None, encoder: Encoder, tr
     answers = [index for index, message in enumerate(record.messages) if message.role == "assistant"]
     last = answers[-1] if answers else None
     loss = {index: weight for index in range(len(messages)) if (weight := _weight(record.messages[index], index == last, train_on))}
-    return _Row(record, messages, tools, loss, last, marked=mark(messages))
+    return _Row(record, messages, tools, loss, last, mark(messages))
+
+
+def _document(record: Document, encoder: Encoder) -> _Found:
+    """A document is one turn from beginning to end."""
+    if encoder.eos is None:
+        raise TemplateError("the tokenizer has no end-of-sequence token to end a document with", mend="set eos_token in the tokenizer")
+    text = record.text + encoder.eos
+    rules = Rule(encoder.special_mask, [(0, len(record.text))]), Rule(encoder.special_mask, [])
+    return _Found(text, rules, {0: Turn(0, len(text))}, {0: 1.0}, 0)
 
 
 def _weight(message: Message, is_last: bool, train_on: TrainOn) -> float:
@@ -136,54 +145,67 @@ def _refuse_hidden_control(messages: Sequence[dict], tools: Sequence[dict] | Non
         )
 
 
-def _render_rows(rows: list[_Row | TemplateError], template: ChatTemplate | None, encoder: Encoder) -> None:
-    """Fills each row's text, turns and prompt; a row that fails becomes its error. One batch for the child process."""
+def _render_rows(
+    rows: Sequence[_Row | _Found | TemplateError], template: ChatTemplate | None, encoder: Encoder
+) -> list[_Found | TemplateError]:
+    """Renders the conversations, in one batch for the child process, and finds what carries loss."""
     jobs: list[RenderJob] = []
-    places: list[tuple[int, dict[str, int]]] = []
-    for number, row in enumerate(rows):
-        if isinstance(row, _Row) and row.marked is not None:
-            names = {"whole": (row.messages, None), "marked": (row.marked.messages, None)}
+    places: list[dict[str, int]] = []
+    for row in rows:
+        wanted: dict[str, RenderJob] = {}
+        if isinstance(row, _Row):
+            wanted["whole"] = RenderJob(row.messages, row.tools)
+            wanted["marked"] = RenderJob(row.marked.messages, row.tools)
+            for turn in _turns(row):
+                wanted[f"marked {turn}"] = RenderJob(row.marked.messages[:turn], row.tools, True)
             if row.last is not None:
-                names["prompt"] = (row.messages, row.last)
-            names.update({f"marked {turn}": (row.marked.messages, turn) for turn in {*row.loss, row.last} - {None}})
-            places.append((number, {name: len(jobs) + place for place, name in enumerate(names)}))
-            jobs.extend(RenderJob(messages[:stop], row.tools, stop is not None) for messages, stop in names.values())
-    if not jobs:
-        return
-    results = template.render_many(jobs)
-    layout = layout_for(template, encoder)
-    for number, names in places:
-        row = rows[number]
-        outcome = _attempt(row.record, _locate_row, row, {name: results[place] for name, place in names.items()}, layout, encoder)
-        rows[number] = outcome if isinstance(outcome, TemplateError) else row
+                wanted["prompt"] = RenderJob(row.messages[: row.last], row.tools, True)
+        places.append({name: len(jobs) + place for place, name in enumerate(wanted)})
+        jobs.extend(wanted.values())
+    if template is None or not jobs:
+        return [row for row in rows if not isinstance(row, _Row)]
+    results, layout = template.render_many(jobs), layout_for(template, encoder)
+    found: list[_Found | TemplateError] = []
+    for row, names in zip(rows, places, strict=True):
+        if isinstance(row, _Row):
+            texts = {name: results[place] for name, place in names.items()}
+            found.append(_attempt(row.record, _locate_row, row, texts, layout, encoder))
+        else:
+            found.append(row)
+    return found
 
 
-def _locate_row(row: _Row, texts: dict[str, str | TemplateError], layout: Layout, encoder: Encoder) -> None:
+def _turns(row: _Row) -> list[int]:
+    """The turns whose place is wanted: those that carry loss, and the last."""
+    return sorted({*row.loss, *([] if row.last is None else [row.last])})
+
+
+def _locate_row(row: _Row, texts: dict[str, str | TemplateError], layout: Layout, encoder: Encoder) -> _Found:
     located = _checked(texts["whole"], texts["marked"], row.marked)
     if row.tools and not any(name in located.text for name in map(_tool_name, row.tools)):
         raise TemplateError("the template does not write the row's tools", mend="use a template that knows tools, or leave them out")
-    row.text, row.rules = located.text, _rules(located, row.messages, row.marked, layout, encoder)
-    row.turns = {}
-    for index in sorted({*row.loss, row.last} - {None}):
-        prompt = texts[f"marked {index}"]
-        opening = locate(prompt, row.marked) if isinstance(prompt, str) else None
+    rules = _rules(located, row.messages, row.marked, layout, encoder)
+    turns: dict[int, Turn] = {}
+    for index in _turns(row):
+        asked = texts[f"marked {index}"]
+        opening = locate(asked, row.marked) if isinstance(asked, str) else None
         try:
-            row.turns[index] = find_turn(index, row.messages, located, opening, row.marked.fields, layout, encoder)
+            turns[index] = find_turn(index, row.messages, located, opening, row.marked.fields, layout, encoder)
         except TemplateError:
             if index in row.loss:
                 raise
-    if row.last in row.loss:
-        opening = _checked(texts["prompt"], texts[f"marked {row.last}"], row.marked)
-        turn = row.turns[row.last]
-        if not located.text.startswith(opening.text) or turn.start != len(opening.text):
-            raise TemplateError(
-                f"the template asks for the last answer in another way than it writes it: the prompt ends {opening.text[-40:]!r}, "
-                f"the whole conversation reads {located.text[max(0, turn.start - 40) : turn.start + 20]!r} there",
-                mend="give the answer the reasoning that the prompt opens, or name a template that fits in model.chat_template",
-            )
-        row.prompt, row.prompt_rules = opening.text, _rules(opening, row.messages, row.marked, layout, encoder)
-        if turn.appends_eos:
-            row.text += encoder.eos
+    found = _Found(located.text, rules, turns, row.loss, row.last)
+    if row.last is None or row.last not in row.loss:
+        return found
+    prompt, turn = _checked(texts["prompt"], texts[f"marked {row.last}"], row.marked), turns[row.last]
+    if not located.text.startswith(prompt.text) or turn.start != len(prompt.text):
+        raise TemplateError(
+            f"the template asks for the last answer in another way than it writes it: the prompt ends {prompt.text[-40:]!r}, "
+            f"the whole conversation reads {located.text[max(0, turn.start - 40) : turn.start + 20]!r} there",
+            mend="give the answer the reasoning that the prompt opens, or name a template that fits in model.chat_template",
+        )
+    text = located.text + (encoder.eos or "") if turn.appends_eos else located.text
+    return found._replace(text=text, prompt=(prompt.text, _rules(prompt, row.messages, row.marked, layout, encoder)))
 
 
 def _tool_name(tool: dict[str, Any]) -> str:
@@ -193,9 +215,10 @@ def _tool_name(tool: dict[str, Any]) -> str:
 
 def _checked(real: str | TemplateError, with_marks: str | TemplateError, marked: Marked) -> Located:
     """The real render with the marks' places, when both renders agree."""
-    for result in (real, with_marks):
-        if isinstance(result, TemplateError):
-            raise result
+    if isinstance(real, TemplateError):
+        raise real
+    if isinstance(with_marks, TemplateError):
+        raise with_marks
     located = locate(with_marks, marked)
     if located.text != real:
         raise TemplateError(
@@ -205,7 +228,7 @@ def _checked(real: str | TemplateError, with_marks: str | TemplateError, marked:
     return located
 
 
-def _rules(located: Located, messages: Sequence[dict], marked: Marked, layout: Layout, encoder: Encoder) -> tuple[Rule, ...]:
+def _rules(located: Located, messages: Sequence[dict], marked: Marked, layout: Layout, encoder: Encoder) -> tuple[Rule, Rule]:
     spans = data_spans(located, marked.fields)
     found = {number for number, opens, _ in located.marks if opens} & {number for number, opens, _ in located.marks if not opens}
     for number, _, _ in located.marks:
@@ -214,41 +237,37 @@ def _rules(located: Located, messages: Sequence[dict], marked: Marked, layout: L
                 f"the template cuts into a message that holds the control token {token!r}", mend="take it out of the message"
             )
     users = [(start, end) for start, end, index in spans if messages[index]["role"] != "assistant"]
-    return Rule(layout.special, [span[:2] for span in spans]), Rule(layout.markup, users)
+    return Rule(encoder.special_mask, [span[:2] for span in spans]), Rule(layout.markup, users)
 
 
-def _finish(row: _Row, whole: Encoded, encoder: Encoder) -> Rendered:
+def _finish(row: _Found, whole: Encoded, encoder: Encoder) -> Rendered:
     """Ids and weights of a row that was located."""
     whole = encoder.protect(row.text, whole, row.rules)
-    if row.marked is None:
-        weights = np.ones(len(whole.ids), dtype=np.float32)
-        weights[:1] = 0.0
-        return Rendered(whole.ids, weights, 0)
     prompt_length = len(whole.ids)
     if row.prompt is not None:
-        whole, prompt_length = _with_prompt(row, whole, encoder)
+        whole, prompt_length = _with_prompt(row, *row.prompt, whole, encoder)
     elif row.last in row.turns:
         prompt_length = int(np.searchsorted(whole.starts, row.turns[row.last].start))
     weights = np.zeros(len(whole.ids), dtype=np.float32)
     for index, weight in row.loss.items():
         covered = _covered(row, row.turns[index], whole, encoder)
-        weights[max(covered.start, prompt_length if index == row.last else 1) : covered.stop] = weight
+        weights[max(covered.start, prompt_length if index == row.last else 1, 1) : covered.stop] = weight
     return Rendered(whole.ids, weights, prompt_length)
 
 
-def _with_prompt(row: _Row, whole: Encoded, encoder: Encoder) -> tuple[Encoded, int]:
+def _with_prompt(row: _Found, prompt: str, rules: tuple[Rule, Rule], whole: Encoded, encoder: Encoder) -> tuple[Encoded, int]:
     """The tokens, the first of which are those of the prompt, and how many these are.
 
     A control token separates what is before it from what is after it, so only the prompt's end from its last one on is tokenised
     again. Where a token spans the end of the prompt the text is split there, as it is when the model is asked.
     """
-    end = len(row.prompt)
-    ending = np.flatnonzero(row.rules[0].control[whole.ids] & (whole.ends <= end))
+    end = len(prompt)
+    ending = np.flatnonzero(encoder.special_mask[whole.ids] & (whole.ends <= end))
     begin = int(whole.starts[ending[-1]]) if len(ending) else -1
-    if begin >= max((stop for _, stop in row.prompt_rules[0].spans), default=0):
-        first, tail = int(ending[-1]), encoder.encode_tail(row.prompt[begin:])
+    if begin >= max((stop for _, stop in rules[0].spans), default=0):
+        first, tail = int(ending[-1]), encoder.encode_tail(prompt[begin:])
     else:
-        first, tail = 0, encoder.protect(row.prompt, encoder.encode_all([row.prompt])[0], row.prompt_rules).ids
+        first, tail = 0, encoder.protect(prompt, encoder.encode_all([prompt])[0], rules).ids.tolist()
     length = first + len(tail)
     if not np.array_equal(whole.ids[first:length], tail):
         whole = encoder.protect(row.text, encoder.encode_split(row.text, [end]), row.rules, [end])
@@ -260,7 +279,7 @@ def _with_prompt(row: _Row, whole: Encoded, encoder: Encoder) -> tuple[Encoded, 
     return whole, length
 
 
-def _covered(row: _Row, turn: Turn, whole: Encoded, encoder: Encoder) -> slice:
+def _covered(row: _Found, turn: Turn, whole: Encoded, encoder: Encoder) -> slice:
     """The tokens of a turn: those that share a character with it, but for a control token that begins before it."""
     end = len(row.text) if turn.appends_eos else turn.end
     first, stop = int(np.searchsorted(whole.ends, turn.start, side="right")), int(np.searchsorted(whole.starts, end, side="left"))
@@ -294,7 +313,7 @@ def encode_prompts(
     marked = [mark(messages) for messages in given]
     jobs = [RenderJob(messages, tools, True) for pair in zip(given, marked, strict=True) for messages in (pair[0], pair[1].messages)]
     texts = template.render_many(jobs)
-    found: list[tuple[str, tuple[Rule, ...]]] = []
+    found: list[tuple[str, tuple[Rule, Rule]]] = []
     for number, messages in enumerate(given):
         try:
             _refuse_hidden_control(messages, tools, encoder)

@@ -117,7 +117,8 @@ class _Writer:
     """Appends arrays to a file in large writes."""
 
     def __init__(self, path: Path):
-        self.path, self.pending, self.size = path, [], 0
+        self.path, self.size = path, 0
+        self.pending: list[bytes] = []
 
     def __enter__(self) -> _Writer:
         self.descriptor = storage.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)

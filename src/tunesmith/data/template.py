@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from ..errors import MissingFile, ModelError, TemplateError
 from ..recipe import ModelSection
@@ -105,23 +105,25 @@ class ChatTemplate:
 
         Raises TemplateError after `patience` renders that had to be killed: such a template is not tried on the rest.
         """
-        results: list[str | TemplateError | None] = [None] * len(jobs)
-        by_tools = {True: [], False: []}
+        results: dict[int, str | TemplateError] = {}
+        by_text: dict[str, list[int]] = {}
         for index, job in enumerate(jobs):
-            by_tools[self.tool_text is not None and job.tools is not None].append(index)
-        for with_tools, indices in by_tools.items():
-            text = self.tool_text if with_tools else self.text
+            by_text.setdefault(self.text if self.tool_text is None or job.tools is None else self.tool_text, []).append(index)
+        for text, indices in by_text.items():
             replies = _child.render(text, self.special_tokens, self.clock, [_payload(jobs[i]) for i in indices], patience)
             for index, reply in zip(indices, replies, strict=False):
                 results[index] = self._result(index, reply)
             if len(replies) < len(indices) or sum(reply.get("error") in KILLED for reply in replies) >= patience:
-                raise results[indices[len(replies) - 1]]
-        return results
+                raise self._error(indices[len(replies) - 1], replies[-1])
+        return [results[index] for index in range(len(jobs))]
 
     def _result(self, index: int, reply: dict[str, Any]) -> str | TemplateError:
         if "text" in reply:
             self.clock_used |= reply["clock_used"]
-            return reply["text"]
+            return str(reply["text"])
+        return self._error(index, reply)
+
+    def _error(self, index: int, reply: dict[str, Any]) -> TemplateError:
         what, mend = _EXPLAIN[reply["error"]]
         return TemplateError(what.format(message=reply["message"]), where=f"chat template {self.name}, row {index}", mend=mend)
 
@@ -209,96 +211,113 @@ class _Gone(Exception):
     """The child closed its end."""
 
 
+class _Running(NamedTuple):
+    process: subprocess.Popen[bytes]
+    requests: IO[bytes]
+    replies: IO[bytes]
+
+
 class _Child:
-    """The one rendering process of this process; a forked copy of us starts its own."""
+    """The one rendering process of this process, started when it is first needed."""
 
     def __init__(self) -> None:
-        self.lock, self.process, self.owner = threading.Lock(), None, None
+        self.lock = threading.Lock()
+        self.running: _Running | None = None
+
+    def forget(self) -> None:
+        """Leaves the child to the process that this one was forked from."""
+        self.lock, self.running = threading.Lock(), None
 
     def render(
-        self, template: str, variables: dict[str, str], clock: str, jobs: Sequence[bytes | dict], patience: int
+        self, template: str, variables: dict[str, str], clock: str, jobs: Sequence[bytes | dict[str, Any]], patience: int
     ) -> list[dict[str, Any]]:
         """A reply for each job, in order, up to the one with which the patience ends; jobs that are replies already are passed on."""
         replies: list[dict[str, Any]] = []
         head = json.dumps({"template": template, "variables": variables, "clock": clock}).encode()[:-1] + b', "jobs": ['
         with self.lock:
             while len(replies) < len(jobs) and sum(reply.get("error") in KILLED for reply in replies) < patience:
-                batch = _first_batch(jobs[len(replies) :])
-                if batch:
-                    replies.extend(self._exchange(head + b", ".join(batch) + b"]}", len(batch)))
+                job = jobs[len(replies)]
+                if isinstance(job, dict):
+                    replies.append(job)
                 else:
-                    replies.append(jobs[len(replies)])
+                    batch = _first_batch(jobs[len(replies) :])
+                    replies.extend(self._exchange(head + b", ".join(batch) + b"]}", len(batch)))
         return replies
 
     def _exchange(self, body: bytes, count: int) -> Iterator[dict[str, Any]]:
         """Replies until all are there or one is over the limit (then its error, and the child is gone)."""
+        running = self._start()
         try:
-            self._start()
-            self.process.stdin.write(struct.pack(">I", len(body)) + body)
-            self.process.stdin.flush()
+            running.requests.write(struct.pack(">I", len(body)) + body)
+            running.requests.flush()
             for _ in range(count):
                 deadline = time.monotonic() + SECONDS_PER_RENDER
-                (length,) = struct.unpack(">I", self._read(4, deadline))
-                yield json.loads(self._read(length, deadline + SECONDS_PER_RENDER))
+                (length,) = struct.unpack(">I", _receive(running, 4, deadline))
+                yield json.loads(_receive(running, length, deadline + SECONDS_PER_RENDER))
         except _TooLong:
             self.stop()
             yield {"error": "time", "message": "an endless loop, or a very large one"}
         except (_Gone, BrokenPipeError):
-            status = self.stop()
-            yield {"error": "died", "message": f"exit status {status}"}
+            yield {"error": "died", "message": f"exit status {self.stop()}"}
+        except BaseException:  # an interrupt, say: what the child still writes must not be taken for the next call's replies
+            self.stop()
+            raise
 
-    def _start(self) -> None:
-        if self.process is not None and self.owner == os.getpid() and self.process.poll() is None:
-            return
-        self.owner = os.getpid()
+    def _start(self) -> _Running:
+        if self.running is not None and self.running.process.poll() is None:
+            return self.running
         environment = {key: os.environ[key] for key in CHILD_ENVIRONMENT if key in os.environ}
-        self.process = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-P", str(CHILD)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**environment, "PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8"},
+            env={**environment, "PYTHONHASHSEED": "0"},
             cwd="/",
+            start_new_session=True,  # Ctrl-C at the terminal is for us; the child would die of it and cost a row
         )
+        self.running = _Running(process, cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout))
         try:
-            self._read(1, time.monotonic() + START_SECONDS)
+            _receive(self.running, 1, time.monotonic() + START_SECONDS)
         except (_TooLong, _Gone) as error:
-            status = self.stop()
             raise TemplateError(
-                f"the process that renders chat templates did not start (exit status {status})",
+                f"the process that renders chat templates did not start (exit status {self.stop()})",
                 where=str(CHILD),
                 mend=f"check that `{sys.executable} -c 'import jinja2'` works",
             ) from error
-
-    def _read(self, count: int, deadline: float) -> bytes:
-        descriptor, parts = self.process.stdout.fileno(), []
-        with selectors.DefaultSelector() as selector:
-            selector.register(descriptor, selectors.EVENT_READ)
-            while count:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise _TooLong
-                part = os.read(descriptor, min(count, 2**20))
-                if not part:
-                    raise _Gone
-                parts.append(part)
-                count -= len(part)
-        return b"".join(parts)
+        return self.running
 
     def stop(self) -> int | None:
-        """Ends the child if it is ours; its exit status."""
-        process, self.process = self.process, None
-        if process is None or self.owner != os.getpid():
+        """Ends the child; its exit status, None where there was none."""
+        running, self.running = self.running, None
+        if running is None:
             return None
-        process.kill()
-        status = process.wait()
-        for stream in (process.stdin, process.stdout):
+        running.process.kill()
+        status = running.process.wait()
+        for stream in (running.requests, running.replies):
             with contextlib.suppress(BrokenPipeError):  # what was not sent to a dead child
                 stream.close()
         return status
 
 
-def _first_batch(jobs: Sequence[bytes | dict]) -> list[bytes]:
-    """The jobs at the head of the list that go together; none where the first is a reply already."""
+def _receive(running: _Running, count: int, deadline: float) -> bytes:
+    """Exactly so many bytes; raises _TooLong at the deadline (time.monotonic), _Gone where the child closed its end."""
+    parts: list[bytes] = []
+    with selectors.DefaultSelector() as selector:
+        selector.register(running.replies, selectors.EVENT_READ)
+        while count:
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                raise _TooLong
+            part = os.read(running.replies.fileno(), min(count, 2**20))
+            if not part:
+                raise _Gone
+            parts.append(part)
+            count -= len(part)
+    return b"".join(parts)
+
+
+def _first_batch(jobs: Sequence[bytes | dict[str, Any]]) -> list[bytes]:
+    """The jobs at the head of the list that go together."""
     batch: list[bytes] = []
     size = 0
     for job in jobs[:JOBS_PER_BATCH]:
@@ -311,3 +330,4 @@ def _first_batch(jobs: Sequence[bytes | dict]) -> list[bytes]:
 
 _child = _Child()
 atexit.register(_child.stop)
+os.register_at_fork(after_in_child=_child.forget)

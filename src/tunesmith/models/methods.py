@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import AdapterError, RecipeError
+from ..errors import AdapterError, ModelError, RecipeError
 from ..recipe import FullMethod, LoraMethod, Method
 from .load import LoadedModel
 
@@ -50,9 +51,20 @@ def _lora_config(loaded: LoadedModel, method: LoraMethod, new_tokens: list[int] 
         lora_dropout=method.lora_dropout,
         use_rslora=method.use_rslora,
         target_modules=target_modules(loaded.model, method.target_modules),
-        trainable_token_indices=new_tokens or None,
+        trainable_token_indices=_where_tokens_train(loaded.model, new_tokens) if new_tokens else None,
         base_model_name_or_path=loaded.identity.folder,
     )
+
+
+def _where_tokens_train(model: PreTrainedModel, tokens: list[int]) -> list[int] | dict[str, list[int]]:
+    """PEFT's trainable_token_indices: the rows of the embeddings, and those of the head where it has its own."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head.weight is embeddings.weight:
+        return tokens
+    if head.bias is not None:
+        raise ModelError("new tokens cannot train in a head with a bias", where=model.config.model_type, mend="use method full")
+    names = {module: name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
+    return {names[embeddings]: tokens, names[head]: tokens}
 
 
 def target_modules(model: nn.Module, wanted: list[str] | None) -> list[str]:
@@ -87,9 +99,10 @@ def save_result(model: nn.Module, loaded: LoadedModel, folder: Path, card: dict[
         config = model.peft_config[POLICY].to_dict()
         config["inference_mode"], config["base_model_name_or_path"] = True, loaded.identity.folder
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=_plain))
-        _reopen(folder / "adapter_model.safetensors", state)
     else:
+        state = trainable_state(model)
         model.save_pretrained(folder)
+    _reopen(folder, state)
     loaded.tokenizer.save_pretrained(folder)
     (folder / CARD).write_text(json.dumps({"base": loaded.identity.public(), **card}, indent=2, sort_keys=True))
 
@@ -98,10 +111,13 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 
-def _reopen(path: Path, state: dict[str, torch.Tensor]) -> None:
-    written = load_file(path)
-    if written.keys() != state.keys() or any(not torch.equal(written[name], tensor.cpu()) for name, tensor in state.items()):
-        raise AdapterError("the file that was written does not read back as the weights in memory", where=str(path), mend="check the disk")
+def _reopen(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Reads the written weights back; of tensors that are one in memory (tied), one name is enough."""
+    written = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    stored = {state[name].data_ptr() for name in written.keys() & state.keys()}
+    lost = [name for name, tensor in state.items() if name not in written and tensor.data_ptr() not in stored]
+    if lost or any(name not in state or not torch.equal(tensor, state[name].cpu()) for name, tensor in written.items()):
+        raise AdapterError("the file that was written does not read back as the weights in memory", where=str(folder), mend="check the disk")
 
 
 def load_adapter(loaded: LoadedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
@@ -120,20 +136,24 @@ def load_adapter(loaded: LoadedModel, folder: Path, *, trainable: bool = False) 
             where=str(folder),
             mend=f"load {card['base'].get('name')} in the revision it was trained on",
         )
-    config = LoraConfig.from_pretrained(str(folder))
+    try:
+        config, have = LoraConfig.from_pretrained(str(folder)), load_file(weights)
+    except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
+        raise AdapterError(f"the adapter cannot be read: {error}", where=str(folder), mend="it needs a LoRA adapter_config.json and whole weights") from error
     config.inference_mode = not trainable
-    model = get_peft_model(loaded.model, config)
+    try:
+        model = get_peft_model(loaded.model, config)
+    except (ValueError, IndexError) as error:
+        raise AdapterError(f"the adapter does not fit the model: {error}", where=str(folder), mend="load the base it was trained on") from error
     want = trainable_state(model)
-    with safe_open(weights, "pt") as file:
-        have = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
-    other = [name for name in want.keys() & have.keys() if tuple(want[name].shape) != have[name]]
+    other = [name for name in want.keys() & have.keys() if want[name].shape != have[name].shape]
     if missing or extra or other:
         what = f"missing {missing[:2]}" if missing else f"unexpected {extra[:2]}" if extra else f"shape of {other[0]}"
         raise AdapterError(
             f"the adapter's tensors do not match the model: {what}", where=str(weights), mend="the file is damaged or of another model"
         )
-    set_peft_model_state_dict(model, load_file(weights), adapter_name=POLICY)
+    set_peft_model_state_dict(model, have, adapter_name=POLICY)
     for name, parameter in model.named_parameters():
         if "lora_" in name or "trainable_tokens" in name:
             parameter.data = parameter.data.float()

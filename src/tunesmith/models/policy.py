@@ -43,7 +43,7 @@ class Policy(nn.Module):
     """A causal language model, with or without adapters, over forests.
 
     model: transformers' or PEFT's module; fast: whether layers may take their fast paths.
-    heads: named linear heads on the hidden state, `values` and `scores`, each giving one number.
+    heads: linear heads on the hidden state by name, `value` and `score`, each giving one number.
     """
 
     def __init__(self, model: nn.Module, *, fast: bool = True, gradient_checkpointing: bool = False):
@@ -73,8 +73,8 @@ class Policy(nn.Module):
         source = torch.from_numpy(forest.source_S).to(device)
         hidden_SH = hidden_TH[source]
         logprobs, entropy = self._head(hidden_SH, torch.from_numpy(forest.target_S).to(device), "entropy" in needs)
-        values = self.heads["values"](hidden_SH.float())[:, 0] if "values" in needs else None
-        scores = self.heads["scores"](hidden_TH[torch.from_numpy(forest.last_B).to(device)].float())[:, 0] if "scores" in needs else None
+        values = self.heads["value"](hidden_SH.float())[:, 0] if "values" in needs else None
+        scores = self.heads["score"](hidden_TH[torch.from_numpy(forest.last_B).to(device)].float())[:, 0] if "scores" in needs else None
         return TokenOutputs(logprobs, entropy, values, scores)
 
     @contextmanager

@@ -16,7 +16,7 @@ from ..rundir import redact
 from ._base import PathMarker, sections_of
 from ._explain import KeyPath, Places, dotted, explain, place_of
 from ._recipe import Recipe
-from ._yaml import dump_yaml, parse_yaml
+from ._yaml import MAX_BYTES, dump_yaml, parse_yaml
 
 _SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gguf", ".jinja", ".yaml", ".safetensors"}
 
@@ -76,7 +76,8 @@ def _values(source: str | Path | dict[str, Any] | Recipe) -> tuple[Any, Places, 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            return file.read(MAX_BYTES + 1).decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"not UTF-8 text (byte {error.start})", where=str(path), mend="save the recipe as UTF-8") from error
     except OSError as error:
@@ -127,7 +128,7 @@ def _override(values: dict[str, Any], word: str, places: Places) -> None:
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise RecipeError("not of the form key=value", where=f"--set {redact(word)}", mend="write --set stages.0.learning_rate=1e-4")
-    place = f"--set {key}"
+    place = redact(f"--set {key}")
     value = parse_yaml(text, place)[0] if text else ""
     *parents, last = key.split(".")
     holder: Any = values

@@ -6,12 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from ._base import PathText, Section
+from ._base import PathText, Section, type_names
 from .data import DataSection
 from .method import Method
 from .objective import Objective
 
 Positive = Annotated[int, Field(ge=1)]
+
+
+def _or_its_name(section: Any) -> Any:
+    """A section's type, or one of the names that stand for it with its defaults: what an editor may accept."""
+    return section | Literal[*type_names(section)]
 
 
 class Stage(Section):
@@ -66,12 +71,12 @@ class Stage(Section):
     logging_steps: Positive = 1
     """Updates between lines in the event log."""
 
-    @field_validator("objective", mode="before")
+    @field_validator("objective", mode="before", json_schema_input_type=_or_its_name(Objective))
     @classmethod
     def _bare_objective(cls, value: Any) -> Any:
         return {"type": value} if isinstance(value, str) else value
 
-    @field_validator("method", mode="before")
+    @field_validator("method", mode="before", json_schema_input_type=_or_its_name(Method) | None)
     @classmethod
     def _bare_method(cls, value: Any) -> Any:
         return {"type": value} if isinstance(value, str) else value

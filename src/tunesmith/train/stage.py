@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..data.batching import DatasetSource
 from ..data.prepare import PreparedData
 from ..data.template import ChatTemplate
-from ..errors import RecipeError
-from ..models.load import LoadedModel
+from ..errors import CheckpointError, RecipeError
+from ..models.load import LoadedModel, hash_weights, load_model
 from ..models.methods import CARD, attach, load_adapter, save_result, target_modules
 from ..models.policy import Policy
 from ..objectives import OBJECTIVES
-from ..recipe import FullMethod, LoraMethod, Stage
-from ..rundir import RunDirectory, atomic_folder
+from ..recipe import FullMethod, LoraMethod, ModelSection, Stage
+from ..rundir import RunDirectory, atomic_folder, verify_folder
 from .invariants import every_row_carries_loss, fast_paths_agree, fresh_adapter_changes_nothing, no_leak, something_trains
 from .loop import Job, train
 from .memory import keep_freed_memory
@@ -83,19 +84,40 @@ def add_new_tokens(loaded: LoadedModel, template: ChatTemplate | None) -> list[i
     loaded.tokenizer.add_special_tokens({"additional_special_tokens": list(template.new_tokens)})
     rows = loaded.model.get_input_embeddings().weight.shape[0]
     if len(loaded.tokenizer) > rows:
-        loaded.model.resize_token_embeddings(len(loaded.tokenizer), mean_resizing=False)
+        _grow_embeddings(loaded.model, rows, len(loaded.tokenizer))
     return loaded.tokenizer.convert_tokens_to_ids(list(template.new_tokens))
+
+
+def _grow_embeddings(model: PreTrainedModel, old: int, new: int) -> None:
+    """New rows are the mean of the old ones: the same in every process, and no outliers."""
+    model.resize_token_embeddings(new, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[old:] = layer.weight[:old].mean(0, dtype=torch.float32).to(layer.weight.dtype)
 
 
 def build_model(loaded: LoadedModel, stage: Stage, start: Path | None, seed: int, new_tokens: list[int]) -> nn.Module:
     """The model to train: the base with a fresh adapter, with an earlier one, or in full."""
-    if start is not None and (start / "adapter_config.json").is_file():
+    if start is not None and _is_adapter(start):
         if isinstance(stage.method, FullMethod):
             raise RecipeError(
                 "full tuning cannot start from an adapter", where=f"stages.{stage.name}", mend="use method lora, or start from the base"
             )
         return load_adapter(loaded, start, trainable=True)
     return attach(loaded, stage.method, seed=seed, new_tokens=new_tokens)
+
+
+def _is_adapter(start: Path) -> bool:
+    return (start / "adapter_config.json").is_file()
+
+
+def _base(loaded: LoadedModel, start: Path | None) -> LoadedModel:
+    """What the stage's method is put on: the recipe's base, or the full model of an earlier stage."""
+    if start is None or _is_adapter(start):
+        return loaded
+    earlier = load_model(ModelSection(name=str(start.resolve()), dtype=str(loaded.dtype).removeprefix("torch.")))
+    earlier.tokenizer.chat_template = loaded.tokenizer.chat_template
+    return earlier
 
 
 def run_stage(
@@ -115,6 +137,7 @@ def run_stage(
     """Trains a derived stage to its end and writes stages/NAME/model. Returns the tuned model, for the evaluation that follows."""
     keep_freed_memory()
     began = time.perf_counter()
+    loaded = _base(loaded, start)
     model = build_model(loaded, stage, start, seed, new_tokens)
     policy = Policy(model, gradient_checkpointing=stage.gradient_checkpointing)
     objective = OBJECTIVES[stage.objective.type]()
@@ -123,11 +146,12 @@ def run_stage(
     )
     every_row_carries_loss(data.train, data.train.row_ids)
     something_trains(policy)
-    no_leak(policy, loaded.model.get_input_embeddings().weight.shape[0])
     first = source.window(0)[0]
-    if start is None:
-        fresh_adapter_changes_nothing(policy, first)
-    slow = fast_paths_agree(policy, objective, first)
+    with policy.deterministic():
+        no_leak(policy, loaded.model.get_input_embeddings().weight.shape[0])
+        if start is None or not _is_adapter(start):
+            fresh_adapter_changes_nothing(policy, first)
+        slow = fast_paths_agree(policy, objective, first)
     if slow:
         _tell(run, report, {"event": "fast_paths_dropped", "stage": stage.name, "paths": slow})
     validation = None
@@ -141,7 +165,7 @@ def run_stage(
         source=source,
         optimiser=FlatAdamW(policy.named_parameters(), stage),
         run=run,
-        fingerprint=stage_fingerprint(stage, loaded, data, seed),
+        fingerprint=stage_fingerprint(stage, loaded, data, template, start, seed),
         validation=validation,
         stop=stop,
         report=report,
@@ -163,7 +187,7 @@ def run_stage(
         report,
         {**done, "seconds": time.perf_counter() - began, "best_step": progress.best_step, "stopped_early": progress.stopped_early},
     )
-    return model
+    return model.eval()
 
 
 def _tell(run: RunDirectory, report: Callable[[dict[str, Any]], None], event: dict[str, Any]) -> None:
@@ -171,17 +195,26 @@ def _tell(run: RunDirectory, report: Callable[[dict[str, Any]], None], event: di
     report(event)
 
 
-def stage_fingerprint(stage: Stage, loaded: LoadedModel, data: PreparedData, seed: int) -> str:
+def stage_fingerprint(stage: Stage, loaded: LoadedModel, data: PreparedData, template: ChatTemplate | None, start: Path | None, seed: int) -> str:
     """A hash of all that decides the weights of a step."""
     settings = {key: value for key, value in stage.model_dump(mode="json").items() if key not in UNFINGERPRINTED}
-    rows = hashlib.sha256("\n".join(data.train.row_ids).encode()).hexdigest()
-    what = [settings, loaded.identity.sha256, str(loaded.dtype), rows, data.max_length, seed]
+    rows = [hashlib.sha256("\n".join(part.row_ids).encode()).hexdigest() for part in (data.train, data.validation) if part is not None]
+    origin = hash_weights(start) if start is not None else None
+    what = [settings, loaded.identity.sha256, origin, str(loaded.dtype), rows, template.sha256 if template else None, data.max_length, seed]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def is_finished(run: RunDirectory, stage: Stage) -> bool:
-    """Whether a stage's result is already there, from an earlier part of a resumed run."""
-    return (run.path / "stages" / stage.name / "model" / CARD).is_file()
+    """Whether a stage's result is already there, whole, from an earlier part of a resumed run."""
+    folder = run.path / "stages" / stage.name / "model"
+    if not (folder / CARD).is_file():
+        return False
+    try:
+        verify_folder(folder)
+    except CheckpointError as error:
+        run.log({"event": "result_refused", "stage": stage.name, "reason": error.what})
+        return False
+    return True
 
 
 def check_targets(stage: Stage, loaded: LoadedModel) -> Stage:

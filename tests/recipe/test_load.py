@@ -1,0 +1,318 @@
+"""A recipe is read strictly: what is wrong is named by its key, its place and the mend, and paths start where they were written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunesmith.errors import MissingFile, RecipeError
+from tunesmith.recipe import FullMethod, LoraMethod, Recipe, SFTObjective, dump_recipe, load_recipe
+
+ROOT = Path(__file__).parents[2]
+TEXT = """\
+name: mine
+model:
+  name: smollm2-135m-instruct
+data:
+  train: rows.jsonl
+  test: ../held/out.jsonl
+stages:
+  - name: sft
+    objective: sft
+    learning_rate: 2e-4
+  - name: more
+    objective: {type: sft}
+    method: lora
+    start_from: sft
+    learning_rate: 1e-5
+"""
+SECRET = "hf_" + "abcdefghij" * 3
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes text as recipes/mine.yaml, and gives its path."""
+
+    def writer(text: str | bytes) -> Path:
+        path = tmp_path / "recipes" / "mine.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return writer
+
+
+def values(**changes):
+    return yaml.safe_load(TEXT.replace("e-", ".0e-")) | changes
+
+
+def refused(source, sets=(), kind=RecipeError) -> RecipeError:
+    with pytest.raises(kind) as raised:
+        load_recipe(source, sets)
+    assert raised.value.mend
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "key", "near"),
+    [
+        ("    learning_rate: 2e-4", "    learning_rat: 2e-4", 10, "stages.0.learning_rat", "learning_rate"),
+        ("    method: lora", "    metod: lora", 13, "stages.1.metod", "method"),
+        ("  test:", "  tset:", 6, "data.tset", "test"),
+        ("model:", "modle:", 2, "modle", "model"),
+        ("{type: sft}", "{type: sft, train_onn: last}", 12, "stages.1.objective.train_onn", "train_on"),
+        ("    method: lora", "    method: {type: lora, lora_alhpa: 3}", 13, "stages.1.method.lora_alhpa", "lora_alpha"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_its_line_and_the_nearest_key(write, old, new, line, key, near):
+    path = write(TEXT.replace(old, new, 1))
+    error = refused(path)
+    assert error.exit_status == 2
+    assert error.what == f"unknown key `{key}`"
+    assert error.where == f"{path}:{line}"
+    assert error.mend == f"did you mean `{near}`?"
+
+
+def test_an_unknown_key_that_is_near_to_none_is_refused_with_all_known_ones(write):
+    error = refused(write(TEXT.replace("data:", "data:\n  zzz: 1")))
+    assert "unknown key `data.zzz`" in error.what
+    assert error.mend.startswith("known keys here: train, test, validation")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("learning_rate: 2e-4", "learning_rate: fast", 10, ["stages.0.learning_rate", "valid number", '"fast"']),
+        ("learning_rate: 2e-4", "learning_rate: -1", 10, ["stages.0.learning_rate", "greater than 0", "-1"]),
+        ("learning_rate: 2e-4", "learning_rate: .inf", 10, ["stages.0.learning_rate", "finite"]),
+        ("learning_rate: 2e-4", "learning_rate: yes", 10, ["stages.0.learning_rate", '"yes"']),
+        ("name: mine", "name: 3", 1, ["name", "valid string"]),
+        ("name: mine", "name: ../mine", 1, ["name", "pattern"]),
+        ("    method: lora", "    method: lor", 13, ["stages.1.method", "unknown type `lor`"]),
+        ("    method: lora", "    method: {r: 3}", 13, ["stages.1.method.type", "not given"]),
+        ("    method: lora", "    method: {type: lora, r: 1.5}", 13, ["stages.1.method.r", "valid integer", "1.5"]),
+        ("name: more", "name: sft", 1, ["stage names must differ", "sft"]),
+        ("    learning_rate: 1e-5\n", "", 11, ["stages.1.learning_rate", "not given"]),
+        ("  name: smollm2-135m-instruct", "  - smollm2-135m-instruct", 2, ["model", "valid dictionary"]),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_line_and_what_the_setting_means(write, old, new, line, words):
+    path = write(TEXT.replace(old, new, 1))
+    error = refused(path)
+    assert error.where in (f"{path}:{line}", str(path))
+    for word in words:
+        assert word in error.what
+
+
+def test_the_mend_of_a_wrong_value_says_what_the_setting_means(write):
+    assert "Peak learning rate" in refused(write(TEXT.replace("2e-4", "fast"))).mend
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("stages.0.learning_rat=1", ["unknown key `stages.0.learning_rat`", "did you mean `learning_rate`?"]),
+        ("stages.0.learning_rate=fast", ["stages.0.learning_rate", "valid number"]),
+        ("stages.7.learning_rate=1", ["`stages` has 2 entries"]),
+        ("stages.last.learning_rate=1", ["`stages` has 2 entries"]),
+        ("name.first=1", ["name", "valid string"]),
+        ("model.new.deep=1", ["unknown key `model.new`"]),
+        ("seed.0.1=1", ["`seed`", "valid integer"]),
+        ("stages.0.learning_rate=[1", ["not readable as YAML"]),
+        ("stages.0.learning_rate=!!python/name:os.system", ["tag"]),
+    ],
+)
+def test_a_wrong_override_is_named_as_the_place_and_not_a_line_of_the_file(write, word, words):
+    error = refused(write(TEXT), [word])
+    assert error.where.startswith(f"--set {word.partition('=')[0]}")
+    for text in words:
+        assert text in f"{error.what} {error.mend}"
+
+
+@pytest.mark.parametrize("word", ["stages.0.learning_rate", "=3", ""])
+def test_an_override_without_a_key_or_a_value_sign_is_refused(word):
+    assert refused(values(), [word]).where == f"--set {word}"
+
+
+def test_an_error_of_the_file_still_names_the_line_when_something_else_is_overridden(write):
+    path = write(TEXT.replace("1e-5", "slow"))
+    assert refused(path, ["stages.0.learning_rate=1e-3"]).where == f"{path}:15"
+
+
+def test_an_override_mends_what_is_wrong_in_the_file(write):
+    assert load_recipe(write(TEXT.replace("1e-5", "slow")), ["stages.1.learning_rate=1e-5"]).stages[1].learning_rate == 1e-5
+
+
+def test_overrides_reach_every_depth_and_are_read_as_yaml(write):
+    words = [
+        "seed=7",
+        "stages.0.learning_rate=2e-3",
+        "stages.1.method.r=4",
+        "stages.0.method=full",
+        "evaluate.few_shot_k=[1, 2]",
+        "evaluate.max_new_tokens=9",
+        "data.max_length=null",
+        "task.description=on",
+    ]
+    recipe = load_recipe(write(TEXT), words)
+    assert (recipe.seed, recipe.stages[0].learning_rate) == (7, 2e-3)
+    assert recipe.stages[1].method == LoraMethod(r=4), "a bare name keeps its type when one of its settings is given"
+    assert recipe.stages[0].method == FullMethod()
+    assert (recipe.evaluate.few_shot_k, recipe.evaluate.max_new_tokens) == ([1, 2], 9)
+    assert (recipe.data.max_length, recipe.task.description) == (None, "on")
+
+
+def test_of_two_overrides_of_one_key_the_later_wins():
+    assert load_recipe(values(), ["seed=1", "seed=2"]).seed == 2
+
+
+def test_a_bare_name_stands_for_its_defaults():
+    recipe = load_recipe(values())
+    assert recipe.stages[0].objective == SFTObjective()
+    assert recipe.stages[1].method == LoraMethod()
+    assert recipe.stages[0].method is None
+
+
+def test_paths_start_at_the_recipe_in_a_file_and_at_the_current_folder_on_the_command_line(write, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (here / "owner").mkdir()
+    (here / "owner" / "rows").touch()
+    path = write(TEXT.replace("start_from: sft", "start_from: owner/rows"))
+    recipe = load_recipe(path, ["data.validation=val.jsonl", "stages.1.data={train: ./own}"], out="there")
+    assert recipe.data.train == str(tmp_path / "recipes" / "rows.jsonl")
+    assert recipe.data.test == str(tmp_path / "held" / "out.jsonl")
+    assert recipe.data.validation == str(here / "val.jsonl")
+    assert recipe.stages[1].data.train == str(here / "own")
+    assert recipe.output.dir == str(here / "there")
+    assert recipe.stages[1].start_from == "owner/rows", "it does not exist beside the recipe: a hub name"
+    assert load_recipe(path, ["stages.1.start_from=owner/rows"]).stages[1].start_from == str(here / "owner" / "rows")
+
+
+def test_a_name_that_is_no_path_stays_a_name(write):
+    recipe = load_recipe(write(TEXT), ["data.train=owner/rows@abc:train", "data.validation=0.2"])
+    assert (recipe.model.name, recipe.data.train, recipe.data.validation) == ("smollm2-135m-instruct", "owner/rows@abc:train", 0.2)
+    assert recipe.stages[1].start_from == "sft"
+
+
+def test_a_tilde_is_the_home_folder(write, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_recipe(write(TEXT.replace("rows.jsonl", "~/rows.jsonl"))).data.train == str(tmp_path / "rows.jsonl")
+
+
+def test_a_folder_with_the_models_name_beside_the_recipe_is_that_folder(write, tmp_path):
+    path = write(TEXT)
+    (tmp_path / "recipes" / "smollm2-135m-instruct").mkdir()
+    assert load_recipe(path).model.name == str(tmp_path / "recipes" / "smollm2-135m-instruct")
+
+
+def test_a_name_longer_than_any_path_is_no_crash(write):
+    assert load_recipe(write(TEXT), ["model.name=" + "x" * 5000]).model.name == "x" * 5000
+
+
+def test_a_dict_a_recipe_and_a_file_give_the_same(write, tmp_path, monkeypatch):
+    path = write(TEXT)
+    monkeypatch.chdir(path.parent)
+    from_file = load_recipe(path)
+    assert load_recipe(values()) == from_file
+    assert load_recipe(from_file) == from_file
+    assert load_recipe(str(path)) == from_file
+
+
+def test_a_given_dict_is_not_changed():
+    given_values = values()
+    load_recipe(given_values, ["stages.0.learning_rate=1", "seed=3"], out="x")
+    assert given_values == values()
+
+
+@pytest.mark.parametrize("given_values", [{("a", "b"): 1}, {1: {2}}, "loop"])
+def test_a_dict_that_holds_no_plain_values_is_refused(given_values):
+    if given_values == "loop":
+        given_values = {}
+        given_values["name"] = given_values
+    refused(given_values)
+
+
+def test_a_dumped_recipe_loads_as_the_same_recipe(write):
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", ["task.labels=['on', '1e5', '2026-01-01']"])
+    assert load_recipe(write(dump_recipe(recipe))) == recipe
+
+
+@given(st.lists(st.text() | st.from_regex(r"[-+]?[0-9.]+(e[0-9]+)?|0[xo][0-9]+|y|on|~|null|1:30|=|<<", fullmatch=True), max_size=3))
+def test_any_text_survives_being_dumped_and_loaded(tmp_path_factory, words):
+    recipe = load_recipe(values(task={"labels": words, "description": "".join(words)}))
+    path = tmp_path_factory.mktemp("dumped") / "recipe.yaml"
+    path.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(path).task == recipe.task
+
+
+@given(st.floats(min_value=0, exclude_min=True, allow_infinity=False))
+def test_any_number_survives_being_dumped_and_loaded(tmp_path_factory, number):
+    recipe = load_recipe(values(), [f"stages.0.learning_rate={number!r}"])
+    path = tmp_path_factory.mktemp("dumped") / "recipe.yaml"
+    path.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(path).stages[0].learning_rate == number
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"task": {"description": f"Answer. {SECRET}"}}, "task.description"),
+        ({"data": {"train": f"https://me:{SECRET}@host/rows.jsonl"}}, "data.train"),
+        ({"task": {"labels": ["a", SECRET]}}, "task.labels.1"),
+        ({"tracking": {"project": SECRET}}, "tracking.project"),
+        ({"seed": SECRET}, "seed"),
+    ],
+)
+def test_a_recipe_that_holds_a_secret_is_refused_by_key_and_the_secret_is_not_repeated(change, key):
+    error = refused(values(**change))
+    assert f"`{key}` holds what looks like a secret" in error.what
+    assert SECRET not in str(error)
+
+
+@pytest.mark.parametrize("word", [f"tracking.project={SECRET}", f"{SECRET}", f"task.{SECRET}=1", f"seed={SECRET}"])
+def test_a_secret_in_an_override_is_refused_and_not_repeated(word):
+    assert "abcdefghij" not in str(refused(values(), [word]))
+
+
+def test_a_value_of_a_secret_environment_variable_is_refused(monkeypatch):
+    monkeypatch.setenv("TRACKER_API_KEY", "swordfish99")
+    assert "`tracking.project`" in refused(values(tracking={"project": "my-swordfish99"})).what
+
+
+def test_a_secret_key_is_refused_without_being_repeated(write):
+    error = refused(write(TEXT + f"{SECRET}: 1\n"))
+    assert "secret" in error.what
+    assert error.where.endswith(":16")
+    assert SECRET not in str(error)
+
+
+@pytest.mark.parametrize("source", ["missing.yaml", "."])
+def test_a_recipe_that_cannot_be_read_says_so_with_status_2(tmp_path, source):
+    error = refused(tmp_path / source, kind=MissingFile)
+    assert error.exit_status == 2
+    assert str(tmp_path) in error.where
+
+
+def test_loading_a_recipe_imports_neither_torch_nor_transformers(write):
+    code = "import sys; from tunesmith.recipe import load_recipe; load_recipe(sys.argv[1]); print(*sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(write(TEXT))], env=environment, capture_output=True, text=True, check=True, timeout=300
+    )
+    assert not {"torch", "transformers", "numpy", "peft"} & set(done.stdout.split())
+
+
+def test_a_recipe_does_not_change_afterwards():
+    recipe = load_recipe(values())
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.name = "other"
+    assert isinstance(recipe, Recipe)

@@ -1,0 +1,167 @@
+"""A tiny model with a tiny tokenizer, in memory or as a folder, rows for it, and a stage's run on them: what training tests share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from tests.families import tiny_model
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tunesmith.data.batching import Batch, DatasetSource
+from tunesmith.data.forest import build_forest
+from tunesmith.data.template import NAMED_TEMPLATES
+from tunesmith.models.load import LoadedModel, ModelIdentity
+from tunesmith.models.policy import Policy
+from tunesmith.objectives import SFT
+from tunesmith.recipe import Stage
+from tunesmith.rundir import RunDirectory
+from tunesmith.train.loop import Job
+from tunesmith.train.optimiser import FlatAdamW
+from tunesmith.train.signals import StopRequest
+from tunesmith.train.stage import derive_stage, run_stage
+
+VOCABULARY = 97
+Row = tuple[np.ndarray, np.ndarray]
+
+
+class Rows(list):
+    """Rows of (ids, weights) with what a token store tells of them."""
+
+    def __init__(self, rows: Sequence[Row]):
+        super().__init__(rows)
+        self.row_ids = ["r" + hashlib.sha256(ids.tobytes()).hexdigest()[:12] for ids, _ in rows]
+        self.lengths = np.array([len(ids) for ids, _ in rows])
+
+
+def make_rows(count: int, *, seed: int = 0, vocabulary: int = VOCABULARY, shared: int = 0) -> Rows:
+    """Random rows of 4 to 15 tokens after `shared` common ones; a token is mostly the one before it plus one, so there is much to learn."""
+    rng = np.random.default_rng(seed)
+    prefix = np.random.default_rng(1000).integers(1, vocabulary, shared)
+    rows = []
+    for _ in range(count):
+        length = int(rng.integers(4, 16))
+        body = (rng.integers(0, vocabulary) + np.arange(length)) % vocabulary
+        ids = np.concatenate([prefix, body])
+        weights = np.zeros(len(ids), dtype=np.float32)
+        weights[shared + int(rng.integers(1, 3)) :] = rng.choice([1.0, 0.5])
+        rows.append((ids, weights))
+    return Rows(rows)
+
+
+def make_stage(**settings: Any) -> Stage:
+    """A stage with quick settings, every open one derived for 12 rows."""
+    rows = settings.pop("rows", 12)
+    given = {"name": "sft", "objective": "sft", "learning_rate": 1e-2, "per_device_train_batch_size": 2, "warmup_steps": 1} | settings
+    return derive_stage(Stage(**given), rows)
+
+
+def loaded(model: PreTrainedModel, tokenizer: Any = None, folder: str = "") -> LoadedModel:
+    """A model in memory as `load_model` would give it."""
+    return LoadedModel(model, tokenizer or tiny_tokenizer(), ModelIdentity("tiny", "0" * 64, folder), model.dtype)
+
+
+def make_job(policy: Policy, stage: Stage, run: RunDirectory, rows: Sequence[Row], *, validation: Sequence[Row] | None = None, **changed: Any) -> Job:
+    """A job of SFT, or of what `changed` puts in its place."""
+    size, accumulation = stage.per_device_train_batch_size, stage.gradient_accumulation_steps
+    held_out = DatasetSource(validation, batch_size=size, accumulation=1, seed=0).once if validation else None
+    parts: dict[str, Any] = {
+        "stage": stage,
+        "policy": policy,
+        "objective": SFT(),
+        "source": DatasetSource(rows, batch_size=size, accumulation=accumulation, seed=0),
+        "optimiser": FlatAdamW(policy.named_parameters(), stage),
+        "run": run,
+        "fingerprint": "f",
+        "validation": held_out,
+    }
+    return Job(**(parts | changed))
+
+
+def batch_of(rows: Sequence[Row], **options: Any) -> Batch:
+    """Rows as one batch."""
+    return Batch(build_forest(rows, **options), tuple(range(len(rows))))
+
+
+def train_stage(
+    base: LoadedModel,
+    stage: Stage,
+    path: Path,
+    rows: Rows,
+    *,
+    validation: Rows | None = None,
+    resume: bool = True,
+    stop: StopRequest | None = None,
+    report: Callable[[dict[str, Any]], None] = lambda event: None,
+    start: Path | None = None,
+) -> torch.nn.Module:
+    """run_stage in a run directory of its own."""
+    data = SimpleNamespace(train=rows, validation=validation, max_length=64)
+    with RunDirectory.open(path, resume=resume) as run:
+        return run_stage(
+            stage, base, data, None, run, start=start, new_tokens=[], system=None, seed=0, stop=stop or StopRequest(), report=report
+        )
+
+
+def tiny_tokenizer(*, template: str | None = "chatml", markers: bool = True) -> PreTrainedTokenizerFast:
+    """One token a byte, and an end of text; `markers`: also chatml's two tokens, with the chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    names = ["<|endoftext|>", *(NAMED_TEMPLATES["chatml"].tokens if markers else ())]
+    inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=names[-1], pad_token=names[0])
+    if template:
+        tokenizer.chat_template = NAMED_TEMPLATES[template].text
+    return tokenizer
+
+
+def model_folder(path: Path, *, tied: bool = True, template: str | None = "chatml", markers: bool = True, seed: int = 0) -> Path:
+    """A tiny Llama and its tokenizer, saved as a model's folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny_tokenizer(template=template, markers=markers)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+__all__ = [
+    "Rows",
+    "VOCABULARY",
+    "batch_of",
+    "loaded",
+    "make_job",
+    "make_rows",
+    "make_stage",
+    "model_folder",
+    "tiny_model",
+    "tiny_tokenizer",
+    "train_stage",
+]
