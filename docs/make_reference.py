@@ -29,7 +29,7 @@ HEAD = """\
 # The recipe
 
 A recipe is the one description of a run: YAML, or a dict of the same shape. `tunesmith init FILE` writes one from a data file;
-`tunesmith plan RECIPE` prints it with every derived setting filled in.
+`tunesmith plan RECIPE` prints it with the derived settings filled in.
 
 - **Strict.** An unknown key or a wrong value is refused before anything heavy is loaded, with its line, the nearest known key or what
   the setting means, and exit status 2.

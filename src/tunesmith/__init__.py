@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,3 +38,14 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"tunesmith has no {name}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+class _Package(ModuleType):
+    """`train` and `evaluate` are verbs here, also once the subpackages of the same names are imported (`from tunesmith.train.loop import ...`)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

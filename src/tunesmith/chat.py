@@ -6,18 +6,16 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from .data.records import Message
 from .data.render import encode_prompt, stop_tokens
 from .data.template import load_template
-from .errors import MissingFile
+from .errors import MissingFile, TemplateError
 from .evaluation import open_result
 from .generate import LocalGenerator, Sampling
 from .models.load import load_model
 from .models.methods import CARD
 from .pipeline import trained_model_folder
-from .recipe import ModelSection, Recipe
+from .recipe import ModelSection, load_recipe
 from .train.stage import add_new_tokens
 
 
@@ -34,18 +32,25 @@ class Chat:
         path = Path(run)
         if not (path / "recipe.yaml").is_file():
             raise MissingFile("no recipe.yaml: this is no run directory", where=str(path), mend="name a folder such as runs/quickstart")
-        recipe = Recipe.model_validate(yaml.safe_load((path / "recipe.yaml").read_text()))
+        recipe = load_recipe(path / "recipe.yaml")
         folder = trained_model_folder(path)
-        loaded = load_model(ModelSection(**{**recipe.model.model_dump(), "name": recipe.model.name}))
+        card = json.loads((folder / CARD).read_text())
+        is_adapter = (folder / "adapter_config.json").is_file()
+        whole = ModelSection(name=str(folder.resolve()), dtype=recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code)
+        loaded = load_model(recipe.model if is_adapter else whole)
         self.template = load_template(loaded.tokenizer, recipe.model)
+        if card["template_sha256"] not in (None, self.template.sha256):
+            raise TemplateError(
+                "this is not the chat template that the model was trained with",
+                where="model.chat_template",
+                mend="put the template's file back as it was",
+            )
         add_new_tokens(loaded, self.template)
         self.tokenizer = loaded.tokenizer
-        self.generator = LocalGenerator(
-            open_result(folder, loaded), loaded.tokenizer, stop_ids=stop_tokens(self.template, loaded.tokenizer)
-        )
+        model = open_result(folder, loaded) if is_adapter else loaded.model
+        self.generator = LocalGenerator(model, loaded.tokenizer, stop_ids=stop_tokens(self.template, loaded.tokenizer))
         self.sampling = Sampling(temperature=temperature)
         self.max_new_tokens = max_new_tokens or recipe.evaluate.max_new_tokens or 256
-        card = json.loads((folder / CARD).read_text())
         self._system = system if system is not None else card.get("system")
         self.messages: list[Message] = []
         self.reset()
@@ -56,9 +61,9 @@ class Chat:
 
     def ask(self, text: str) -> str:
         """Adds the user's turn and the model's answer to the conversation; gives the answer."""
-        self.messages.append(Message("user", text))
-        answer = self.answer(self.messages)
-        self.messages.append(Message("assistant", answer))
+        asked = [*self.messages, Message("user", text)]
+        answer = self.answer(asked)
+        self.messages = [*asked, Message("assistant", answer)]
         return answer
 
     def answer(self, messages: Sequence[Message]) -> str:

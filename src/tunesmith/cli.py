@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
-from .errors import OutputInUse, TunesmithError
+from .errors import GateFailed, Interrupted, OutputInUse, TunesmithError
 
 app = typer.Typer(
     help="Fine-tune a language model and prove what the tuning did: one recipe, one command, one verdict.",
@@ -29,22 +34,18 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standar
 GateFlag = Annotated[bool, typer.Option("--gate", help="Exit with status 5 unless the verdict is PASS.")]
 
 
-def _verb(as_json: bool, work: Callable[[Any], Any], show: Callable[[Any], str]) -> None:
-    """Runs a verb's function with a display and prints its result."""
-    from .progress import Display
+def _verb(as_json: bool, work: Callable[[Any], Any], show: Callable[[Any], str]) -> Any:
+    """Runs a verb's function with a display, prints its result, and gives it."""
+    from .progress import Display, as_json_text, libraries_in_json, visible
 
     display = Display(as_json=as_json)
-    try:
-        result = work(display)
-    finally:
-        display.close()
-    print(json.dumps(_plain(result), indent=2, default=str) if as_json else show(result))
-
-
-def _plain(result: Any) -> Any:
-    from dataclasses import asdict, is_dataclass
-
-    return asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
+    with libraries_in_json() if as_json else nullcontext():
+        try:
+            result = work(display)
+        finally:
+            display.close()
+    print(as_json_text(result, indent=2) if as_json else visible(show(result)))
+    return result
 
 
 @app.command(epilog="Example: tunesmith run recipes/quickstart.yaml --gate")
@@ -55,7 +56,9 @@ def run(
     _check_recipe(recipe, set_, out, resume)
     from .pipeline import run as work
 
-    _verb(as_json, lambda display: work(recipe, sets=set_ or (), out=out, resume=resume, gate=gate, report=display), _run_words)
+    result = _verb(as_json, lambda display: work(recipe, sets=set_ or (), out=out, resume=resume, report=display), _run_words)
+    if gate and result.verdict != "PASS":
+        raise GateFailed(f"the verdict is {result.verdict}", where=str(result.report), mend="see the gates in the report")
 
 
 @app.command(epilog="Example: tunesmith train recipes/quickstart.yaml --set stages.0.max_steps=20 --out runs/try")
@@ -79,23 +82,12 @@ def evaluate(recipe: RecipePath, set_: Sets = None, out: Out = None, as_json: As
 @app.command(epilog="Example: tunesmith plan recipes/quickstart.yaml")
 def plan(recipe: RecipePath, set_: Sets = None, as_json: AsJson = False) -> None:
     """Say what would happen: memory, time, rows, and one rendered example with its mask. Nothing is written."""
-    _check_recipe(recipe, set_, None, True)
+    from .recipe import load_recipe
+
+    load_recipe(recipe, set_ or ())
     from .pipeline import plan as work
-    from .progress import plan_words
 
-    def show(result: dict[str, Any]) -> str:
-        from rich.console import Console
-
-        console = Console()
-        console.print(result["recipe"], highlight=False, markup=False)
-        console.print("the first row; what is green carries loss:", highlight=False)
-        console.print(result["example"])
-        for finding in result["findings"]:
-            console.print(f"{finding['check']}: {finding['evidence']}", highlight=False, markup=False)
-        notes = result["notes"] + result["plan"]["notes"]
-        return plan_words({**result["plan"], "ledger": result["ledger"], "notes": notes})
-
-    _verb(as_json, lambda display: work(recipe, sets=set_ or (), report=display), show)
+    _verb(as_json, lambda display: work(recipe, sets=set_ or (), report=display), _plan_words)
 
 
 @app.command(epilog="Example: tunesmith chat runs/quickstart")
@@ -106,21 +98,29 @@ def chat(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Talk to a run's tuned model, a line at a time; /reset begins anew, end of input ends."""
+    """Talk to a run's tuned model, a line at a time; /reset begins anew, end of input ends. With --json, a line of JSON an answer."""
     from .chat import Chat
+    from .progress import as_json_text, libraries_in_json, visible
 
-    talk = Chat(run, system=system, temperature=temperature, max_new_tokens=max_new_tokens)
-    interactive = sys.stdin.isatty()
+    with libraries_in_json() if as_json else nullcontext():
+        talk = Chat(run, system=system, temperature=temperature, max_new_tokens=max_new_tokens)
+        for text in _lines_of_input("you> " if sys.stdin.isatty() else ""):
+            if text == "/reset":
+                talk.reset()
+            else:
+                answer = talk.ask(text)
+                print(as_json_text({"user": text, "assistant": answer}) if as_json else visible(answer), flush=True)
+
+
+def _lines_of_input(prompt: str) -> Iterator[str]:
+    """Lines of standard input that hold something, to its end."""
     while True:
         try:
-            text = input("you> " if interactive else "").strip()
+            line = input(prompt).strip()
         except EOFError:
             return
-        if text == "/reset":
-            talk.reset()
-        elif text:
-            answer = talk.ask(text)
-            print(json.dumps({"user": text, "assistant": answer}, ensure_ascii=False) if as_json else answer, flush=True)
+        if line:
+            yield line
 
 
 @app.command(epilog="Example: tunesmith init tickets.csv --test held_out.csv")
@@ -133,17 +133,20 @@ def init(
 ) -> None:
     """Look at a data file and write a commented recipe that runs."""
     from .data.inspect import propose_recipe
+    from .rundir import write_text
 
     folder = out or Path(".")
-    files = propose_recipe(file, test, folder=folder)
-    taken = [str(folder / name) for name in files if (folder / name).exists()]
-    if taken and not force:
-        raise OutputInUse(f"{', '.join(taken)} is there already", where=str(folder), mend="choose another --out, or add --force")
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(content, encoding="utf-8")
-    written = [str(folder / name) for name in files]
-    print(json.dumps({"written": written}) if as_json else f"wrote {', '.join(written)}\nnext: tunesmith plan {written[0]}")
+
+    def work(_: Any) -> dict[str, list[str]]:
+        files = propose_recipe(file, test, folder=folder)
+        taken = [str(folder / name) for name in files if (folder / name).exists()]
+        if taken and not force:
+            raise OutputInUse(f"{', '.join(taken)} is there already", where=str(folder), mend="choose another --out, or add --force")
+        for name, content in files.items():
+            write_text(folder / name, content)
+        return {"written": [str(folder / name) for name in files]}
+
+    _verb(as_json, work, lambda done: f"wrote {', '.join(done['written'])}\nnext: tunesmith plan {done['written'][0]}")
 
 
 @app.command(epilog="Example: tunesmith report runs/quickstart")
@@ -151,13 +154,14 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run direct
     """Write report.html again from what the run directory holds."""
     from .report import write_report
 
-    path = str(write_report(run))
-    print(json.dumps({"report": path}) if as_json else path)
+    _verb(as_json, lambda display: {"report": str(write_report(run))}, lambda done: done["report"])
 
 
 @app.command(epilog="Example: tunesmith schema > recipe.schema.json")
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
+    import json
+
     from .recipe import json_schema
 
     print(json.dumps(json_schema(), indent=2))
@@ -187,11 +191,28 @@ def _check_recipe(recipe: Path, sets: list[str] | None, out: Path | None, resume
 def _run_words(result: Any) -> str:
     lines = []
     if result.evaluation:
-        lines.append(f"\nverdict: {result.verdict}")
+        lines.append(f"verdict: {result.verdict}")
         lines += [f"  {gate['result']}: {gate['name']}: {gate['reason']}" for gate in result.evaluation["gates"]]
         recommended = result.evaluation["recommendation"]
         lines.append(f"recommended: {recommended['candidate']}: {recommended['reason']}")
     lines.append(f"run: {result.path}\nreport: {result.report}")
+    return "\n".join(lines)
+
+
+def _plan_words(result: dict[str, Any]) -> str:
+    """The plan in words; on a terminal the example's colours are printed at once, since colours are no words."""
+    from rich.console import Console
+
+    from .progress import example_text, example_words, plan_words
+
+    console = Console()
+    lines = [f"the recipe, with what was derived:\n{result['recipe']}"]
+    if console.is_terminal:
+        console.print("the first row; what is green carries loss:", example_text(result["example"]), sep="\n", highlight=False)
+    else:
+        lines.append(f"the first row; what stands between ⟦ and ⟧ carries loss:\n{example_words(result['example'])}")
+    lines += [f"{finding['check']}: {finding['evidence']}" for finding in result["findings"]]
+    lines.append(plan_words({**result["plan"], "ledger": result["ledger"], "notes": result["notes"] + result["plan"]["notes"]}))
     return "\n".join(lines)
 
 
@@ -204,15 +225,48 @@ def _check_words(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Runs the command line; a named error becomes its exit status and two lines on standard error."""
+    """Runs the command line; a named error becomes its exit status and two lines on standard error, or one of JSON."""
     try:
-        app()
+        with warnings.catch_warnings(), _signals_end_the_verb():
+            _silence_libraries()
+            app()
     except TunesmithError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(error)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+
+
+def _print_error(error: TunesmithError) -> None:
+    from .progress import print_event, visible
+
+    if "--json" in sys.argv:
+        about = {"kind": type(error).__name__, "what": error.what, "where": error.where, "mend": error.mend}
+        print_event({"event": "error", **about, "exit_status": error.exit_status})
+    else:
+        print(visible(f"error: {error}"), file=sys.stderr)
+
+
+def _silence_libraries() -> None:
+    """Warnings that libraries give about each other, which no user can act on, and their bars, which our own stand for."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)  # PEFT asks transformers
+
+
+@contextmanager
+def _signals_end_the_verb() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Interrupted wherever no stage handles them: exit status 130, in place of a library's own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}", mend="run the same command again, with --resume if a run had begun")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ run = train (data, plan, stages) -> evaluate -> report
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,24 +14,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from .data.prepare import PreparedData, prepare_data
+from .data.prepare import PreparedData
 from .data.records import Conversation
-from .data.template import ChatTemplate, load_template
-from .errors import GateFailed, MissingFile, ModelError
+from .data.template import ChatTemplate
+from .errors import GateFailed, ModelError
 from .evaluation import evaluate_run
-from .models.load import LoadedModel, load_model
+from .models.load import LoadedModel
 from .planning import make_plan
+from .preparation import fresh_base, prepare, require_files
 from .recipe import Recipe, Stage, dump_recipe, load_recipe
 from .report import write_report
 from .report.card import write_card
-from .rundir import RunDirectory, manifest, write_json, write_text
-from .tasks import Tasks, make_tasks
+from .rundir import RunDirectory, write_json
+from .tasks import Tasks
 from .train.memory import peak_memory_bytes
 from .train.signals import StopRequest
-from .train.stage import add_new_tokens, check_targets, derive_stage, is_finished, locate_start, run_stage
-from .train.trackers import Trackers
+from .train.stage import is_finished, locate_start, run_stage
+from .train.trackers import Trackers, require_trackers
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -59,9 +59,13 @@ class Session:
     template: ChatTemplate | None = None
     new_tokens: list[int] = field(default_factory=list)
     data: PreparedData | None = None
+    stage_data: dict[str, PreparedData] = field(default_factory=dict)
     tasks: Tasks | None = None
     stages: list[Stage] = field(default_factory=list)
-    model: nn.Module | None = None
+
+    def data_of(self, stage: Stage) -> PreparedData:
+        """What a stage trains on: rows of its own, else the recipe's."""
+        return self.stage_data.get(stage.name, self.data)
 
     def tell(self, event: dict[str, Any]) -> None:
         """Logs an event and shows it."""
@@ -127,7 +131,7 @@ def evaluate(
 ) -> RunResult:
     """Evaluates what `train` left in the run directory; if nothing was trained, the candidates that need no training."""
     with _session(recipe, sets, out, True, report) as session:
-        _prepare(session)
+        prepare(session)
         with session.phase("evaluate"):
             evaluation = evaluate_run(session)
         return _finish(session, evaluation)
@@ -149,7 +153,7 @@ def plan(
     from .data.render import Rendered, colourise
 
     with tempfile.TemporaryDirectory() as folder, _session(recipe, sets, Path(folder) / "plan", False, report) as session:
-        _prepare(session)
+        prepare(session)
         ids, weights = session.data.train[0]
         predicted = make_plan(session)
         return {
@@ -168,113 +172,51 @@ def _session(
 ) -> Iterator[Session]:
     recipe = load_recipe(source, sets, out=out)
     path = Path(recipe.output.dir or Path("runs") / recipe.name)
-    _require_files(recipe)
+    require_files(recipe)
+    require_trackers(recipe.tracking)
     with StopRequest() as stop, RunDirectory.open(path, resume=resume) as directory:
         yield Session(recipe, directory, stop, report)
 
 
-def _require_files(recipe: Recipe) -> None:
-    """Names a missing local file before anything is loaded."""
-    named = {"task.output_schema": recipe.task.output_schema, "evaluate.general": recipe.evaluate.general}
-    for key, value in named.items():
-        if value is not None and not Path(value).is_file():
-            raise MissingFile("no such file", where=f"{key}: {value}", mend="paths in a recipe start at the recipe's folder")
-
-
-def _prepare(session: Session) -> None:
-    """Model, template, data, and every derived setting; writes recipe.yaml and manifest.json."""
-    recipe = session.recipe
-    with session.phase("load"):
-        session.loaded = load_model(recipe.model)
-        documents_only = recipe.data.format == "text"
-        session.template = (
-            None if documents_only and not _has_template(session.loaded, recipe) else load_template(session.loaded.tokenizer, recipe.model)
-        )
-        session.new_tokens = add_new_tokens(session.loaded, session.template)
-    with session.phase("data"):
-        stage = recipe.stages[0]
-        session.data = prepare_data(
-            stage.data or recipe.data,
-            session.run,
-            session.template,
-            session.loaded.tokenizer,
-            system=recipe.task.description,
-            train_on=stage.objective.train_on,
-            context=session.loaded.context,
-            seed=recipe.seed,
-        )
-    session.tasks = make_tasks(recipe, session.data)
-    session.stages = [_derive(session, stage) for stage in recipe.stages]
-    data = recipe.data.model_copy(update={"max_length": session.data.max_length, **_pinned(session.data)})
-    model = recipe.model.model_copy(
-        update={"revision": session.loaded.identity.revision, "dtype": str(session.loaded.dtype).removeprefix("torch.")}
-    )
-    output = recipe.output.model_copy(update={"dir": str(session.run.path)})
-    session.recipe = recipe.model_copy(update={"stages": session.stages, "data": data, "model": model, "output": output})
-    write_text(session.run.file("recipe.yaml"), dump_recipe(session.recipe))
-    hashes = {part: source["sha256"] for part, source in session.data.sources.items()}
-    about = {
-        **manifest(session.recipe.model_dump(), session.loaded.identity.public(), hashes, {"seed": recipe.seed}),
-        "data": session.data.sources,
-    }
-    about["chat_template_sha256"] = session.template.sha256 if session.template else None
-    write_json(session.run.file("manifest.json"), about)
-
-
-def _pinned(data: PreparedData) -> dict[str, str]:
-    """Hub data sets at the commit that was read, so that the saved recipe reads the same rows."""
-    pinned = {}
-    for part, source in data.sources.items():
-        if source["revision"]:
-            name, colon, split = source["source"].partition(":")
-            pinned[part] = f"{name.partition('@')[0]}@{source['revision']}{colon}{split}"
-    return pinned
-
-
-def _has_template(loaded: LoadedModel, recipe: Recipe) -> bool:
-    return bool(loaded.tokenizer.chat_template) or recipe.model.chat_template is not None
-
-
-def _derive(session: Session, stage: Stage) -> Stage:
-    earlier = {s.name for s in session.recipe.stages[: session.recipe.stages.index(stage)]}
-    start = None if stage.start_from in earlier else locate_start(stage, session.run.path)
-    return check_targets(derive_stage(stage, len(session.data.train), start=start), session.loaded)
-
-
 def _train(session: Session) -> None:
     """Prepares, plans, and trains every stage that is not finished yet."""
-    _prepare(session)
+    prepare(session)
     predicted = make_plan(session)
     write_json(session.run.file("plan.json"), {"predicted": predicted, "measured": None})
     session.report({"event": "plan", **predicted, "ledger": session.data.ledger.to_json(), "notes": session.data.notes})
-    trackers = Trackers(session.recipe.tracking, session.recipe.name, session.run.path, session.recipe.model_dump())
+    recipe, steps = session.recipe, {stage.name: stage.max_steps for stage in session.stages}
+    with Trackers(recipe.tracking, recipe.name, session.run.path, recipe.model_dump(), steps) as trackers:
 
-    def report(event: dict[str, Any]) -> None:
-        session.report(event)
-        trackers.log(event)
+        def report(event: dict[str, Any]) -> None:
+            session.report(event)
+            trackers.log(event)
 
-    for index, stage in enumerate(session.stages):
-        if is_finished(session.run, stage):
-            continue
-        if index:
-            session.loaded = load_model(session.recipe.model)
-            add_new_tokens(session.loaded, session.template)
-        with session.phase(f"train {stage.name}"):
-            session.model = run_stage(
-                stage,
-                session.loaded,
-                session.data,
-                session.template,
-                session.run,
-                start=locate_start(stage, session.run.path),
-                new_tokens=session.new_tokens,
-                system=common_system(session.data),
-                seed=session.recipe.seed,
-                stop=session.stop,
-                report=report,
-            )
-    trackers.finish()
+        for stage in session.stages:
+            if not is_finished(session.run, stage):
+                _train_stage(session, stage, report)
     _publish_model(session)
+
+
+def _train_stage(session: Session, stage: Stage, report: Report) -> None:
+    data = session.data_of(stage)
+    with session.phase(f"train {stage.name}"):
+        run_stage(
+            stage,
+            session.loaded,
+            data,
+            session.template,
+            session.run,
+            start=locate_start(stage, session.run.path),
+            new_tokens=session.new_tokens,
+            system=common_system(data),
+            seed=session.recipe.seed,
+            stop=session.stop,
+            report=report,
+        )
+    # What comes next starts from what the disk holds, so that a resumed run does exactly the same; the stage's weights go first.
+    session.loaded = None
+    gc.collect()
+    session.loaded = fresh_base(session)
 
 
 def common_system(data: PreparedData) -> str | None:
@@ -285,9 +227,13 @@ def common_system(data: PreparedData) -> str | None:
 
 def _publish_model(session: Session) -> None:
     """model/ is the last stage's result: a link beside it, so that nothing is held twice."""
-    link = session.run.path / "model"
-    if not link.is_symlink():
-        link.symlink_to(Path("stages") / session.stages[-1].name / "model", target_is_directory=True)
+    link, target = session.run.path / "model", Path("stages") / session.stages[-1].name / "model"
+    if link.is_symlink() and link.readlink() == target:
+        return
+    temporary = session.run.path / ".model"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target, target_is_directory=True)
+    temporary.replace(link)
 
 
 def _finish(session: Session, evaluation: dict[str, Any] | None) -> RunResult:
@@ -313,11 +259,11 @@ def _measured(session: Session) -> dict[str, Any]:
     """What the run really took, over all its parts; a phase that was resumed counts each time."""
     events = session.run.events()
     phases = [event for event in events if event.get("event") == "phase"]
-    tokens = sum(event["tokens"] for event in events if "loss" in event)
+    tokens = {event["stage"]: event["tokens"] for event in events if event.get("event") == "stage_finished"}
     return {
         "peak_memory_bytes": max((event["peak_memory_bytes"] for event in phases), default=peak_memory_bytes()),
         "seconds": sum(event["seconds"] for event in phases),
-        "tokens": tokens,
+        "tokens": sum(tokens.values()),
         "bound_by": None,
         "phases": [{"name": event["name"], "seconds": event["seconds"]} for event in phases],
     }

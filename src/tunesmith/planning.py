@@ -40,8 +40,9 @@ def make_plan(session: Session) -> dict[str, Any]:
         phases.append(train_phase(shape, machine, stage, tokens=computed * stage.max_steps, supervised=supervised * stage.max_steps))
         need = train_memory(shape, stage, resident=resident_bytes(), batch_tokens=largest, trainable=_trainable(session, stage))
         peak = max(peak, need)
-        if session.data.validation is not None:
-            length = float(session.data.validation.lengths.sum()) * computed / max(rows, 1)
+        held_out = session.data_of(stage).validation
+        if held_out is not None:
+            length = float(held_out.lengths.sum()) * computed / max(rows, 1)
             evaluations = max(1, stage.max_steps // stage.eval_steps)
             phases.append(forward_phase(f"validate {stage.name}", shape, machine, tokens=length * evaluations, heads=supervised))
     phases += _evaluation(session, shape, machine)
@@ -69,7 +70,7 @@ def make_plan(session: Session) -> dict[str, Any]:
 def _sample(session: Session, stage: Stage) -> tuple[float, float, float, int]:
     """Per update: row tokens, computed tokens, supervised tokens (means over some updates), and the largest batch's computed tokens."""
     source = DatasetSource(
-        session.data.train,
+        session.data_of(stage).train,
         batch_size=stage.per_device_train_batch_size,
         accumulation=stage.gradient_accumulation_steps,
         seed=session.recipe.seed,

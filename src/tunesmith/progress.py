@@ -1,20 +1,33 @@
-"""What a person sees while a verb works: bars with an ETA on a terminal, plain lines in a pipe, JSON lines for machines."""
+"""What a person sees while a verb works: bars with an ETA on a terminal, plain lines in a pipe, JSON lines for machines.
+
+Takes the events of a run, one dict each; everything here goes to standard error, so that standard output stays the result's.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
+import re
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from .rundir._storage import plain
 
 LINE_EVERY = 10.0  # seconds between training lines in a pipe
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all but tab and line end; bidirectional overrides too
+_LIBRARIES = ("transformers", "huggingface_hub", "accelerate", "peft")  # those that bring their own handlers
 
 
 class Display:
-    """Shows events. as_json: each event as a line of JSON on standard error, so that standard output stays the result's."""
+    """Shows events. as_json: each event as a line of JSON on standard error, and so are warnings and log lines of libraries."""
 
     def __init__(self, *, as_json: bool = False):
         self.as_json = as_json
@@ -26,11 +39,11 @@ class Display:
     def __call__(self, event: dict[str, Any]) -> None:
         """Shows one event."""
         if self.as_json:
-            print(json.dumps(event, default=str), file=sys.stderr, flush=True)
+            print_event(event)
         elif "loss" in event:
             self._step(event)
         else:
-            text = _words(event)
+            text = event_words(event)
             if text:
                 self._say(text)
             if event.get("event") in ("stage_finished", "phase"):
@@ -43,10 +56,12 @@ class Display:
             self._bar = None
 
     def _say(self, text: str) -> None:
-        (self._bar.console if self._bar else self.console).print(text, highlight=False, markup=False)
+        (self._bar.console if self._bar else self.console).print(visible(text), highlight=False, markup=False, soft_wrap=True)
 
     def _step(self, event: dict[str, Any]) -> None:
-        numbers = f"loss {event['loss']:.4f}  lr {event['learning_rate']:.2e}  {event['tokens_per_second']:,.0f} tok/s  {event['peak_memory_bytes'] / 1e9:.2f} GB"
+        memory = event["peak_memory_bytes"] / 1e9
+        speed = f"{event['tokens_per_second']:,.0f} tok/s"
+        numbers = f"loss {event['loss']:.4f}  lr {event['learning_rate']:.2e}  {speed}  {memory:.2f} GB"
         if not self.console.is_terminal:
             now = time.monotonic()
             if now - self._last_line >= LINE_EVERY or event["step"] in (1, event["total_steps"]):
@@ -54,21 +69,21 @@ class Display:
                 self._say(f"{event['stage']} step {event['step']}/{event['total_steps']}  {numbers}")
             return
         if self._bar is None:
-            columns = (
+            self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[numbers]}"),
+                console=self.console,
             )
-            self._bar = Progress(*columns, console=self.console, transient=False)
             self._bar.start()
             self._task = self._bar.add_task(event["stage"], total=event["total_steps"], completed=event["step"] - 1, numbers=numbers)
         self._bar.update(self._task, completed=event["step"], numbers=numbers)
 
 
-def _words(event: dict[str, Any]) -> str | None:
+def event_words(event: dict[str, Any]) -> str | None:
     """An event in words; None for those that only the log needs."""
     kind = event.get("event")
     if kind == "phase_started":
@@ -111,3 +126,80 @@ def plan_words(plan: dict[str, Any]) -> str:
 def duration(seconds: float) -> str:
     """Seconds in the unit a person would use."""
     return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} minutes"
+
+
+def visible(text: str) -> str:
+    """Text whose control characters are written out, so that what came from data or a model cannot steer the terminal.
+
+    >>> visible("a\\x1b[2Jb")
+    'a\\\\x1b[2Jb'
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def supervised_spans(example: Text) -> list[tuple[int, int]]:
+    """(start, end) in characters of what carries loss in a coloured example; what touches is one span."""
+    spans: list[tuple[int, int]] = []
+    for span in example.spans:
+        if str(span.style) != "dim":
+            start = spans.pop()[0] if spans and spans[-1][1] == span.start else span.start
+            spans.append((start, span.end))
+    return spans
+
+
+def example_text(example: Text) -> Text:
+    """A coloured example for a terminal: a control character is one replacement character, so that the colours stay where they are."""
+    return Text(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", example.plain), spans=example.spans)
+
+
+def example_words(example: Text) -> str:
+    """A coloured example for a pipe: what carries loss stands between ⟦ and ⟧."""
+    text, at, parts = example.plain, 0, []
+    for start, end in supervised_spans(example):
+        parts += [text[at:start], "⟦", text[start:end], "⟧"]
+        at = end
+    return visible("".join([*parts, text[at:]]))
+
+
+def as_json_text(value: Any, *, indent: int | None = None) -> str:
+    """A result as one JSON value; numbers that are not finite become text, a coloured example its text and spans."""
+    if isinstance(value, dict) and isinstance(value.get("example"), Text):
+        example = value["example"]
+        value = value | {"example": {"text": example.plain, "supervised": supervised_spans(example)}}
+    return json.dumps(plain(value), ensure_ascii=False, indent=indent, allow_nan=False)
+
+
+def print_event(event: dict[str, Any]) -> None:
+    """One event as a line of JSON on standard error."""
+    print(as_json_text(event), file=sys.stderr, flush=True)
+
+
+class _JsonLines(logging.Handler):
+    """Log records as events."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print_event({"event": "log", "level": record.levelname.lower(), "from": record.name, "text": record.getMessage()})
+
+
+@contextmanager
+def libraries_in_json() -> Iterator[None]:
+    """For a while, what libraries warn of and log become lines of JSON too, so that standard error holds nothing else."""
+    handler = _JsonLines(logging.WARNING)
+    root = logging.getLogger()
+    loggers = [logging.getLogger(name) for name in _LIBRARIES]
+    before = [(logger, logger.handlers, logger.propagate) for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        root.addHandler(handler)
+        for logger in loggers:
+            logger.handlers, logger.propagate = [handler], False
+        try:
+            yield
+        finally:
+            root.removeHandler(handler)
+            for logger, handlers, propagate in before:
+                logger.handlers, logger.propagate = handlers, propagate
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object) -> None:
+    print_event({"event": "warning", "kind": category.__name__, "text": str(message), "from": f"{filename}:{lineno}"})

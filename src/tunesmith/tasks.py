@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from .data.prepare import PreparedData
 from .data.read import read_records
 from .data.records import Conversation, Record
-from .errors import RecipeError
+from .errors import ModelError, RecipeError
 from .evaluate import Task, check_gates, distinct_answers, freeze_task
 from .recipe import Recipe
 
@@ -30,8 +30,12 @@ class Tasks:
     notes: tuple[str, ...]
 
 
-def make_tasks(recipe: Recipe, data: PreparedData) -> Tasks:
-    """Freezes the tasks. Raises RecipeError for a schema, metric or gate that does not fit, DataRefused for references that break the schema."""
+def make_tasks(recipe: Recipe, data: PreparedData, stage_data: Collection[PreparedData] = (), *, has_template: bool = True) -> Tasks:
+    """Freezes the tasks. stage_data: what stages train on besides; has_template: whether conversations can be written for the model.
+
+    Raises RecipeError for a schema, metric or gate that does not fit, DataRefused for references that break the schema, ModelError for
+    conversations without a chat template.
+    """
     schema = _schema(recipe.task.output_schema) if recipe.task.output_schema else None
     labels = recipe.task.labels
     if labels == "auto":
@@ -40,10 +44,17 @@ def make_tasks(recipe: Recipe, data: PreparedData) -> Tasks:
     task = freeze_task("task", data.test_records, **freeze) if data.test_records else None
     held = [r for r in data.validation_records if isinstance(r, Conversation)]
     validation = freeze_task("validation", held[:MOST_VALIDATION_ITEMS], **freeze) if held else None
-    general, notes = _general(recipe, data)
+    general, notes = _general(recipe, [row for part in (data, *stage_data) for row in part.records])
     if len(held) > MOST_VALIDATION_ITEMS:
         notes = (*notes, f"choices are made on the first {MOST_VALIDATION_ITEMS} of {len(held)} validation rows")
     check_gates(recipe.evaluate.gates, task)
+    for one, where in ((task, "data.test"), (general, "evaluate.general")):
+        if one and not has_template and any(item.messages for item in one.items):
+            raise ModelError(
+                "the model has no chat template, and these rows are conversations",
+                where=where,
+                mend="set model.chat_template (chatml, or a .jinja file), or give plain text",
+            )
     return Tasks(task, validation, general, schema, labels, notes)
 
 
@@ -57,21 +68,23 @@ def _schema(path: str) -> dict[str, Any]:
     return schema
 
 
-def _general(recipe: Recipe, data: PreparedData) -> tuple[Task | None, tuple[str, ...]]:
-    """The guard set without rows whose question was trained on, and how many those were."""
+def _general(recipe: Recipe, trained_on: Sequence[Record]) -> tuple[Task | None, tuple[str, ...]]:
+    """The guard set without rows whose question was trained on; and how many rows are left out, and why."""
     path = recipe.evaluate.general
     if path is None:
         return None, ()
     read = read_records(path, recipe.data.model_copy(update={"columns": {}, "format": "auto"}))
-    trained = {_question(row) for row in data.records}
+    trained = {_question(row) for row in trained_on}
     rows = [row for row in read.records if _question(row) not in trained]
     if not rows:
         raise RecipeError(
             "no row of the general set is new to the training", where=f"evaluate.general: {path}", mend="give conversations of another kind"
         )
+    notes = [f"a row of the general set cannot be used: line {row.line}: {row.reason}" for row in read.rejected]
     gone = len(read.records) - len(rows)
-    notes = (f"{gone} of {len(read.records)} rows of the general set are training rows and were left out",) if gone else ()
-    return freeze_task("general", rows, metrics=()), notes
+    if gone:
+        notes.append(f"{gone} of {len(read.records)} rows of the general set are training rows and were left out")
+    return freeze_task("general", rows, metrics=()), tuple(notes)
 
 
 def _question(row: Record) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from datetime import datetime
@@ -169,11 +170,15 @@ def test_many_rows_share_one_child_and_a_forked_process_gets_its_own():
     CHATML.render(HELLO)
     assert template_module._child.running.process.pid == child
     reading, writing = os.pipe()
+    template_module._child.lock.acquire()  # as when another thread renders at that moment
     if (pid := os.fork()) == 0:
+        signal.alarm(20)  # a lock that nobody will open must end the test
         fine = CHATML.render(HELLO).startswith("<|im_start|>") and template_module._child.running.process.pid != child
         template_module._child.stop()
         os.write(writing, b"1" if fine else b"0")
         os._exit(0)
+    template_module._child.lock.release()
+    os.close(writing)
     os.waitpid(pid, 0)
     assert os.read(reading, 1) == b"1"
     assert CHATML.render(HELLO).startswith("<|im_start|>")

@@ -131,7 +131,7 @@ def test_a_term_that_nothing_in_the_window_belongs_to_gives_nothing_and_no_nan()
 def test_the_loop_trains_two_terms_and_logs_each_with_the_metrics(tmp_path):
     policy = Policy(attach(loaded(tiny_model("llama")), LoraMethod(r=8), seed=0))
     with RunDirectory.open(tmp_path / "run", resume=False) as run:
-        train(make_job(policy, make_stage(max_steps=30, learning_rate=2e-2), run, ROWS, objective=LikelihoodAndLength(), validation=ROWS[:4]))
+        train(make_job(policy, make_stage(max_steps=30, learning_rate=2e-2, per_device_train_batch_size=6), run, ROWS, objective=LikelihoodAndLength(), validation=ROWS[:4]))
         steps = [event for event in run.events() if "loss" in event]
         evaluated = [event for event in run.events() if event.get("event") == "evaluated"]
     first, last = steps[0], steps[-1]

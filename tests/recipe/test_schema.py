@@ -66,7 +66,9 @@ def test_the_schema_refuses_what_the_loader_refuses(stage):
 
 
 def test_every_setting_is_described():
-    undescribed = [f"{section.__name__}.{name}" for section in sections() for name, field in section.model_fields.items() if not field.description]
+    undescribed = [
+        f"{section.__name__}.{name}" for section in sections() for name, field in section.model_fields.items() if not field.description
+    ]
     assert undescribed == []
 
 
@@ -83,7 +85,11 @@ def read_names() -> set[str]:
         if SOURCE / "recipe" in path.parents:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Load)
+                and not (isinstance(node.value, ast.Name) and node.value.id == "self")
+            ):
                 names.add(node.attr)
     return names
 

@@ -124,5 +124,9 @@ def test_bytes_that_are_no_text_are_refused(text, tmp_path):
 
 
 def test_text_that_looks_like_a_number_is_quoted_when_dumped():
-    values = {"a": ["1e5", "12", "on", "2026-01-01", "0x1f", "1_000", ".inf", "~", "", " x", "a: b", "\x85", "\u2028"], "b": 1e-8, "c": 1e22}
+    values = {
+        "a": ["1e5", "12", "on", "2026-01-01", "0x1f", "1_000", ".inf", "~", "", " x", "a: b", "\x85", "\u2028"],
+        "b": 1e-8,
+        "c": 1e22,
+    }
     assert parse_yaml(dump_yaml(values), "here")[0] == values

@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import DataRefused, ModelError, TemplateError
 from ..recipe import DataSection
 from ..rundir import RunDirectory, write_json, write_text
-from .check import Finding, check_data, length_finding, length_quantiles, trainable_share
+from .check import Finding, check_data, find_test_overlap, length_finding, length_quantiles, trainable_share
 from .ledger import Ledger
 from .read import ReadResult, read_records
 from .records import Conversation, Record
@@ -43,6 +43,17 @@ class Rows(Sequence[tuple[np.ndarray, np.ndarray]]):
         return ids[: self.limit], weights[: self.limit]
 
 
+@dataclass(frozen=True)
+class Rendering:
+    """How rows become tokens. context: the model's, in tokens; system: the message of rows that bring none."""
+
+    template: ChatTemplate | None
+    tokenizer: Any
+    context: int
+    system: str | None = None
+    train_on: TrainOn = "all"
+
+
 @dataclass
 class PreparedData:
     """What training and evaluation take."""
@@ -63,186 +74,180 @@ class PreparedData:
     max_length: int
 
 
-@dataclass
-class _Account:
-    """What is written down on the way."""
-
-    run: RunDirectory
-    folder: str
-    ledger: Ledger
-    quarantine: list[dict[str, Any]]
-    findings: list[Finding]
-
-    def write(self, *, balanced: bool) -> None:
-        """Writes the account; a refused run has no ledger, since its rows went nowhere."""
-        lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in self.quarantine)
-        write_text(self.run.file(f"{self.folder}/quarantine.jsonl"), lines)
-        write_json(self.run.file(f"{self.folder}/health.json"), {"findings": [finding.to_json() for finding in self.findings]})
-        if balanced:
-            write_json(self.run.file(f"{self.folder}/ledger.json"), self.ledger.to_json())
-
-
 def prepare_data(
-    section: DataSection,
-    run: RunDirectory,
-    template: ChatTemplate | None,
-    tokenizer: Any,
-    *,
-    folder: str = "data",
-    system: str | None,
-    train_on: TrainOn,
-    context: int,
-    seed: int,
+    section: DataSection, run: RunDirectory, rendering: Rendering, *, seed: int, folder: str = "data", kept_apart: Sequence[Record] = ()
 ) -> PreparedData:
-    """Reads, checks, splits and renders. context: the model's, in tokens. Raises DataRefused, MissingFile, RecipeError or TemplateError."""
-    account = _Account(run, folder, Ledger(), [], [])
+    """Reads, checks, renders and splits; writes the account into `folder` of the run. Raises DataRefused, MissingFile, RecipeError or TemplateError.
+
+    kept_apart: test rows, beside the section's own, that may not be among the training rows. A refused run has a quarantine and findings
+    but no ledger, since its rows went nowhere.
+    """
+    work = _Preparation(section, run, rendering, seed, folder, kept_apart)
     try:
-        prepared = _prepare(section, account, template, tokenizer, system, train_on, context, seed)
+        prepared = work.prepare()
     except (DataRefused, TemplateError):
-        account.write(balanced=False)
+        work.write_findings()
         raise
-    account.write(balanced=True)
+    work.write_findings()
+    write_json(run.file(f"{folder}/ledger.json"), prepared.ledger.to_json())
     return prepared
 
 
-def _prepare(
-    section: DataSection,
-    account: _Account,
-    template: ChatTemplate | None,
-    tokenizer: Any,
-    system: str | None,
-    train_on: TrainOn,
-    context: int,
-    seed: int,
-) -> PreparedData:
-    ledger, quarantine = account.ledger, account.quarantine
-    read = read_records(section.train, section, system=system, quarantine=quarantine)
-    sources = {"train": _source(section.train, read)}
-    ledger.rows_in = read.rows_in
-    ledger.drop("quarantined", len(read.rejected))
-    test = read_records(section.test, section, system=system, quarantine=quarantine, default_split="test") if section.test else None
-    notes = read.notes + (test.notes if test else [])
-    if template is None and any(isinstance(record, Conversation) for record in read.records):
-        raise ModelError(
-            "the model has no chat template, so conversations cannot be written for it",
-            where="model.chat_template",
-            mend="name one (chatml), or a .jinja file; its new tokens are trained and saved",
+class _Preparation:
+    """One data section at work: each method is a step, and what it finds goes into the account."""
+
+    def __init__(
+        self, section: DataSection, run: RunDirectory, rendering: Rendering, seed: int, folder: str, kept_apart: Sequence[Record]
+    ):
+        self.section, self.run, self.rendering, self.seed, self.folder = section, run, rendering, seed, folder
+        self.kept_apart = kept_apart
+        self.ledger = Ledger()
+        self.quarantine: list[dict[str, Any]] = []
+        self.findings: list[Finding] = []
+        self.notes: list[str] = []
+        self.sources: dict[str, dict[str, Any]] = {}
+
+    def prepare(self) -> PreparedData:
+        """All steps in order."""
+        train = self._read(self.section.train, "train")
+        self.ledger.rows_in = train.rows_in
+        self.ledger.drop("quarantined", len(train.rejected))
+        self._require_template(train.records)
+        test = self._read(self.section.test, "test").records if self.section.test else []
+        checked = check_data(train.records, [*test, *self.kept_apart], self.section)
+        self.findings += checked.findings
+        for reason, count in checked.dropped.items():
+            self.ledger.drop(reason, count)
+        store = self._rendered(checked.records, "train")
+        self.ledger.drop("quarantined", len(checked.records) - len(store))
+        lengths = length_quantiles(store.lengths)
+        self.findings.append(length_finding(store.lengths))
+        limit = min(self.section.max_length or int(lengths["max"]), self.rendering.context)
+        records = _in_store_order(store, checked.records)
+        fitting = self._fit(store, records, limit)
+        if isinstance(self.section.validation, str):
+            kept, (validation, held) = fitting, self._validation_file(self.section.validation, test, limit)
+        else:
+            kept, validation, held = self._split(store, records, fitting, limit)
+        rows = Rows(store, kept, limit)
+        self._account_tokens(rows)
+        return PreparedData(
+            train=rows,
+            validation=validation if len(validation) else None,
+            records=[records[i] for i in kept],
+            validation_records=held,
+            test_records=test,
+            ledger=self.ledger,
+            findings=self.findings,
+            notes=self.notes,
+            sources=self.sources,
+            lengths=lengths,
+            max_length=limit,
         )
-    if test:
-        sources["test"] = _source(section.test, test)
-    checked = check_data(read.records, test.records if test else [], section)
-    account.findings += checked.findings
-    for reason, count in checked.dropped.items():
-        ledger.drop(reason, count)
-    rendering = {"train_on": train_on, "system": system, "format": section.format, "columns": section.columns}
-    store = _rendered(checked.records, sources["train"], "train", rendering, account, template, tokenizer, section)
-    ledger.drop("quarantined", len(checked.records) - len(store))
-    lengths = length_quantiles(store.lengths)
-    account.findings.append(length_finding(store.lengths))
-    limit = min(section.max_length or int(lengths["max"]), context)
-    by_id = {record.row_id: record for record in checked.records}
-    records = [by_id[row_id] for row_id in store.row_ids]
-    fitting = _fit(store, records, limit, section, account)
-    if isinstance(section.validation, str):
-        other = read_records(section.validation, section, system=system, quarantine=quarantine, default_split="validation")
-        sources["validation"], notes = _source(section.validation, other), notes + other.notes
-        held_store = _rendered(other.records, sources["validation"], "validation", rendering, account, template, tokenizer, section)
-        validation = Rows(held_store, [i for i, n in enumerate(held_store.lengths) if n <= context], limit)
-        by_id = {record.row_id: record for record in other.records}
-        held = [by_id[row_id] for row_id in validation.row_ids]
-        kept = fitting
-    else:
-        _, held = split_validation([records[i] for i in fitting], section.validation, seed)
+
+    def write_findings(self) -> None:
+        """Writes quarantine.jsonl and health.json."""
+        lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in self.quarantine)
+        write_text(self.run.file(f"{self.folder}/quarantine.jsonl"), lines)
+        write_json(self.run.file(f"{self.folder}/health.json"), {"findings": [finding.to_json() for finding in self.findings]})
+
+    def _read(self, source: str, part: str) -> ReadResult:
+        read = read_records(source, self.section, system=self.rendering.system, quarantine=self.quarantine, default_split=part)
+        self.sources[part] = {"source": source, "sha256": read.sha256, "revision": read.revision}
+        self.notes += read.notes
+        return read
+
+    def _require_template(self, records: Sequence[Record]) -> None:
+        if self.rendering.template is None and any(isinstance(record, Conversation) for record in records):
+            raise ModelError(
+                "the model has no chat template, so conversations cannot be written for it",
+                where="model.chat_template",
+                mend="name one (chatml), or a .jinja file; its new tokens are trained and saved",
+            )
+
+    def _rendered(self, records: Sequence[Record], part: str) -> TokenStore:
+        """The store of all rows that render and carry loss, built once; the others go to quarantine. Raises the first one's error if none is left."""
+        how = self.rendering
+
+        def usable() -> Iterator[tuple[str, Rendered]]:
+            for record, result in zip(records, render_records(records, how.template, how.tokenizer, how.train_on), strict=True):
+                if isinstance(result, Rendered) and np.any(result.weights):
+                    yield record.row_id, result
+
+        rows = hashlib.sha256("\n".join(record.row_id for record in records).encode()).hexdigest()
+        settings = {"train_on": how.train_on, "system": how.system, "format": self.section.format, "columns": self.section.columns, "rows": rows}
+        key = store_key(self.sources[part]["sha256"], settings, how.template, how.tokenizer)
+        store, _ = TokenStore.open_or_build(usable, self.run.file(f"{self.folder}/tokens/{part}"), key)
+        there = set(store.row_ids)
+        failed = [record for record in records if record.row_id not in there]
+        errors = [_why_not(result) for result in render_records(failed, how.template, how.tokenizer, how.train_on)]
+        for record, error in zip(failed, errors, strict=True):
+            row = [m.to_hf() for m in record.messages] if isinstance(record, Conversation) else record.text
+            self.quarantine.append({"path": record.source.path, "line": record.source.line, "reason": error.what, "row": row})
+        if not len(store):
+            raise errors[0]
+        if len(failed) > self.section.max_rejected * len(records):
+            raise DataRefused(
+                f"{len(failed)} of {len(records)} rows cannot be rendered; the first: {errors[0].what}",
+                where=self.sources[part]["source"],
+                mend="mend the rows in data/quarantine.jsonl, or raise data.max_rejected",
+            )
+        return store
+
+    def _fit(self, store: TokenStore, records: Sequence[Record], limit: int) -> list[int]:
+        """Positions of the rows that stay, after the stated policy for rows over the limit."""
+        long = [i for i, length in enumerate(store.lengths) if length > limit]
+        if not long:
+            return list(range(len(store)))
+        names = [store.row_ids[i] for i in long]
+        q = length_quantiles(store.lengths)
+        evidence = f"{len(long)} of {len(store)} rows are longer than {limit} tokens (p50 {q['p50']}, p99 {q['p99']}, longest {q['max']})"
+        if self.section.too_long == "refuse":
+            where = f"{records[long[0]].source} ({', '.join(names[:5])})"
+            raise DataRefused(evidence, where=where, mend="raise data.max_length, or set data.too_long to drop or cut")
+        cut = [i for i in long if self.section.too_long == "cut" and np.any(store[i][1][:limit])]
+        gone = set(long) - set(cut)
+        self.ledger.tokens["truncated"] += sum(int(store.lengths[i]) - limit for i in cut)
+        self.ledger.drop("too_long", len(gone))
+        what = f"{evidence}; {len(cut)} were cut, {len(gone)} dropped"
+        self.findings.append(Finding("too_long", names, [], what, "shorten these rows, or raise data.max_length"))
+        if len(gone) == len(store):
+            raise DataRefused("no row fits: " + evidence, where=self.section.train, mend="raise data.max_length")
+        return [i for i in range(len(store)) if i not in gone]
+
+    def _split(self, store: TokenStore, records: Sequence[Record], fitting: list[int], limit: int) -> tuple[list[int], Rows, list[Record]]:
+        """(positions to train on, rows held out, their records)."""
+        _, held = split_validation([records[i] for i in fitting], self.section.validation, self.seed)
         apart = {record.row_id for record in held}
-        kept = [i for i in fitting if records[i].row_id not in apart]
-        at = {row_id: i for i, row_id in enumerate(store.row_ids)}
-        validation = Rows(store, [at[record.row_id] for record in held], limit)
-        ledger.rows_held_out = len(held)
-    train = Rows(store, kept, limit)
-    ledger.rows_trained = len(train)
-    supervised = [int(np.count_nonzero(weights)) for _, weights in train]
-    account.findings.append(trainable_share(train.lengths, supervised, train.row_ids))
-    ledger.tokens["total"], ledger.tokens["supervised"] = int(train.lengths.sum()), sum(supervised)
-    kept_records = [records[i] for i in kept]
-    return PreparedData(
-        train,
-        validation if len(validation) else None,
-        kept_records,
-        held,
-        test.records if test else [],
-        ledger,
-        account.findings,
-        notes,
-        sources,
-        lengths,
-        limit,
-    )
+        self.ledger.rows_held_out = len(held)
+        positions = [i for i in fitting if records[i].row_id in apart]
+        return [i for i in fitting if records[i].row_id not in apart], Rows(store, positions, limit), [records[i] for i in positions]
+
+    def _validation_file(self, source: str, test: Sequence[Record], limit: int) -> tuple[Rows, list[Record]]:
+        """The rows of a validation file, without those that are test rows: no choice is made on a test item."""
+        records = self._read(source, "validation").records
+        leaked = find_test_overlap(records, test, self.section.near_duplicate_threshold)
+        if leaked:
+            self.notes.append(f"{source}: {len(leaked)} of {len(records)} validation rows are test rows and are left out")
+            records = [record for i, record in enumerate(records) if i not in leaked]
+        store = self._rendered(records, "validation")
+        rows = Rows(store, [i for i, length in enumerate(store.lengths) if length <= self.rendering.context], limit)
+        ordered = _in_store_order(store, records)
+        return rows, [ordered[i] for i in rows.positions]
+
+    def _account_tokens(self, rows: Rows) -> None:
+        self.ledger.rows_trained = len(rows)
+        supervised = [int(np.count_nonzero(weights)) for _, weights in rows]
+        self.findings.append(trainable_share(rows.lengths, supervised, rows.row_ids))
+        self.ledger.tokens["total"], self.ledger.tokens["supervised"] = int(rows.lengths.sum()), sum(supervised)
 
 
-def _source(name: str, read: ReadResult) -> dict[str, Any]:
-    return {"source": name, "sha256": read.sha256, "revision": read.revision}
-
-
-def _rendered(
-    records: Sequence[Record],
-    source: dict[str, Any],
-    part: str,
-    settings: dict[str, Any],
-    account: _Account,
-    template: ChatTemplate | None,
-    tokenizer: Any,
-    section: DataSection,
-) -> TokenStore:
-    """The store of all rows that render and carry loss, built once; the others go to quarantine. Raises the first one's error when none is left."""
-
-    def usable() -> Iterator[tuple[str, Rendered]]:
-        for record, result in zip(records, render_records(records, template, tokenizer, settings["train_on"]), strict=True):
-            if isinstance(result, Rendered) and np.any(result.weights):
-                yield record.row_id, result
-
-    rows = hashlib.sha256("\n".join(record.row_id for record in records).encode()).hexdigest()
-    key = store_key(source["sha256"], {**settings, "rows": rows}, template, tokenizer)
-    store, _ = TokenStore.open_or_build(usable, account.run.file(f"{account.folder}/tokens/{part}"), key)
-    there = set(store.row_ids)
-    failed = [record for record in records if record.row_id not in there]
-    errors = [_why_not(result) for result in render_records(failed, template, tokenizer, settings["train_on"])]
-    for record, error in zip(failed, errors, strict=True):
-        row = [m.to_hf() for m in record.messages] if isinstance(record, Conversation) else record.text
-        account.quarantine.append({"path": record.source.path, "line": record.source.line, "reason": error.what, "row": row})
-    if not len(store):
-        raise errors[0]
-    if len(failed) > section.max_rejected * len(records):
-        raise DataRefused(
-            f"{len(failed)} of {len(records)} rows cannot be rendered; the first: {errors[0].what}",
-            where=source["source"],
-            mend="mend the rows in data/quarantine.jsonl, or raise data.max_rejected",
-        )
-    return store
+def _in_store_order(store: TokenStore, records: Sequence[Record]) -> list[Record]:
+    by_id = {record.row_id: record for record in records}
+    return [by_id[row_id] for row_id in store.row_ids]
 
 
 def _why_not(result: Rendered | TemplateError) -> TemplateError:
     if isinstance(result, TemplateError):
         return result
     return TemplateError("no token of the row carries loss", mend="give an assistant turn a weight above 0")
-
-
-def _fit(store: TokenStore, records: Sequence[Record], limit: int, section: DataSection, account: _Account) -> list[int]:
-    """Positions of the rows that stay, after the stated policy for rows over the limit."""
-    long = [i for i, length in enumerate(store.lengths) if length > limit]
-    if not long:
-        return list(range(len(store)))
-    names = [store.row_ids[i] for i in long]
-    q = length_quantiles(store.lengths)
-    evidence = f"{len(long)} of {len(store)} rows are longer than {limit} tokens (p50 {q['p50']}, p99 {q['p99']}, longest {q['max']})"
-    if section.too_long == "refuse":
-        where = f"{records[long[0]].source} ({', '.join(names[:5])})"
-        raise DataRefused(evidence, where=where, mend="raise data.max_length, or set data.too_long to drop or cut")
-    cut = [i for i in long if section.too_long == "cut" and np.any(store[i][1][:limit])]
-    gone = set(long) - set(cut)
-    account.ledger.tokens["truncated"] += sum(int(store.lengths[i]) - limit for i in cut)
-    account.ledger.drop("too_long", len(gone))
-    what = f"{evidence}; {len(cut)} were cut, {len(gone)} dropped"
-    account.findings.append(Finding("too_long", names, [], what, "shorten these rows, or raise data.max_length"))
-    if len(gone) == len(store):
-        raise DataRefused("no row fits: " + evidence, where=section.train, mend="raise data.max_length")
-    return [i for i in range(len(store)) if i not in gone]

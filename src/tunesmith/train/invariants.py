@@ -57,7 +57,7 @@ def no_leak(policy: Policy, vocabulary: int) -> None:
         alone = policy.hidden(embed(torch.from_numpy(second.tokens_T).to(policy.causal.device)[None]), second)
     outside = torch.ones(len(pair.tokens_T), dtype=torch.bool)
     outside[node.start : node.end] = False
-    difference = float((together - alone).abs().max() / alone.float().std())
+    difference = float((together.detach() - alone).abs().max() / alone.float().std())
     if gradient[0][outside].any() or not difference <= LEAK[alone.dtype]:
         raise InvariantViolated(
             f"packed rows see each other (hidden states differ by {difference:.2g} of their spread)",

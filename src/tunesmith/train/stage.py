@@ -30,7 +30,7 @@ from .memory import keep_freed_memory
 from .optimiser import FlatAdamW
 from .signals import StopRequest
 
-UNFINGERPRINTED = {"save_steps", "save_total_limit", "logging_steps", "name"}  # settings that change no weight
+UNFINGERPRINTED = {"save_steps", "save_total_limit", "logging_steps", "name", "data"}  # they change no weight; rows are hashed themselves
 
 
 def derive_stage(stage: Stage, rows: int, *, start: Path | None = None) -> Stage:
@@ -56,7 +56,13 @@ def _method_of(start: Path | None) -> LoraMethod | FullMethod:
     if not (start / "adapter_config.json").is_file():
         return FullMethod()
     config = json.loads((start / "adapter_config.json").read_text())
-    return LoraMethod(r=config["r"], lora_alpha=float(config["lora_alpha"]), target_modules=sorted(config["target_modules"]))
+    return LoraMethod(
+        r=config["r"],
+        lora_alpha=float(config["lora_alpha"]),
+        lora_dropout=config.get("lora_dropout", 0.0),
+        use_rslora=config.get("use_rslora", False),
+        target_modules=sorted(config["target_modules"]),
+    )
 
 
 def locate_start(stage: Stage, run: Path) -> Path | None:
@@ -172,7 +178,13 @@ def run_stage(
     )
     torch.manual_seed(seed)
     progress = train(job)
-    card = {"template_sha256": template.sha256 if template else None, "stage": stage.name, "steps": progress.step, "system": system}
+    card = {
+        "template_sha256": template.sha256 if template else None,
+        "stage": stage.name,
+        "steps": progress.step,
+        "system": system,
+        "fingerprint": job.fingerprint,
+    }
     with atomic_folder(run.file(f"stages/{stage.name}/model")) as folder:
         save_result(model, loaded, folder, card)
     done = {
@@ -200,7 +212,8 @@ def stage_fingerprint(stage: Stage, loaded: LoadedModel, data: PreparedData, tem
     settings = {key: value for key, value in stage.model_dump(mode="json").items() if key not in UNFINGERPRINTED}
     rows = [hashlib.sha256("\n".join(part.row_ids).encode()).hexdigest() for part in (data.train, data.validation) if part is not None]
     origin = hash_weights(start) if start is not None else None
-    what = [settings, loaded.identity.sha256, origin, str(loaded.dtype), rows, template.sha256 if template else None, data.max_length, seed]
+    base = loaded.identity.sha256 if origin is None or _is_adapter(start) else origin
+    what = [settings, base, origin, str(loaded.dtype), rows, template.sha256 if template else None, data.max_length, seed]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 

@@ -2,44 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError
+from ..errors import RecipeError, TunesmithError
 from ..recipe import TrackingSection
 
 
+def require_trackers(section: TrackingSection) -> None:
+    """Raises RecipeError for a tracker that is not installed, before anything is loaded."""
+    if not section.report_to:
+        return
+    from accelerate.utils import is_tensorboard_available, is_trackio_available, is_wandb_available
+
+    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
+    for name in section.report_to:
+        if not available[name]():
+            raise RecipeError(f"the tracker {name} is not installed", where="tracking.report_to", mend=f"pip install {name}")
+
+
 class Trackers:
-    """The trackers that a recipe names; none by default. Each logs below the run's folder."""
+    """The trackers that a recipe names; none by default. A context: at its end every tracker is closed, whatever happened.
 
-    def __init__(self, section: TrackingSection, run_name: str, folder: Path, config: dict[str, Any]):
-        self._trackers = []
-        if not section.report_to:
-            return
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-        from accelerate.utils import is_tensorboard_available, is_trackio_available, is_wandb_available
+    steps: each stage's updates, in order; a tracker counts on through all stages, since wandb takes no step twice.
+    """
 
-        available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
+    def __init__(self, section: TrackingSection, run_name: str, folder: Path, config: dict[str, Any], steps: Mapping[str, int]):
+        self._trackers: list[Any] = []
+        self._before: dict[str, int] = {}
+        for stage in steps:
+            self._before[stage] = sum(steps[earlier] for earlier in self._before)
+        require_trackers(section)
         for name in section.report_to:
-            if not available[name]():
-                raise RecipeError(f"the tracker {name} is not installed", where="tracking.report_to", mend=f"pip install {name}")
-            tracker = LOGGER_TYPE_TO_CLASS[name](section.project, **_options(name, run_name, folder))
-            tracker.start()
-            tracker.store_init_configuration(_flat(config))
-            self._trackers.append(tracker)
+            self._trackers.append(_started(name, section.project, _options(name, run_name, folder), _flat(config)))
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for tracker in self._trackers:
+            tracker.finish()
 
     def log(self, event: dict[str, Any]) -> None:
         """Passes on an event's numbers, at its step."""
-        numbers = {
-            f"{event.get('stage', 'run')}/{k}": v for k, v in event.items() if isinstance(v, int | float) and k not in ("step", "time")
-        }
-        for tracker in self._trackers if "step" in event and numbers else []:
-            tracker.log(numbers, step=event["step"])
+        stage = event.get("stage")
+        numbers = {f"{stage}/{key}": value for key, value in event.items() if _is_number(value) and key not in ("step", "time")}
+        if stage in self._before and "step" in event and numbers:
+            for tracker in self._trackers:
+                tracker.log(numbers, step=self._before[stage] + event["step"])
 
-    def finish(self) -> None:
-        """Closes every tracker."""
-        for tracker in self._trackers:
-            tracker.finish()
+
+def _started(name: str, project: str, options: dict[str, Any], config: dict[str, Any]) -> Any:
+    """Raises TunesmithError where the tracker itself does not start: no key, no network."""
+    from accelerate.state import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # accelerate's trackers ask it which process they are in
+    try:
+        tracker = LOGGER_TYPE_TO_CLASS[name](project, **options)
+        tracker.start()
+        tracker.store_init_configuration(config)
+    except TunesmithError:  # a signal
+        raise
+    except Exception as error:  # each tracker raises kinds of its own
+        raise TunesmithError(
+            f"the tracker {name} did not start: {error}", where="tracking.report_to", mend="mend its settings, or take it out of the recipe"
+        ) from error
+    return tracker
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _options(name: str, run_name: str, folder: Path) -> dict[str, Any]:

@@ -1,0 +1,172 @@
+"""Preparing a session: model, chat template, data, tasks and every derived setting, before anything is trained.
+
+Takes a session with its recipe and open run directory; fills its fields and writes recipe.yaml and manifest.json. The recipe's data are
+what the tasks are about; a stage that brings data of its own, or trains on other turns, has them prepared in data/STAGE/.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .data.prepare import PreparedData, Rendering, prepare_data
+from .data.read import locate
+from .data.records import Record
+from .data.render import TrainOn
+from .data.template import load_template
+from .errors import CheckpointError, MissingFile, RecipeError
+from .models.load import LoadedModel, load_model
+from .models.methods import CARD
+from .recipe import DataSection, FullMethod, LoraMethod, Recipe, Stage, dump_recipe
+from .rundir import manifest, write_json, write_text
+from .tasks import make_tasks
+from .train.stage import add_new_tokens, check_targets, derive_stage, locate_start, stage_fingerprint
+
+if TYPE_CHECKING:
+    from .pipeline import Session
+
+
+def require_files(recipe: Recipe) -> None:
+    """Names a missing local file before anything is loaded. Raises MissingFile."""
+    named = {"task.output_schema": recipe.task.output_schema, "evaluate.general": recipe.evaluate.general}
+    for key, value in named.items():
+        if value is not None and not Path(value).is_file():
+            raise MissingFile("no such file", where=f"{key}: {value}", mend="paths in a recipe start at the recipe's folder")
+    for section in (recipe.data, *(stage.data for stage in recipe.stages if stage.data is not None)):
+        for source in (section.train, section.test, section.validation):
+            if isinstance(source, str) and Path(source).is_absolute() and not Path(source).exists():
+                locate(source)
+
+
+def prepare(session: Session) -> None:
+    """Model, template, data, tasks and derived stages; writes recipe.yaml and manifest.json."""
+    recipe = session.recipe
+    with session.phase("load"):
+        session.loaded = load_model(recipe.model)
+        if session.loaded.tokenizer.chat_template or recipe.model.chat_template is not None:
+            session.template = load_template(session.loaded.tokenizer, recipe.model)
+        session.new_tokens = add_new_tokens(session.loaded, session.template)
+    with session.phase("data"):
+        _prepare_data(session)
+    session.tasks = make_tasks(recipe, session.data, session.stage_data.values(), has_template=session.template is not None)
+    session.stages = _derived_stages(session)
+    for stage in session.stages:
+        _require_same_result(session, stage)
+    session.recipe = _resolved(session)
+    write_text(session.run.file("recipe.yaml"), dump_recipe(session.recipe))
+    hashes = {part: source["sha256"] for part, source in session.data.sources.items()}
+    about = manifest(session.recipe.model_dump(), session.loaded.identity.public(), hashes, {"seed": recipe.seed})
+    about["data"] = session.data.sources
+    about["stage_data"] = {name: data.sources for name, data in session.stage_data.items()}
+    about["chat_template_sha256"] = session.template.sha256 if session.template else None
+    write_json(session.run.file("manifest.json"), about)
+
+
+def fresh_base(session: Session) -> LoadedModel:
+    """The base read anew, with the template's new tokens: what a stage trains on and what the evaluation answers with."""
+    loaded = load_model(session.recipe.model)
+    add_new_tokens(loaded, session.template)
+    return loaded
+
+
+def _prepare_data(session: Session) -> None:
+    """The recipe's rows, rendered as the first stage without rows of its own trains on them; then those of the other stages."""
+    recipe = session.recipe
+    sharing = [stage for stage in recipe.stages if stage.data is None]
+    train_on = (sharing or recipe.stages)[0].objective.train_on
+
+    def prepared(section: DataSection, train_on: TrainOn, folder: str, kept_apart: Sequence[Record] = ()) -> PreparedData:
+        how = Rendering(session.template, session.loaded.tokenizer, session.loaded.context, recipe.task.description, train_on)
+        return prepare_data(section, session.run, how, seed=recipe.seed, folder=folder, kept_apart=kept_apart)
+
+    session.data = prepared(recipe.data, train_on, "data")
+    for stage in recipe.stages:
+        if stage.data is not None or stage.objective.train_on != train_on:
+            section = stage.data or recipe.data
+            session.stage_data[stage.name] = prepared(section, stage.objective.train_on, f"data/{stage.name}", session.data.test_records)
+    if not sharing:
+        session.data.notes.append("no stage trains on the rows of data.train: they serve as examples and for the classical candidate")
+
+
+def _derived_stages(session: Session) -> list[Stage]:
+    """Every stage with its open settings filled in. Raises RecipeError where a stage cannot start from what it names."""
+    done: dict[str, Stage] = {}
+    names = {stage.name for stage in session.recipe.stages}
+    for stage in session.recipe.stages:
+        if stage.start_from in names - done.keys():
+            raise RecipeError(
+                f"`{stage.start_from}` is no earlier stage",
+                where=f"stages.{stage.name}.start_from",
+                mend="put the stage it starts from before it",
+            )
+        start = None if stage.start_from in done else locate_start(stage, session.run.path)
+        rows = len(session.data_of(stage).train)
+        if stage.start_from in done:
+            inherited = done[stage.start_from].method
+        elif start is not None:
+            inherited = derive_stage(stage.model_copy(update={"method": None}), rows, start=start).method
+        else:
+            inherited = None
+        derived = stage if stage.method else stage.model_copy(update={"method": inherited})
+        derived = check_targets(derive_stage(derived, rows, start=start), session.loaded)
+        _require_same_method(derived, stage, inherited)
+        done[stage.name] = derived
+    return list(done.values())
+
+
+def _require_same_method(derived: Stage, given: Stage, start: Any) -> None:
+    """A stage that goes on with an adapter trains that adapter: a method that says otherwise is refused and not ignored."""
+    if not isinstance(start, LoraMethod) or given.method is None:
+        return
+    where = f"stages.{given.name}.method"
+    if isinstance(derived.method, FullMethod):
+        raise RecipeError("full tuning cannot start from an adapter", where=where, mend="use method lora, or start from the base")
+    stated = {name for name in given.method.model_fields_set if getattr(given.method, name) is not None}
+    other = sorted(name for name in stated if getattr(derived.method, name) != getattr(start, name))
+    if other:
+        raise RecipeError(
+            f"it goes on with an adapter of {other[0]} {getattr(start, other[0])}, and its method says {getattr(derived.method, other[0])}",
+            where=f"{where}.{other[0]}",
+            mend="leave method out: it is that of start_from",
+        )
+
+
+def _require_same_result(session: Session, stage: Stage) -> None:
+    """A result that is there already must be what this recipe would train. Raises CheckpointError."""
+    folder = session.run.path / "stages" / stage.name / "model"
+    if not (folder / CARD).is_file():
+        return
+    start = locate_start(stage, session.run.path)
+    fingerprint = stage_fingerprint(stage, session.loaded, session.data_of(stage), session.template, start, session.recipe.seed)
+    if json.loads((folder / CARD).read_text()).get("fingerprint") != fingerprint:
+        raise CheckpointError(
+            f"the result of stage {stage.name} was trained with other settings or data",
+            where=str(folder),
+            mend=f"use the recipe it was trained with ({session.run.path / 'recipe.yaml'}), or another folder with --out",
+        )
+
+
+def _resolved(session: Session) -> Recipe:
+    """The recipe with every derived setting: running it again repeats the run."""
+    recipe, identity = session.recipe, session.loaded.identity
+    stages = [
+        stage if stage.data is None else stage.model_copy(update={"data": _fixed(stage.data, session.stage_data[stage.name])})
+        for stage in session.stages
+    ]
+    dtype = str(session.loaded.dtype).removeprefix("torch.")
+    model = recipe.model.model_copy(update={"revision": identity.revision, "dtype": dtype})
+    output = recipe.output.model_copy(update={"dir": str(session.run.path)})
+    session.stages = stages
+    return recipe.model_copy(update={"stages": stages, "data": _fixed(recipe.data, session.data), "model": model, "output": output})
+
+
+def _fixed(section: DataSection, data: PreparedData) -> DataSection:
+    """The section with its longest row, and hub data sets at the commit that was read, so that the saved recipe reads the same rows."""
+    pinned: dict[str, Any] = {"max_length": data.max_length}
+    for part, source in data.sources.items():
+        if source["revision"]:
+            name, colon, split = source["source"].partition(":")
+            pinned[part] = f"{name.partition('@')[0]}@{source['revision']}{colon}{split}"
+    return section.model_copy(update=pinned)

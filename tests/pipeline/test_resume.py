@@ -1,0 +1,200 @@
+"""A run that is broken off anywhere and resumed ends as the unbroken one, and does nothing twice (TRUST.md, row 50 and the fault plan)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.faults.harness import in_child, tree
+from tests.pipeline.helpers import announced, read_json, recipe, stage, weights
+
+import tunesmith
+from tunesmith.errors import CheckpointError
+from tunesmith.rundir import read_events
+
+TWO_STAGES = [stage("one"), stage("two", start_from="one")]
+
+
+def die_at(number: int):
+    """A report function that kills this process when the evaluation begins its n-th unit."""
+    seen = []
+
+    def report(event):
+        seen.extend(announced([event]))
+        if len(seen) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return report
+
+
+def die_after(name: str):
+    """A report function that kills this process when a phase has ended."""
+
+    def report(event):
+        if event.get("event") == "phase" and event["name"] == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return report
+
+
+@pytest.fixture(scope="module")
+def given(tiny, tmp_path_factory):
+    """A recipe of two stages, with a guard set, and its unbroken run: (recipe, run directory, what was announced)."""
+    folder = tmp_path_factory.mktemp("resume")
+    general = folder / "general.jsonl"
+    row = {"messages": [{"role": "user", "content": "what is the capital of peru"}, {"role": "assistant", "content": "lima"}]}
+    general.write_text(json.dumps(row) + "\n")
+    made = recipe(folder, tiny, stages=TWO_STAGES, evaluate={"general": str(general)})
+    events = []
+    assert tunesmith.run(made, out=folder / "run", report=events.append).verdict in ("PASS", "FAIL", "NOT MEASURED")
+    return made, folder / "run", announced(events)
+
+
+def results(run: Path) -> dict[str, bytes]:
+    """What must not depend on how often a run was broken off."""
+    lasting = {name: content for name, content in tree(run).items() if name.startswith(("samples/", "data/", "stages/"))}
+    state = {name for name in lasting if "/checkpoints/" in name or name.endswith("manifest.json")}  # these hold the time that training took
+    return {name: content for name, content in lasting.items() if name not in state} | {
+        "evaluation.json": (run / "evaluation.json").read_bytes()
+    }
+
+
+def test_a_run_killed_in_any_unit_of_its_evaluation_ends_byte_equal_and_scores_nothing_twice(given, tmp_path):
+    made, unbroken, units = given
+    assert len(units) == len(set(units)) == 9
+    for number in (1, 4, 6, 8, 9):
+        path = tmp_path / str(number)
+        assert in_child(lambda path=path, number=number: tunesmith.run(made, out=path, report=die_at(number))).signal == signal.SIGKILL
+        assert not (path / "evaluation.json").exists()
+        finished = len(list((path / "evaluation").glob("*.json")))
+        events = []
+        tunesmith.run(made, out=path, resume=True, report=events.append)
+        assert announced(events) == units[number - 1 :]
+        assert finished == number - 1
+        assert not any("loss" in event for event in events)
+        assert results(path) == results(unbroken)
+
+
+@pytest.mark.parametrize("phase", ["data", "train one", "train two", "evaluate"])
+def test_a_run_killed_between_two_phases_ends_byte_equal(given, phase, tmp_path):
+    made, unbroken, units = given
+    assert in_child(lambda: tunesmith.run(made, out=tmp_path / "run", report=die_after(phase))).signal == signal.SIGKILL
+    events = []
+    tunesmith.run(made, out=tmp_path / "run", resume=True, report=events.append)
+    assert results(tmp_path / "run") == results(unbroken)
+    steps = [(event["stage"], event["step"]) for event in read_events(tmp_path / "run") if "loss" in event]
+    assert steps == [(name, step) for name in ("one", "two") for step in (1, 2, 3)]
+    assert announced(events) == ([] if phase == "evaluate" else units)
+
+
+def test_a_finished_run_resumed_does_nothing_and_gives_the_same_result(given):
+    made, unbroken, _ = given
+    before, known = results(unbroken), read_json(unbroken / "evaluation.json")
+    events = []
+    again = tunesmith.run(made, out=unbroken, resume=True, report=events.append)
+    assert results(unbroken) == before
+    assert again.evaluation == known
+    assert again.plan["measured"]["tokens"] == again.plan["predicted"]["tokens"] > 0
+    assert not announced(events)
+    assert not any("loss" in event for event in events)
+
+
+def test_the_saved_recipe_repeats_the_run(given, tmp_path):
+    _, unbroken, _ = given
+    assert tunesmith.run(unbroken / "recipe.yaml", out=tmp_path / "again").verdict == read_json(unbroken / "evaluation.json")["verdict"]
+    assert results(tmp_path / "again") == results(unbroken)
+    first, second = (yaml.safe_load((run / "recipe.yaml").read_text()) for run in (unbroken, tmp_path / "again"))
+    assert first | {"output": None} == second | {"output": None}
+
+
+@pytest.mark.parametrize("sets", [["stages.1.learning_rate=3e-3"], ["seed=5"], ["data.validation=0.3"]])
+def test_a_result_trained_with_other_settings_or_data_is_refused_and_the_run_directory_left_as_it_was(given, sets):
+    made, unbroken, _ = given
+    before = tree(unbroken)["recipe.yaml"]
+    for verb in (lambda: tunesmith.run(made, sets=sets, out=unbroken, resume=True), lambda: tunesmith.evaluate(made, sets=sets, out=unbroken)):
+        with pytest.raises(CheckpointError, match="trained with other settings or data"):
+            verb()
+    assert tree(unbroken)["recipe.yaml"] == before
+
+
+def test_evaluate_after_train_gives_what_run_gives(given, tmp_path):
+    made, unbroken, units = given
+    trained = tunesmith.train(made, out=tmp_path / "run")
+    assert trained.evaluation is None
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+    events = []
+    tunesmith.evaluate(made, out=tmp_path / "run", report=events.append)
+    assert announced(events) == units
+    assert results(tmp_path / "run") == results(unbroken)
+
+
+def test_a_signal_during_the_evaluation_exits_130_and_the_resumed_run_is_byte_equal(given, tmp_path):
+    made, unbroken, units = given
+    path = tmp_path / "run"
+    tunesmith.train(made, out=path)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(made))
+    code = (  # the command line, slowed down at its third unit so that the signal finds it there
+        "import sys, time\n"
+        "from tunesmith import cli, progress\n"
+        "show, seen = progress.Display.__call__, []\n"
+        "def slow(self, event):\n"
+        "    show(self, event)\n"
+        "    seen.append(event.get('event'))\n"
+        "    time.sleep(30 if seen.count('evaluating') == 3 else 0)\n"
+        "progress.Display.__call__ = slow\n"
+        "cli.main()\n"
+    )
+    words = [sys.executable, "-c", code, "run", str(file), "--out", str(path), "--resume", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(tunesmith.__file__).parent.parent)}
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        told = []
+        for line in process.stderr:
+            told.append(line)
+            if sum('"evaluating"' in one for one in told) == 3:
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130, "".join(told) + rest
+    assert "SIGTERM" in rest
+    assert "--resume" in rest
+    events = []
+    tunesmith.run(made, out=path, resume=True, report=events.append)
+    assert announced(events) == units[2:]
+    assert results(path) == results(unbroken)
+
+
+def test_a_signal_that_a_library_swallowed_still_stops_the_evaluation_at_its_next_unit(given, tmp_path):
+    made, _, _ = given
+
+    def swallowed():
+        def report(event):
+            if announced([event]):
+                try:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                except Exception:  # what a library might do
+                    return
+
+        return tunesmith.run(made, out=tmp_path / "run", report=report).verdict
+
+    ended = in_child(swallowed)
+    assert (ended.status, ended.result["error"]) == (130, "Interrupted")
+
+
+def test_a_damaged_result_is_trained_again_from_its_checkpoint(given, tmp_path):
+    made, unbroken, _ = given
+    path = tmp_path / "run"
+    tunesmith.train(made, out=path)
+    (file,) = (path / "stages" / "two" / "model").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    tunesmith.train(made, out=path, resume=True)
+    assert weights(path, "two") == weights(unbroken, "two")
+    assert [event["stage"] for event in read_events(path) if event.get("event") == "result_refused"] == ["two"]

@@ -1,0 +1,192 @@
+"""Step-0 invariants: each holds on a sound model, and each names what is wrong on one where it was broken, before anything is trained."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tests.families import FAMILIES
+from tests.toys import Rows, batch_of, loaded, make_rows, make_stage, tiny_model, train_stage
+
+from tunesmith.errors import InvariantViolated
+from tunesmith.models import attention, fused
+from tunesmith.models.methods import attach
+from tunesmith.models.policy import Policy
+from tunesmith.objectives import SFT
+from tunesmith.recipe import LoraMethod
+from tunesmith.rundir import read_events
+from tunesmith.train.invariants import every_row_carries_loss, fast_paths_agree, fresh_adapter_changes_nothing, no_leak, something_trains
+
+ROWS = make_rows(6)
+LORA = LoraMethod(r=4)
+
+
+def lora_policy(family: str = "llama", *, dtype: torch.dtype = torch.float32, **settings) -> Policy:
+    return Policy(attach(loaded(tiny_model(family, dtype=dtype)), LORA.model_copy(update=settings), seed=0))
+
+
+def leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention as if all packed rows were one text, which is what position ids alone give on most models."""
+    plain = attention.forest_attention
+
+    def leaking(module, query, key, *args, **kwargs):
+        from tunesmith.data.forest import Node
+
+        with attention.forest_layout((Node(0, query.shape[2], ()),)):
+            return plain(module, query, key, *args, **kwargs)
+
+    from transformers import AttentionInterface
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.FOREST, leaking)
+
+
+def test_a_row_without_loss_is_named():
+    silent = (ROWS[1][0], np.zeros_like(ROWS[1][1]))
+    with pytest.raises(InvariantViolated, match="1 rows carry no loss: second"):
+        every_row_carries_loss([ROWS[0], silent], ["first", "second"])
+    every_row_carries_loss(ROWS, ROWS.row_ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_leak_probe_passes_on_every_layout(family, dtype):
+    policy = Policy(tiny_model(family, dtype=dtype))
+    for vocabulary in (97, 50, 11):
+        no_leak(policy, vocabulary)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_leak_probe_fails_on_every_layout_when_attention_leaks(family, dtype, monkeypatch):
+    leak(monkeypatch)
+    policy = Policy(tiny_model(family, dtype=dtype))
+    for vocabulary in range(90, 98):  # whichever row of the probe comes first
+        with pytest.raises(InvariantViolated, match="see each other"):
+            no_leak(policy, vocabulary)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_adapter_changes_nothing(family):
+    fresh_adapter_changes_nothing(lora_policy(family), batch_of(ROWS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_that_starts_wrong_is_named(dtype):
+    policy = lora_policy(dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    with pytest.raises(InvariantViolated, match="a fresh adapter changes"):
+        fresh_adapter_changes_nothing(policy, batch_of(ROWS))
+
+
+def test_a_model_in_which_nothing_trains_is_named():
+    policy = Policy(tiny_model("llama"))
+    something_trains(policy)
+    policy.requires_grad_(False)
+    with pytest.raises(InvariantViolated, match="no parameter trains"):
+        something_trains(policy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi"])
+def test_fast_paths_that_agree_stay(family, dtype):
+    policy = lora_policy(family, dtype=dtype)
+    assert policy.fast_paths.used.get("lora") or family == "gpt2"
+    used = dict(policy.fast_paths.used)
+    assert fast_paths_agree(policy, SFT(), batch_of(ROWS)) == []
+    assert policy.fast_paths.used == used
+
+
+def wrong_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = fused._SwiGLU.backward
+    monkeypatch.setattr(fused._SwiGLU, "backward", staticmethod(lambda ctx, grad: (plain(ctx, grad)[0] * 0.5, plain(ctx, grad)[1])))
+
+
+def wrong_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = fused._SwiGLU.forward
+    monkeypatch.setattr(fused._SwiGLU, "forward", staticmethod(lambda ctx, gate, up: plain(ctx, gate, up) * 1.3))
+
+
+@pytest.mark.parametrize("break_it", [wrong_backward, wrong_forward])
+def test_a_fast_path_that_disagrees_is_taken_out_and_the_plain_layers_compute(break_it, monkeypatch):
+    policy = lora_policy()
+    break_it(monkeypatch)
+    assert fast_paths_agree(policy, SFT(), batch_of(ROWS)) == ["lora", "rms_norm", "swiglu"]
+    assert policy.fast_paths.used == {}
+    assert set(policy.fast_paths.refused) == {"lora", "rms_norm", "swiglu"}
+    plain = Policy(attach(loaded(tiny_model("llama")), LORA, seed=0), fast=False)
+    torch.testing.assert_close(policy(batch_of(ROWS).forest).logprobs, plain(batch_of(ROWS).forest).logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_in_the_adapter_does_not_make_fast_paths_disagree():
+    policy = lora_policy(lora_dropout=0.5)
+    with policy.deterministic():
+        assert fast_paths_agree(policy, SFT(), batch_of(ROWS)) == []
+        fresh_adapter_changes_nothing(policy, batch_of(ROWS))
+
+
+def test_a_stage_that_drops_fast_paths_says_so_in_its_log(tmp_path, monkeypatch):
+    wrong_backward(monkeypatch)
+    told = []
+    train_stage(loaded(tiny_model("llama")), make_stage(method="lora", max_steps=2), tmp_path / "run", ROWS, report=told.append)
+    events = [event for event in read_events(tmp_path / "run") if event.get("event") == "fast_paths_dropped"]
+    assert [event["paths"] for event in events] == [["lora", "rms_norm", "swiglu"]]
+    assert any(event.get("event") == "fast_paths_dropped" for event in told)
+
+
+@pytest.mark.parametrize("broken", ["leak", "silent row", "adapter"])
+def test_a_stage_ends_before_its_first_update_when_an_invariant_does_not_hold(tmp_path, monkeypatch, broken):
+    rows = ROWS
+    if broken == "leak":
+        leak(monkeypatch)
+    elif broken == "silent row":
+        rows = Rows([*ROWS, (ROWS[0][0] + 1, np.zeros_like(ROWS[0][1]))])
+    else:
+        monkeypatch.setattr("peft.tuners.lora.layer.nn.init.zeros_", lambda tensor: tensor.data.fill_(0.1))
+    with pytest.raises(InvariantViolated):
+        train_stage(loaded(tiny_model("llama")), make_stage(method="lora", max_steps=2), tmp_path / "run", rows)
+    assert not [event for event in read_events(tmp_path / "run") if "loss" in event]
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_two_forwards_are_identical_whatever_dropout_the_model_brings():
+    rows = batch_of(ROWS).forest
+    model = tiny_model("gpt2")
+    assert model.config.resid_pdrop == model.config.attn_pdrop == 0.1
+    model.train()
+    policy = Policy(model)
+    assert torch.equal(policy(rows).logprobs, policy(rows).logprobs)
+
+
+def test_the_adapters_dropout_is_on_in_training_and_off_where_nothing_is_trained():
+    policy = lora_policy(lora_dropout=0.5)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    rows = batch_of(ROWS).forest
+    assert not torch.equal(policy(rows).logprobs, policy(rows).logprobs)
+    with policy.deterministic():
+        first = policy(rows).logprobs
+        assert torch.equal(first, policy(rows).logprobs)
+    assert not torch.equal(policy(rows).logprobs, first)
+
+
+def test_the_validation_loss_has_no_dropout_in_it():
+    from tunesmith.train.window import evaluate_loss
+
+    policy = lora_policy(lora_dropout=0.5)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    losses = {evaluate_loss(policy, SFT(), [batch_of(ROWS)]).loss for _ in range(3)}
+    assert len(losses) == 1
+
+
+def test_a_stages_result_answers_without_dropout(tmp_path):
+    stage = make_stage(method={"type": "lora", "lora_dropout": 0.5}, max_steps=2, warmup_steps=0)
+    model = train_stage(loaded(tiny_model("llama")), stage, tmp_path / "run", ROWS)
+    assert not any(module.training for module in model.modules())

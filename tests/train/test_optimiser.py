@@ -1,0 +1,146 @@
+"""AdamW over one buffer against torch's own, the schedule against transformers' (TRUST row 20), and fp32 masters (row 19)."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tests.toys import batch_of, make_rows, make_stage, tiny_model
+from transformers import get_scheduler
+
+from tunesmith.errors import CheckpointError
+from tunesmith.models.policy import Policy
+from tunesmith.objectives import SFT
+from tunesmith.train.optimiser import FlatAdamW, learning_rate
+from tunesmith.train.window import run_window
+
+HF_NAMES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+@pytest.mark.parametrize("kind", HF_NAMES)
+@pytest.mark.parametrize("total, warmup", [(20, 0), (20, 3), (7, 7), (5, 9), (1, 0)])
+def test_the_rate_of_each_step_is_that_of_transformers(kind, total, warmup):
+    optimiser = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    scheduler = get_scheduler(HF_NAMES[kind], optimiser, num_warmup_steps=warmup, num_training_steps=total)
+    for step in range(total):
+        ours = learning_rate(step, total=total, warmup=warmup, peak=3e-4, kind=kind)
+        assert ours == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-12, abs=1e-18)
+        optimiser.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_logged_rate_is_the_closed_form_whatever_the_accumulation(accumulation, tmp_path):
+    from tests.toys import make_job
+
+    from tunesmith.rundir import RunDirectory
+    from tunesmith.train.loop import train
+
+    rows = make_rows(16)
+    stage = make_stage(max_steps=6, warmup_steps=2, gradient_accumulation_steps=accumulation, rows=16)
+    with RunDirectory.open(tmp_path / "run", resume=False) as run:
+        train(make_job(Policy(tiny_model("llama")), stage, run, rows))
+        rates = [event["learning_rate"] for event in run.events() if "loss" in event]
+    assert rates == [learning_rate(step, total=6, warmup=2, peak=stage.learning_rate, kind="cosine") for step in range(6)]
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_updates_equal_those_of_torchs_adamw_with_clipping_and_decay_of_matrices_only(clip):
+    rows = make_rows(12)
+    plain, model = tiny_model("llama"), tiny_model("llama")
+    stage = make_stage(weight_decay=0.1, max_grad_norm=clip, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
+    policy, reference = Policy(model), Policy(plain)
+    ours = FlatAdamW(policy.named_parameters(), stage)
+    groups = [
+        {"params": [p for p in reference.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in reference.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    theirs = torch.optim.AdamW(groups, lr=1.0, betas=(0.8, 0.95), eps=1e-6)
+    for step in range(5):
+        batch = [batch_of(rows[2 * step : 2 * step + 4])]
+        ours.zero_grad()
+        theirs.zero_grad()
+        run_window(policy, SFT(), batch)
+        run_window(reference, SFT(), batch)
+        norm = ours.grad_norm()
+        their_norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), clip or 1e9)
+        assert norm == pytest.approx(float(their_norm), rel=1e-5)
+        rate = learning_rate(step, total=5, warmup=1, peak=1e-2, kind="linear")
+        for group in theirs.param_groups:
+            group["lr"] = rate
+        ours.step(rate, norm)
+        theirs.step()
+    for (name, p), q in zip(plain.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def train_bf16(steps: int) -> tuple[FlatAdamW, Policy]:
+    rows = make_rows(8)
+    policy = Policy(tiny_model("llama", dtype=torch.bfloat16))
+    optimiser = FlatAdamW(policy.named_parameters(), make_stage())
+    for _ in range(steps):
+        optimiser.zero_grad()
+        run_window(policy, SFT(), [batch_of(rows)])
+        optimiser.step(1e-5, optimiser.grad_norm())
+    return optimiser, policy
+
+
+def test_trained_weights_are_fp32_and_more_than_nine_tenths_move_in_a_hundred_bf16_steps():
+    optimiser, policy = train_bf16(100)
+    assert optimiser.flat.dtype == torch.float32
+    assert optimiser.fraction_changed() > 0.9
+    for parameter, master in zip(optimiser.parameters, optimiser.masters, strict=True):
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter.data, master.bfloat16())
+
+
+def test_adamw_on_bf16_weights_would_round_most_updates_away():
+    rows = make_rows(8)
+    policy = Policy(tiny_model("llama", dtype=torch.bfloat16))
+    began = copy.deepcopy([p.data for p in policy.parameters()])
+    adamw = torch.optim.AdamW(policy.parameters(), lr=1e-5, weight_decay=0.0)
+    for _ in range(100):
+        adamw.zero_grad()
+        run_window(policy, SFT(), [batch_of(rows)])
+        adamw.step()
+    moved = sum(int((p != q).sum()) for p, q in zip(policy.parameters(), began, strict=True))
+    assert moved / sum(p.numel() for p in policy.parameters()) < 0.3
+
+
+def test_gradients_of_bf16_weights_add_up_in_fp32_over_a_window():
+    rows = make_rows(6)
+    policy = Policy(tiny_model("llama", dtype=torch.bfloat16))
+    optimiser = FlatAdamW(policy.named_parameters(), make_stage())
+    run_window(policy, SFT(), [batch_of(rows[:3]), batch_of(rows[3:])])
+    whole = optimiser.grad.clone()
+    optimiser.zero_grad()
+    run_window(policy, SFT(), [batch_of(rows)])
+    assert torch.nn.functional.cosine_similarity(whole, optimiser.grad, dim=0) > 0.995
+    assert all(p.grad is None for p in policy.parameters())
+
+
+def test_a_state_saved_and_loaded_makes_the_same_next_update_bit_for_bit():
+    rows = make_rows(8)
+
+    def step(policy: Policy, optimiser: FlatAdamW) -> None:
+        optimiser.zero_grad()
+        run_window(policy, SFT(), [batch_of(rows)])
+        optimiser.step(1e-3, optimiser.grad_norm())
+
+    first, second = Policy(tiny_model("llama")), Policy(tiny_model("llama", seed=1))
+    one, two = FlatAdamW(first.named_parameters(), make_stage()), FlatAdamW(second.named_parameters(), make_stage())
+    for _ in range(3):
+        step(first, one)
+    two.load({name: tensor.clone() for name, tensor in one.state().items()})
+    step(first, one)
+    step(second, two)
+    assert torch.equal(one.flat, two.flat)
+    assert one.fraction_changed() == two.fraction_changed()
+
+
+def test_a_state_of_another_model_is_refused():
+    one = FlatAdamW(Policy(tiny_model("llama")).named_parameters(), make_stage())
+    other = FlatAdamW(Policy(tiny_model("gpt2")).named_parameters(), make_stage())
+    with pytest.raises(CheckpointError, match="not this stage's"):
+        one.load(other.state())
