@@ -103,7 +103,9 @@ def line_of(path: Path, word: str) -> int:
 
 
 def test_a_wrong_type_is_refused(recipe):
-    refused("run", recipe, "--set", "stages.0.learning_rate=fast", status=2, tells=["--set stages.0.learning_rate", "valid number", '"fast"'])
+    refused(
+        "run", recipe, "--set", "stages.0.learning_rate=fast", status=2, tells=["--set stages.0.learning_rate", "valid number", '"fast"']
+    )
     refused("plan", recipe, "--set", "seed=1.5", status=2, tells=["--set seed", "valid integer"])
 
 
@@ -137,8 +139,10 @@ def test_a_target_module_that_matches_nothing_is_refused_with_the_nearest_name(r
 
 def test_a_test_set_that_holds_training_rows_is_refused_and_on_demand_the_rows_are_dropped(recipe):
     write_rows(recipe.parent / "test.jsonl", [row(3), *map(row, range(100, 106))])
-    refused("train", recipe, "--out", "refused", status=3, tells=["test_overlap"])
-    assert json.loads(Path("refused/data/health.json").read_text())["findings"], "what was found is there to be read"
+    refused(
+        "train", recipe, "--out", "refused", status=3, tells=["1 of 24 training rows are also test rows", "train.jsonl:4", "test_overlap"]
+    )
+    assert not Path("refused/data/ledger.json").exists(), "a refused run's rows went nowhere"
     assert call("train", recipe, "--out", "dropped", "--set", "data.test_overlap=drop").status == 0
     assert json.loads(Path("dropped/data/ledger.json").read_text())["rows_dropped"] == {"test_overlap": 1}
 
@@ -170,7 +174,7 @@ def test_a_full_disk_is_named_with_status_1_and_the_run_can_go_on(recipe):
 
 def test_a_folder_that_cannot_be_made_is_named_with_status_1(recipe):
     with installed(FailingStorage(errno.EROFS, operation="mkdir")):
-        refused("train", recipe, "--out", "run", status=1, tells=[recipe.parent / "run", "read-only"])
+        refused("train", recipe, "--out", "run", status=1, tells=[recipe.parent / "run", "Read-only"])
 
 
 def test_init_on_a_file_that_is_not_there_or_no_data_is_refused(recipe):

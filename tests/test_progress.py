@@ -52,7 +52,13 @@ def test_control_characters_are_written_out():
 
 def example():
     text = Text()
-    for part, style in (("user: hi\x1b[2J ", "dim"), ("good", "rgb(0,255,0)"), ("<end>", "rgb(0,255,0)"), (" user ", "dim"), ("bye", "rgb(0,95,0)")):
+    for part, style in (
+        ("user: hi\x1b[2J ", "dim"),
+        ("good", "rgb(0,255,0)"),
+        ("<end>", "rgb(0,255,0)"),
+        (" user ", "dim"),
+        ("bye", "rgb(0,95,0)"),
+    ):
         text.append(part, style=style)
     return text
 

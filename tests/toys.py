@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.families import tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from tests.families import tiny_model
 from tunesmith.data.batching import Batch, DatasetSource
 from tunesmith.data.forest import build_forest
 from tunesmith.data.template import NAMED_TEMPLATES
@@ -67,7 +67,9 @@ def loaded(model: PreTrainedModel, tokenizer: Any = None, folder: str = "") -> L
     return LoadedModel(model, tokenizer or tiny_tokenizer(), ModelIdentity("tiny", "0" * 64, folder), model.dtype)
 
 
-def make_job(policy: Policy, stage: Stage, run: RunDirectory, rows: Sequence[Row], *, validation: Sequence[Row] | None = None, **changed: Any) -> Job:
+def make_job(
+    policy: Policy, stage: Stage, run: RunDirectory, rows: Sequence[Row], *, validation: Sequence[Row] | None = None, **changed: Any
+) -> Job:
     """A job of SFT, or of what `changed` puts in its place."""
     size, accumulation = stage.per_device_train_batch_size, stage.gradient_accumulation_steps
     held_out = DatasetSource(validation, batch_size=size, accumulation=1, seed=0).once if validation else None

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .chat import Chat
     from .data.inspect import propose_recipe
     from .errors import TunesmithError
+    from .inspection import check_data_file
     from .pipeline import RunResult, evaluate, plan, run, train
     from .recipe import Recipe, json_schema, load_recipe
     from .report import write_report
@@ -41,7 +42,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """`train` and `evaluate` are verbs here, also once the subpackages of the same names are imported (`from tunesmith.train.loop import ...`)."""
+    """`train` and `evaluate` are verbs here, also once the subpackages of the same names are imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):

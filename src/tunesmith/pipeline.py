@@ -154,6 +154,8 @@ def plan(
 
     with tempfile.TemporaryDirectory() as folder, _session(recipe, sets, Path(folder) / "plan", False, report) as session:
         prepare(session)
+        where = load_recipe(recipe, sets, out=out).output
+        shown = session.recipe.model_copy(update={"output": where})
         ids, weights = session.data.train[0]
         predicted = make_plan(session)
         return {
@@ -161,7 +163,7 @@ def plan(
             "ledger": session.data.ledger.to_json(),
             "findings": [finding.to_json() for finding in session.data.findings],
             "notes": session.data.notes,
-            "recipe": dump_recipe(session.recipe),
+            "recipe": dump_recipe(shown),
             "example": colourise(Rendered(ids, weights, 0), session.loaded.tokenizer),
         }
 
@@ -183,7 +185,9 @@ def _train(session: Session) -> None:
     prepare(session)
     predicted = make_plan(session)
     write_json(session.run.file("plan.json"), {"predicted": predicted, "measured": None})
-    session.report({"event": "plan", **predicted, "ledger": session.data.ledger.to_json(), "notes": session.data.notes})
+    notes = [*session.data.notes, *(note for data in session.stage_data.values() for note in data.notes), *predicted["notes"]]
+    session.run.log({"event": "notes", "notes": notes})
+    session.report({"event": "plan", **predicted, "ledger": session.data.ledger.to_json(), "notes": notes})
     recipe, steps = session.recipe, {stage.name: stage.max_steps for stage in session.stages}
     with Trackers(recipe.tracking, recipe.name, session.run.path, recipe.model_dump(), steps) as trackers:
 

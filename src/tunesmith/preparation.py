@@ -50,10 +50,13 @@ def prepare(session: Session) -> None:
         session.new_tokens = add_new_tokens(session.loaded, session.template)
     with session.phase("data"):
         _prepare_data(session)
-    session.tasks = make_tasks(recipe, session.data, session.stage_data.values(), has_template=session.template is not None)
     session.stages = _derived_stages(session)
     for stage in session.stages:
         _require_same_result(session, stage)
+    session.data.write_account(session.run)
+    for name, data in session.stage_data.items():
+        data.write_account(session.run, f"data/{name}")
+    session.tasks = make_tasks(recipe, session.data, session.stage_data.values(), has_template=session.template is not None)
     session.recipe = _resolved(session)
     write_text(session.run.file("recipe.yaml"), dump_recipe(session.recipe))
     hashes = {part: source["sha256"] for part, source in session.data.sources.items()}

@@ -1,5 +1,5 @@
-"""The fault plan of TRUST.md for training, in its short form (row 50, and 18): after any fault, what is resumed ends bit for bit as the
-unbroken run, or the run ends with a named error and everything written before is intact. Faults happen in children forked from a warm parent."""
+"""The fault plan of TRUST.md for training, in its short form (rows 50 and 18): after any fault, what is resumed ends bit for bit as the
+unbroken run, or the run ends with a named error and all that was written before is intact. The faults happen in forked children."""
 
 from __future__ import annotations
 
@@ -84,8 +84,7 @@ def checkpoints(path: Path) -> list[Path]:
 def test_a_run_killed_after_any_step_ends_as_the_unbroken_run(base, unbroken, method, tmp_path):
     for step in range(1, STEPS):
         path = tmp_path / str(step)
-        die = lambda event, step=step: kill_myself() if event.get("step") == step and "loss" in event else None  # noqa: E731
-        assert in_child(lambda: work(base, path, method, report=die)).signal == signal.SIGKILL
+        stopped_after(base, path, method, step)
         assert resumed(base, path, method) == unbroken[method]
         assert_each_step_logged_once(path)
 
@@ -257,10 +256,10 @@ def test_weights_that_overflow_are_never_written(base, tmp_path):
     assert_only_finite(tmp_path)
 
 
-def stopped_after(base, path: Path, method: str, step: int) -> Path:
+def stopped_after(base, path: Path, method: str, step: int, **settings: Any) -> Path:
     """A run killed after a step was logged."""
     die = lambda event: kill_myself() if event.get("step") == step and "loss" in event else None  # noqa: E731
-    assert in_child(lambda: work(base, path, method, report=die)).signal == signal.SIGKILL
+    assert in_child(lambda: work(base, path, method, report=die, **settings)).signal == signal.SIGKILL
     return path
 
 
@@ -293,15 +292,22 @@ def flip(file: Path) -> None:
 
 
 def test_a_damaged_checkpoint_at_a_step_that_is_saved_again_is_replaced(base, tmp_path):
-    stopped = stopped_after(base, tmp_path, "lora", 7)
-    flip(checkpoints(stopped)[0] / "state.safetensors")
+    def until_five() -> str:
+        with StopRequest() as stop:
+            return work(
+                base,
+                tmp_path,
+                "lora",
+                stop=stop,
+                report=lambda event: os.kill(os.getpid(), signal.SIGTERM) if event.get("step") == 5 else None,
+            )
 
-    def until_seven() -> str:
-        return work(base, tmp_path, "lora", report=lambda event: kill_myself() if event.get("step") == 7 and "loss" in event else None)
-
-    assert in_child(until_seven).signal == signal.SIGKILL
-    assert checkpoints(tmp_path)[0].name == "step-6"
-    verify_folder(checkpoints(tmp_path)[0])
+    assert in_child(until_five).status == 130  # step 5 is no step at which one saves or prunes
+    for _ in range(2):
+        stopped_after(base, tmp_path, "lora", 7)
+        assert [folder.name for folder in checkpoints(tmp_path)] == ["step-6", "step-5"]
+        verify_folder(checkpoints(tmp_path)[0])
+        flip(checkpoints(tmp_path)[0] / "state.safetensors")
 
 
 def test_a_damaged_best_checkpoint_is_never_taken_for_the_result(base, tmp_path):
@@ -388,10 +394,9 @@ def test_a_checkpoint_of_other_settings_is_not_resumed_from(base, tmp_path):
 def test_the_best_checkpoint_outlives_a_kill(base, tmp_path):
     settings = {"load_best_model_at_end": True, "held_out": UNLIKE, "save_total_limit": 1}
     whole = in_child(lambda: work(base, tmp_path / "whole", "lora", **settings)).result
-    best = [event for event in read_events(tmp_path / "whole") if event.get("event") == "stage_finished"][0]["best_step"]
+    best = read_events(tmp_path / "whole")[-1]["best_step"]
     for step in (4, 7, 8):
         path = tmp_path / str(step)
-        die = lambda event, step=step: kill_myself() if event.get("step") == step and "loss" in event else None  # noqa: E731
-        assert in_child(lambda: work(base, path, "lora", report=die, **settings)).signal == signal.SIGKILL
+        stopped_after(base, path, "lora", step, **settings)
         assert resumed(base, path, "lora", **settings) == whole
     assert best < STEPS, "the test wants a best step that is not the last"

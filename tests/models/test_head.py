@@ -34,7 +34,11 @@ VARIANTS = [(None, 1.0, False), (5.0, 1.0, False), (None, 0.25, False), (None, 1
 def test_values_and_gradients_are_those_of_log_softmax(seed, softcap, scale, has_bias, trains, monkeypatch):
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * V * 7)  # seven tokens a chunk, the last one ragged
     hidden, weight, bias, targets, grad = inputs(seed)
-    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trains), bias.clone().requires_grad_(trains) if has_bias else None]
+    ours = [
+        hidden.clone().requires_grad_(),
+        weight.clone().requires_grad_(trains),
+        bias.clone().requires_grad_(trains) if has_bias else None,
+    ]
     theirs = [None if t is None else t.detach().clone().requires_grad_(t.requires_grad) for t in ours]
     logprobs, entropy = token_logprobs(ours[0], ours[1], targets, bias_V=ours[2], softcap=softcap, scale=scale, entropy=True)
     want, want_entropy = reference(*theirs, targets, softcap, scale)

@@ -1,7 +1,8 @@
-"""Loading a base: every weight from the file (TRUST row 23), safetensors only, no remote code, GGUF converted once, a hub name at its commit."""
+"""Loading a base: every weight from the file (TRUST row 23), safetensors only, no remote code, GGUF converted once, hub names pinned."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -181,7 +182,12 @@ def test_a_folder_with_pickled_weights_only_is_refused_and_nothing_is_unpickled(
 
 
 def auto_map_of_the_model(folder, code):
-    edit(folder / "config.json", model_type="evil", architectures=["Evil"], auto_map={"AutoConfig": f"{code}.C", "AutoModelForCausalLM": f"{code}.M"})
+    edit(
+        folder / "config.json",
+        model_type="evil",
+        architectures=["Evil"],
+        auto_map={"AutoConfig": f"{code}.C", "AutoModelForCausalLM": f"{code}.M"},
+    )
 
 
 def auto_map_of_a_known_model(folder, code):
@@ -210,14 +216,14 @@ def attention_kernel(folder, code):
 def test_code_in_a_models_folder_is_never_imported(folder, tmp_path, monkeypatch, attack):
     marker = tmp_path / "imported"
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    (folder / "evil_code.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nclass C: pass\nclass M: pass\nclass T: pass\n")
+    (folder / "evil_code.py").write_text(
+        f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nclass C: pass\nclass M: pass\nclass T: pass\n"
+    )
     if not (folder / "generation_config.json").exists():
         (folder / "generation_config.json").write_text("{}")
     attack(folder, "evil_code")
-    try:
+    with contextlib.suppress(ModelError):  # refusing is as good as loading without it
         load_model(section(folder))
-    except ModelError:
-        pass  # refusing is as good as loading without it
     assert not marker.exists()
     assert not any("evil_code" in name for name in sys.modules)
 
@@ -346,7 +352,9 @@ def serve(folder: Path) -> ThreadingHTTPServer:
                 status, body = 200, json.dumps({"id": "acme/tiny", "sha": COMMIT, "siblings": names, "tags": []}).encode()
                 headers = {"Content-Type": "application/json"}
                 if "/tree/" in path:
-                    entries = [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40} for file in folder.iterdir()]
+                    entries = [
+                        {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40} for file in folder.iterdir()
+                    ]
                     body = json.dumps(entries).encode()
             elif path.startswith("/acme/tiny/resolve/") and (folder / path.rsplit("/", 1)[1]).is_file():
                 body = (folder / path.rsplit("/", 1)[1]).read_bytes()
@@ -377,7 +385,11 @@ print(json.dumps({**loaded.identity.public(), "weight": float(loaded.model.model
 def test_a_hub_name_is_loaded_from_the_endpoint_at_a_commit_that_is_recorded(sound, tmp_path):
     server = serve(sound)
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    env |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True)
     server.shutdown()
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Methods: targets that match (TRUST row 24), results that read back (27) and load strictly (25) on their own base (28), new tokens (26), ties (29)."""
+"""Methods: targets match (TRUST 24), results read back (27), load strictly (25), on their own base (28), new tokens (26), ties (29)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_targets_match_by_last_parts_or_by_full_name_and_are_every_linear_layer_
 
 
 def test_an_adapter_trains_in_fp32_on_a_frozen_bf16_base():
-    model = attach(loaded(tiny_model("llama", dtype=torch.bfloat16)), LORA, seed=0)
+    model = attach(loaded(tiny_model("llama", dtype=torch.bfloat16)), LORA, seed=0, new_tokens=[1, 2])
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
@@ -177,7 +177,9 @@ def test_an_adapter_that_cannot_be_read_is_refused(saved, adapter, damage):
     elif damage == "torn config":
         config.write_text("{")
     else:
-        config.write_text(json.dumps({"peft_type": "IA3", "task_type": "CAUSAL_LM", "target_modules": ["k_proj"], "feedforward_modules": []}))
+        config.write_text(
+            json.dumps({"peft_type": "IA3", "task_type": "CAUSAL_LM", "target_modules": ["k_proj"], "feedforward_modules": []})
+        )
     with pytest.raises(AdapterError):
         load_adapter(base(saved[0]), adapter)
 
@@ -286,7 +288,17 @@ def test_a_base_without_a_template_gets_chatml_whose_new_tokens_train_and_are_th
 
     with RunDirectory.open(tmp_path / "run", resume=False) as run:
         model = run_stage(
-            stage, origin, Data, template, run, start=None, new_tokens=new, system=None, seed=0, stop=StopRequest(), report=lambda event: None
+            stage,
+            origin,
+            Data,
+            template,
+            run,
+            start=None,
+            new_tokens=new,
+            system=None,
+            seed=0,
+            stop=StopRequest(),
+            report=lambda event: None,
         )
     verify_folder(tmp_path / "run" / "stages" / "sft" / "model")
     ids = torch.from_numpy(rows[1][0])[None]

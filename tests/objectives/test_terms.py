@@ -1,5 +1,5 @@
-"""The loop is not shaped by SFT: objectives of two terms with divisors of their own, of rows and of values, through the same window and loop;
-and however a window is cut into batches, the update is the same (TRUST row 15)."""
+"""The loop is not shaped by SFT: objectives of two terms with their own divisors, of rows and of values, through the same window and
+loop; and however a window is cut into batches, the update is the same (TRUST row 15)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS = make_rows(11)
 
 
 class LikelihoodAndLength:
-    """Two terms: cross-entropy over supervised tokens, and 0.3 times the squared log-likelihood of each row over rows of four tokens or more."""
+    """Cross-entropy over supervised tokens, and 0.3 times the squared log-likelihood / 10 of each row of eight tokens or more."""
 
     needs = frozenset({"logprobs", "entropy"})
 
@@ -131,7 +131,16 @@ def test_a_term_that_nothing_in_the_window_belongs_to_gives_nothing_and_no_nan()
 def test_the_loop_trains_two_terms_and_logs_each_with_the_metrics(tmp_path):
     policy = Policy(attach(loaded(tiny_model("llama")), LoraMethod(r=8), seed=0))
     with RunDirectory.open(tmp_path / "run", resume=False) as run:
-        train(make_job(policy, make_stage(max_steps=30, learning_rate=2e-2, per_device_train_batch_size=6), run, ROWS, objective=LikelihoodAndLength(), validation=ROWS[:4]))
+        train(
+            make_job(
+                policy,
+                make_stage(max_steps=30, learning_rate=2e-2, per_device_train_batch_size=6),
+                run,
+                ROWS,
+                objective=LikelihoodAndLength(),
+                validation=ROWS[:4],
+            )
+        )
         steps = [event for event in run.events() if "loss" in event]
         evaluated = [event for event in run.events() if event.get("event") == "evaluated"]
     first, last = steps[0], steps[-1]
@@ -173,7 +182,10 @@ def test_values_and_scores_are_read_at_each_tokens_source_and_each_rows_last_tok
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_validation_loss_does_not_depend_on_the_batch_size(name):
     policy = Policy(tiny_model("llama"))
-    losses = [evaluate_loss(policy, OBJECTIVES[name](), DatasetSource(ROWS, batch_size=n, accumulation=1, seed=0).once()).loss for n in (1, 2, 3, 8)]
+    losses = [
+        evaluate_loss(policy, OBJECTIVES[name](), DatasetSource(ROWS, batch_size=n, accumulation=1, seed=0).once()).loss
+        for n in (1, 2, 3, 8)
+    ]
     assert max(losses) - min(losses) <= 1e-6 * max(losses)
 
 

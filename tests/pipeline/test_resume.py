@@ -68,7 +68,7 @@ def results(run: Path) -> dict[str, bytes]:
 def test_a_run_killed_in_any_unit_of_its_evaluation_ends_byte_equal_and_scores_nothing_twice(given, tmp_path):
     made, unbroken, units = given
     assert len(units) == len(set(units)) == 9
-    for number in (1, 4, 6, 8, 9):
+    for number in (1, 5, 9):
         path = tmp_path / str(number)
         assert in_child(lambda path=path, number=number: tunesmith.run(made, out=path, report=die_at(number))).signal == signal.SIGKILL
         assert not (path / "evaluation.json").exists()
@@ -116,11 +116,12 @@ def test_the_saved_recipe_repeats_the_run(given, tmp_path):
 @pytest.mark.parametrize("sets", [["stages.1.learning_rate=3e-3"], ["seed=5"], ["data.validation=0.3"]])
 def test_a_result_trained_with_other_settings_or_data_is_refused_and_the_run_directory_left_as_it_was(given, sets):
     made, unbroken, _ = given
-    before = tree(unbroken)["recipe.yaml"]
+    before = {name: content for name, content in tree(unbroken).items() if not name.startswith("data/tokens/")}
     for verb in (lambda: tunesmith.run(made, sets=sets, out=unbroken, resume=True), lambda: tunesmith.evaluate(made, sets=sets, out=unbroken)):
         with pytest.raises(CheckpointError, match="trained with other settings or data"):
             verb()
-    assert tree(unbroken)["recipe.yaml"] == before
+    after = tree(unbroken)
+    assert [name for name in before if name != "events.jsonl" and after[name] != before[name]] == []
 
 
 def test_evaluate_after_train_gives_what_run_gives(given, tmp_path):

@@ -1,4 +1,4 @@
-"""The loop: the right best step and early stopping on a known curve (TRUST row 41), rates, logs, resuming, and gradients by the second step (row 21)."""
+"""The loop: the right best step and early stopping on a known curve (TRUST row 41), logs, and gradients by the second step (row 21)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,12 @@ def run_curve(tmp_path, monkeypatch, curve=CURVE, **settings):
 
 def test_the_best_step_is_the_one_with_the_lowest_validation_loss_and_its_weights_are_taken(tmp_path, monkeypatch):
     weights = {}
-    monkeypatch.setattr(loop, "_log", lambda job, event: weights.update({event["step"]: job.optimiser.flat.clone()}) if "loss" in event else None)
+
+    def remember(job: Any, event: dict[str, Any]) -> None:
+        if "loss" in event:
+            weights[event["step"]] = job.optimiser.flat.clone()
+
+    monkeypatch.setattr(loop, "_log", remember)
     job, progress = run_curve(tmp_path, monkeypatch, load_best_model_at_end=True)
     assert (progress.best_step, progress.best_loss, progress.step) == (6, 1.0, 12)
     assert torch.equal(job.optimiser.flat, weights[6])
@@ -124,7 +129,8 @@ def test_every_trained_tensor_has_a_gradient_by_the_second_step(tmp_path, family
 def test_a_trained_tensor_without_a_gradient_is_named_at_the_second_step(tmp_path, monkeypatch):
     policy = Policy(attach(loaded(tiny_model("llama")), LoraMethod(r=4), seed=0))
     layer = policy.backbone.layers[1]
-    monkeypatch.setattr(layer, "forward", lambda hidden, *args, plain=layer.forward, **kwargs: plain(hidden, *args, **kwargs).detach() * 0 + hidden)
+    plain = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda hidden, *args, **kwargs: plain(hidden, *args, **kwargs).detach() * 0 + hidden)
     with RunDirectory.open(tmp_path / "run", resume=False) as run:
         with pytest.raises(InvariantViolated, match=r"layers\.1\..* among them"):
             train(make_job(policy, make_stage(max_steps=4, warmup_steps=0), run, ROWS))

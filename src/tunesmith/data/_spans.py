@@ -68,7 +68,12 @@ def layout_for(template: ChatTemplate, encoder: Encoder) -> Layout:
 
 
 def _find_layout(template: ChatTemplate, encoder: Encoder) -> Layout:
-    as_text = [[_ASK, _ANSWER], [_ASK, _ANSWER, _ASK, _ANSWER], [_ASK, _CALLS], [_ASK, _CALLS, _RESULT, _ANSWER]]
+    as_text: list[list[dict[str, Any]]] = [
+        [_ASK, _ANSWER],
+        [_ASK, _ANSWER, _ASK, _ANSWER],
+        [_ASK, _CALLS],
+        [_ASK, _CALLS, _RESULT, _ANSWER],
+    ]
     as_parts = [[{**message, "content": [{"type": "text", "text": message["content"]}]} for message in one] for one in as_text]
     marked = [mark(messages) for messages in as_text + as_parts]
     tools = [None, None, [_TOOL], [_TOOL]] * 2

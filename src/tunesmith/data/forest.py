@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -52,7 +53,7 @@ def build_forest(rows: Sequence[tuple[np.ndarray, np.ndarray]], *, min_shared: i
     if any(len(row) == 0 for row in ids):
         raise ValueError("a row has no tokens")
     order = sorted(range(len(ids)), key=lambda b: ids[b].tolist())
-    common = [_common_prefix(ids[a], ids[b]) for a, b in zip(order, order[1:], strict=False)]
+    common = [_common_prefix(ids[a], ids[b]) for a, b in pairwise(order)]
     builder = _Builder(ids, order, common, min_shared)
     builder.grow(0, len(order), 0, ())
     paths = builder.paths

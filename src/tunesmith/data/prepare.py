@@ -72,25 +72,34 @@ class PreparedData:
     lengths: dict[str, float]
     """Quantiles of the training rows' lengths in tokens, before any cut."""
     max_length: int
+    quarantine: list[dict[str, Any]]
+
+    def write_account(self, run: RunDirectory, folder: str = "data") -> None:
+        """Writes ledger.json, health.json and quarantine.jsonl."""
+        _write_findings(run, folder, self.quarantine, self.findings)
+        write_json(run.file(f"{folder}/ledger.json"), self.ledger.to_json())
+
+
+def _write_findings(run: RunDirectory, folder: str, quarantine: Sequence[dict[str, Any]], findings: Sequence[Finding]) -> None:
+    lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in quarantine)
+    write_text(run.file(f"{folder}/quarantine.jsonl"), lines)
+    write_json(run.file(f"{folder}/health.json"), {"findings": [finding.to_json() for finding in findings]})
 
 
 def prepare_data(
     section: DataSection, run: RunDirectory, rendering: Rendering, *, seed: int, folder: str = "data", kept_apart: Sequence[Record] = ()
 ) -> PreparedData:
-    """Reads, checks, renders and splits; writes the account into `folder` of the run. Raises DataRefused, MissingFile, RecipeError or TemplateError.
+    """Reads, checks, renders and splits; the caller writes the account. Raises DataRefused, MissingFile, RecipeError or TemplateError.
 
-    kept_apart: test rows, beside the section's own, that may not be among the training rows. A refused run has a quarantine and findings
-    but no ledger, since its rows went nowhere.
+    kept_apart: test rows, beside the section's own, that may not be among the training rows. Data that are refused have a quarantine and
+    findings, written here, but no ledger, since their rows went nowhere.
     """
     work = _Preparation(section, run, rendering, seed, folder, kept_apart)
     try:
-        prepared = work.prepare()
+        return work.prepare()
     except (DataRefused, TemplateError):
-        work.write_findings()
+        _write_findings(run, folder, work.quarantine, work.findings)
         raise
-    work.write_findings()
-    write_json(run.file(f"{folder}/ledger.json"), prepared.ledger.to_json())
-    return prepared
 
 
 class _Preparation:
@@ -143,13 +152,8 @@ class _Preparation:
             sources=self.sources,
             lengths=lengths,
             max_length=limit,
+            quarantine=self.quarantine,
         )
-
-    def write_findings(self) -> None:
-        """Writes quarantine.jsonl and health.json."""
-        lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in self.quarantine)
-        write_text(self.run.file(f"{self.folder}/quarantine.jsonl"), lines)
-        write_json(self.run.file(f"{self.folder}/health.json"), {"findings": [finding.to_json() for finding in self.findings]})
 
     def _read(self, source: str, part: str) -> ReadResult:
         read = read_records(source, self.section, system=self.rendering.system, quarantine=self.quarantine, default_split=part)

@@ -85,6 +85,7 @@ class ChatTemplate:
 
     @property
     def sha256(self) -> str:
+        """Hash of all that decides what is rendered."""
         parts = [self.text, self.tool_text, sorted(self.special_tokens.items()), self.clock]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

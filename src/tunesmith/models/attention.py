@@ -124,7 +124,7 @@ class _ForestAttention(torch.autograd.Function):
     """Attention with written-out backward; saves q, k, v and the output, recomputes the probabilities."""
 
     @staticmethod
-    def forward(ctx, query, key, value, nodes, scale, window, softcap):
+    def forward(ctx, query, key, value, nodes, scale, window, softcap):  # noqa: ANN001
         heads, total, dim = query.shape
         kv_heads = key.shape[0]
         groups = heads // kv_heads
@@ -143,7 +143,7 @@ class _ForestAttention(torch.autograd.Function):
         return out_THD
 
     @staticmethod
-    def backward(ctx, grad_THD):
+    def backward(ctx, grad_THD):  # noqa: ANN001
         query, key, value, out_THD = ctx.saved_tensors
         nodes, scale, window, softcap = ctx.layout
         heads, total, dim = query.shape

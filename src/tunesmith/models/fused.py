@@ -3,7 +3,7 @@
 - LoRA as one matrix product over K + r (Hu et al. 2021): y = [x, s x A^T] [W, B]^T, accumulated in fp32 and rounded once; a young
   delta added to y in bf16 would be rounded away. The frozen weight lives in the wide buffer, so it is still held once.
 - SwiGLU with a written-out backward that keeps gate and up only.
-- RMSNorm by torch's own function.
+- RMSNorm with a written-out backward that keeps its input only.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _LoraProduct(torch.autograd.Function):
     """x[..., K], wide[N, K + r] = [W, B], A[r, K], B[N, r] -> x W^T + scale (x A^T) B^T; W is frozen."""
 
     @staticmethod
-    def forward(ctx, x, wide, bias, a, b, scale):
+    def forward(ctx, x, wide, bias, a, b, scale):  # noqa: ANN001
         flat = x.reshape(-1, x.shape[-1])
         small_a = (a * scale).to(x.dtype)
         wide[:, flat.shape[1] :].copy_(b)
@@ -46,7 +46,7 @@ class _LoraProduct(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # noqa: ANN001
         flat, low, small_a, b = ctx.saved_tensors
         inputs = flat.shape[1]
         grad = grad.reshape(-1, grad.shape[-1])
@@ -63,15 +63,35 @@ class _SwiGLU(torch.autograd.Function):
     """silu(gate) * up; the derivative of silu is s (1 + g (1 - s)), s the logistic function."""
 
     @staticmethod
-    def forward(ctx, gate, up):
+    def forward(ctx, gate, up):  # noqa: ANN001
         ctx.save_for_backward(gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # noqa: ANN001
         gate, up = ctx.saved_tensors
         d_up = F.silu(gate).mul_(grad)
         return torch.ops.aten.silu_backward(grad * up, gate), d_up
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x rstd(x) w in fp32, rounded as the models do; keeps x and one number a token (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):  # noqa: ANN001
+        wide = x.float()
+        rstd = torch.rsqrt(torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps)).unsqueeze(-1)
+        ctx.save_for_backward(x, rstd, weight)
+        return (wide * rstd).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001
+        x, rstd, weight = ctx.saved_tensors
+        normed = x.float() * rstd
+        d_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        d_normed = (grad * weight).float()
+        along = torch.linalg.vecdot(d_normed, normed).div_(x.shape[-1]).unsqueeze(-1)
+        return d_normed.sub_(normed.mul_(along)).mul_(rstd).to(x.dtype), d_weight, None
 
 
 def _lora_forward(self: LoraLinear, x: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -131,7 +151,7 @@ def _swiglu_forward(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def _rms_forward(self: nn.Module, x: Tensor) -> Tensor:
-    return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+    return _RMSNorm.apply(x, self.weight, self.variance_epsilon)
 
 
 def fuse_layers(model: nn.Module, paths: FastPaths) -> None:

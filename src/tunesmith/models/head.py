@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 64 * 2**20  # of fp32 logits held at once
+CHUNK_BYTES = 16 * 2**20  # of fp32 logits held at once
 
 
 def token_logprobs(
@@ -48,7 +48,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, softcap, scale, want_entropy):
+    def forward(ctx, hidden, weight, bias, targets, softcap, scale, want_entropy):  # noqa: ANN001
         count, size = hidden.shape[0], _chunk(weight.shape[0])
         logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprobs) if want_entropy else logprobs.new_empty(0)
@@ -69,7 +69,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, grad_S, _):
+    def backward(ctx, grad_S, _):  # noqa: ANN001
         hidden, weight, bias, targets, slope_SH = ctx.saved_tensors
         if slope_SH is not None:
             return (slope_SH * grad_S[:, None]).to(hidden.dtype), None, None, None, None, None, None

@@ -59,10 +59,10 @@ def _lora_config(loaded: LoadedModel, method: LoraMethod, new_tokens: list[int] 
 def _where_tokens_train(model: PreTrainedModel, tokens: list[int]) -> list[int] | dict[str, list[int]]:
     """PEFT's trainable_token_indices: the rows of the embeddings, and those of the head where it has its own."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head.weight is embeddings.weight:
-        return tokens
     if head.bias is not None:
         raise ModelError("new tokens cannot train in a head with a bias", where=model.config.model_type, mend="use method full")
+    if head.weight is embeddings.weight:
+        return tokens
     names = {module: name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
     return {names[embeddings]: tokens, names[head]: tokens}
 
@@ -112,12 +112,12 @@ def _plain(value: Any) -> Any:
 
 
 def _reopen(folder: Path, state: dict[str, torch.Tensor]) -> None:
-    """Reads the written weights back; of tensors that are one in memory (tied), one name is enough."""
-    written = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-    stored = {state[name].data_ptr() for name in written.keys() & state.keys()}
-    lost = [name for name, tensor in state.items() if name not in written and tensor.data_ptr() not in stored]
-    if lost or any(name not in state or not torch.equal(tensor, state[name].cpu()) for name, tensor in written.items()):
-        raise AdapterError("the file that was written does not read back as the weights in memory", where=str(folder), mend="check the disk")
+    """Reads the written weights back, a file at a time; of tensors that are one in memory (tied), one name is enough."""
+    same: set[int] = set()
+    for file in folder.glob("*.safetensors"):
+        same |= {state[name].data_ptr() for name, tensor in load_file(file).items() if torch.equal(tensor, state[name].cpu())}
+    if any(tensor.data_ptr() not in same for tensor in state.values()):
+        raise AdapterError("the written file does not read back as the weights in memory", where=str(folder), mend="check the disk")
 
 
 def load_adapter(loaded: LoadedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
@@ -139,12 +139,14 @@ def load_adapter(loaded: LoadedModel, folder: Path, *, trainable: bool = False) 
     try:
         config, have = LoraConfig.from_pretrained(str(folder)), load_file(weights)
     except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
-        raise AdapterError(f"the adapter cannot be read: {error}", where=str(folder), mend="it needs a LoRA adapter_config.json and whole weights") from error
+        mend = "it needs a LoRA adapter_config.json and whole weights"
+        raise AdapterError(f"the adapter cannot be read: {error}", where=str(folder), mend=mend) from error
     config.inference_mode = not trainable
     try:
         model = get_peft_model(loaded.model, config)
     except (ValueError, IndexError) as error:
-        raise AdapterError(f"the adapter does not fit the model: {error}", where=str(folder), mend="load the base it was trained on") from error
+        mend = "load the base it was trained on"
+        raise AdapterError(f"the adapter does not fit the model: {error}", where=str(folder), mend=mend) from error
     want = trainable_state(model)
     missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
     other = [name for name in want.keys() & have.keys() if want[name].shape != have[name].shape]

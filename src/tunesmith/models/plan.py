@@ -1,6 +1,6 @@
 """The plan: a roofline of each phase, its FLOPs and bytes against what this machine really does, and the peak of memory.
 
-The machine is measured once (matrix products in the model's dtype, memory bandwidth) and kept in the cache. A phase takes the longer of its
+The machine is measured once (matrix products in the model's dtype, memory bandwidth) and kept in the cache. A phase takes the sum of its
 two times; `bound_by` says which. Constants that no shape gives were fitted on a 135M Llama on CPU and are named below.
 """
 
@@ -69,12 +69,21 @@ def measure_machine(dtype: torch.dtype) -> Machine:
     """The machine's speeds in this dtype and with the present threads; about half a second the first time, then from the cache."""
     name = f"{platform.processor() or platform.machine()}-{torch.__version__}-{torch.get_num_threads()}-{str(dtype).removeprefix('torch.')}"
     path = cache_folder() / "machine.json"
-    known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    known = _known_machines(path)
     if name not in known:
         known[name] = asdict(Machine(_matmul_rate(dtype), _bandwidth(dtype)))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, known)
     return Machine(**known[name])
+
+
+def _known_machines(path: Path) -> dict[str, dict[str, float]]:
+    """What was measured before; nothing where the note is torn."""
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def _rate(work: float, run: Callable[[], Any]) -> float:

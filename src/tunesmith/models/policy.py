@@ -108,10 +108,11 @@ class Policy(nn.Module):
 
     def _head(self, hidden_SH: Tensor, target_S: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
         head, config = self.causal.get_output_embeddings(), self.causal.config.get_text_config()
+        bias = getattr(head, "bias", None)  # PEFT's wrapper, whose head has none, does not know the name
         scale = getattr(config, "logit_scale", None) or 1.0
         divisor = getattr(config, "logits_scaling", None) or 1.0
         softcap = getattr(config, "final_logit_softcapping", None)
-        return token_logprobs(hidden_SH, head.weight, target_S, bias_V=head.bias, softcap=softcap, scale=scale / divisor, entropy=entropy)
+        return token_logprobs(hidden_SH, head.weight, target_S, bias_V=bias, softcap=softcap, scale=scale / divisor, entropy=entropy)
 
 
 def _train_adapter_dropout(model: nn.Module) -> None:
@@ -137,6 +138,6 @@ def _checkpoint_layers(backbone: nn.Module) -> None:
         layer.forward = partial(_checkpointed, plain)
 
 
-def _checkpointed(plain, *args, **kwargs):
+def _checkpointed(plain, *args, **kwargs):  # noqa: ANN001
     nodes = current_layout()
     return checkpoint(plain, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), forest_layout(nodes)), **kwargs)

@@ -67,10 +67,10 @@ def _wrong_type_name(item: ErrorDetails, name: str, place: str) -> RecipeError:
 def _real_path(item: ErrorDetails, values: Any) -> KeyPath:
     """A problem's location without the tags that pydantic puts in for the members of a union."""
     path: list[str | int] = []
-    probe = values
+    probe: Any = values
     for index, part in enumerate(item["loc"]):
         last = index == len(item["loc"]) - 1
-        if (isinstance(probe, dict) and part in probe) or (isinstance(probe, list) and isinstance(part, int) and part < len(probe)):
+        if _has(probe, part):
             probe = probe[part]
         elif not (last and item["type"] == "missing"):
             continue
@@ -78,10 +78,14 @@ def _real_path(item: ErrorDetails, values: Any) -> KeyPath:
     return tuple(path)
 
 
+def _has(values: Any, part: str | int) -> bool:
+    return part in values if isinstance(values, dict) else isinstance(values, list) and isinstance(part, int) and part < len(values)
+
+
 def _sections_at(path: KeyPath, values: Any) -> list[type[BaseModel]]:
     current: list[type[BaseModel]] = [Recipe]
     for part in path:
-        values = values[part] if isinstance(values, dict | list) else None
+        values = values[part] if _has(values, part) else None
         if isinstance(part, int):
             continue
         current = [s for section in current if part in section.model_fields for s in sections_of(section.model_fields[part].annotation)]

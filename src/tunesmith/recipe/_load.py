@@ -90,12 +90,13 @@ def _read(path: Path) -> str:
 def _make_absolute(values: dict[str, Any], folder: Path, *, below: KeyPath = ()) -> None:
     """Makes relative paths absolute in place, where the setting holds a path and the thing looks like one. below: only this part."""
     for path, holder in _path_settings(Recipe, values, ()):
-        text = holder[path[-1]]
+        key = str(path[-1])
+        text = holder[key]
         if path[: len(below)] != below or not isinstance(text, str) or not text:
             continue
         named = folder / os.path.expanduser(text)
         if os.path.exists(named) or _looks_like_a_path(text):
-            holder[path[-1]] = str(named.absolute() if named.is_symlink() else named.resolve())
+            holder[key] = str(named.absolute() if named.is_symlink() else named.resolve())
 
 
 def _looks_like_a_path(text: str) -> bool:

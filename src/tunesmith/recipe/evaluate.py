@@ -44,7 +44,7 @@ class EvaluateSection(Section):
     few_shot_sets: Annotated[int, Field(ge=1)] = 2
     """Example sets tried for each k."""
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Longest answer in tokens; derived as half as much again as the longest reference."""
+    """Longest answer in tokens; derived as half as much again as the longest training answer."""
     batch_size: Annotated[int, Field(ge=1)] = 50
     """Prompts generated together."""
     general: PathText | None = None

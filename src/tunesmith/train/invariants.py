@@ -1,6 +1,6 @@
 """What must hold before the first update; each failure is an InvariantViolated that says what, where and the mend.
 
-Run on the stage's own model and first batch: every row carries loss, the packed rows do not see each other, a fresh adapter changes nothing,
+Run on the stage's own model and first batch: every row carries loss, packed rows do not see each other, a fresh adapter changes nothing,
 the fast paths agree with the plain ones, something trains.
 """
 
@@ -44,7 +44,8 @@ def no_leak(policy: Policy, vocabulary: int) -> None:
     """Two rows packed together give each row's own hidden states, and no gradient of the second's loss reaches the first."""
     generator = np.random.default_rng(0)
     weights = np.r_[0, np.ones(PROBE_TOKENS - 1)].astype(np.float32)
-    ids = sorted(generator.integers(0, vocabulary, (2, PROBE_TOKENS)).tolist())  # in the forest's order: a causal leak shows in the later row only
+    # in the forest's order: a causal leak shows in the later row only
+    ids = sorted(generator.integers(0, vocabulary, (2, PROBE_TOKENS)).tolist())
     rows = [(np.array(row), weights) for row in ids]
     embed = policy.backbone.get_input_embeddings()
     pair, second = build_forest(rows, min_shared=PROBE_TOKENS + 1), build_forest(rows[1:])
@@ -84,7 +85,7 @@ def fresh_adapter_changes_nothing(policy: Policy, batch: Any) -> None:
 
 
 def fast_paths_agree(policy: Policy, objective: Objective, batch: Any) -> list[str]:
-    """Compares loss and gradient on a batch with the plain layers; if they differ the fast paths are taken out. Returns what was taken out."""
+    """Compares loss and gradient on a batch with the plain layers; if they differ the fast paths are taken out. Gives what was."""
     if not policy.fast_paths.used:
         return []
     loss, gradient = _loss_and_gradient(policy, objective, batch)

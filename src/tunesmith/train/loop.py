@@ -1,7 +1,7 @@
 """The one training loop, for every objective and method.
 
 Takes a policy, an objective, a source of accumulation windows and a stage's settings; trains, logs, evaluates, checkpoints; gives a
-`Progress`. It knows nothing of SFT: a batch is whatever the source makes and the objective reads, with a `.forest` that the policy computes.
+`Progress`. It knows nothing of SFT: a batch is what the source makes and the objective reads, with a `.forest` that the policy computes.
 """
 
 from __future__ import annotations

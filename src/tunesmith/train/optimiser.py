@@ -118,7 +118,7 @@ def _into(grad: Tensor):
 
 
 def learning_rate(step: int, *, total: int, warmup: int, peak: float, kind: str) -> float:
-    """The rate of update `step` (from 0) of `total`: linear warm-up from 0, then cosine or linear to 0, or constant; as transformers defines them."""
+    """The rate of update `step` (from 0) of `total`: linear warm-up from 0, then cosine or linear to 0, or constant, as in transformers."""
     if step < warmup:
         return peak * step / max(1, warmup)
     if kind == "constant":

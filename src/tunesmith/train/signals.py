@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: while steps run they are noted and answered at the step's end with a checkpoint; elsewhere they end the run at once."""
+"""SIGTERM and SIGINT: while steps run they are answered at the step's end with a checkpoint; elsewhere they end the run at once."""
 
 from __future__ import annotations
 

@@ -207,7 +207,9 @@ def _tell(run: RunDirectory, report: Callable[[dict[str, Any]], None], event: di
     report(event)
 
 
-def stage_fingerprint(stage: Stage, loaded: LoadedModel, data: PreparedData, template: ChatTemplate | None, start: Path | None, seed: int) -> str:
+def stage_fingerprint(
+    stage: Stage, loaded: LoadedModel, data: PreparedData, template: ChatTemplate | None, start: Path | None, seed: int
+) -> str:
     """A hash of all that decides the weights of a step."""
     settings = {key: value for key, value in stage.model_dump(mode="json").items() if key not in UNFINGERPRINTED}
     rows = [hashlib.sha256("\n".join(part.row_ids).encode()).hexdigest() for part in (data.train, data.validation) if part is not None]

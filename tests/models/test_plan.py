@@ -1,0 +1,146 @@
+"""The plan's formulas: more work and more memory never cost less; the machine is measured once; what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tests.toys import loaded, make_stage, tiny_model
+
+from tunesmith.errors import DoesNotFit
+from tunesmith.models import plan
+from tunesmith.models.plan import (
+    Machine,
+    Shape,
+    available_memory,
+    decode_phase,
+    forward_phase,
+    measure_machine,
+    model_shape,
+    train_memory,
+    train_phase,
+)
+
+SHAPE = Shape(parameters=134_515_008, linear=106_168_320, layers=30, hidden=576, inner=1536, vocabulary=49152, itemsize=2)
+MACHINE = Machine(2e11, 2e10)
+LORA, FULL = make_stage(method="lora", max_steps=10), make_stage(method="full", max_steps=10)
+GIB = 2**30
+
+
+def memory(stage=LORA, *, tokens: int = 2000, trainable: int = 5_000_000, resident: int = GIB) -> int:
+    return train_memory(SHAPE, stage, resident=resident, batch_tokens=tokens, trainable=trainable)
+
+
+def test_memory_grows_with_tokens_trained_weights_and_what_is_resident():
+    assert memory(tokens=1000) < memory(tokens=2000) < memory(tokens=4000)
+    assert memory(trainable=1000) < memory(trainable=10_000_000)
+    assert memory(resident=2 * GIB) - memory(resident=GIB) == GIB
+
+
+def test_full_tuning_needs_weights_gradients_and_two_moments_in_fp32_more_than_lora():
+    difference = memory(FULL, trainable=SHAPE.parameters) - memory(LORA, trainable=5_000_000)
+    assert difference > 16 * (SHAPE.parameters - 5_000_000) * 0.95
+
+
+def test_checkpointing_needs_less_memory_and_more_time():
+    less = LORA.model_copy(update={"gradient_checkpointing": True})
+    assert memory(less, tokens=8000) < memory(LORA, tokens=8000) - GIB // 2
+    times = [train_phase(SHAPE, MACHINE, stage, tokens=1e5, supervised=1e4).seconds for stage in (LORA, less)]
+    assert times[0] < times[1]
+
+
+def test_time_grows_with_tokens_heads_and_steps_and_shrinks_on_a_faster_machine():
+    def seconds(tokens=1e5, supervised=1e4, machine=MACHINE, stage=LORA):
+        return train_phase(SHAPE, machine, stage, tokens=tokens, supervised=supervised).seconds
+
+    assert seconds() < seconds(tokens=2e5) < 2.01 * seconds()
+    assert seconds() < seconds(supervised=2e4)
+    assert seconds() < seconds(stage=FULL)
+    assert seconds(machine=Machine(4e11, 4e10)) == pytest.approx(seconds() / 2)
+    answers = [decode_phase("a", SHAPE, MACHINE, items=items, new_tokens=40, batch=50).seconds for items in (50, 100, 150)]
+    assert answers == sorted(answers)
+    assert (
+        decode_phase("a", SHAPE, MACHINE, items=150, new_tokens=40, batch=50).seconds
+        < decode_phase("a", SHAPE, MACHINE, items=150, new_tokens=40, batch=1).seconds
+    )
+    assert forward_phase("f", SHAPE, MACHINE, tokens=1e5, heads=10).seconds < seconds()
+
+
+def test_what_binds_a_phase_is_the_slower_of_the_two():
+    def phase(machine):
+        return train_phase(SHAPE, machine, LORA, tokens=1e5, supervised=1e4)
+
+    assert phase(Machine(1e10, 1e12)).bound_by == "compute"
+    assert phase(Machine(1e14, 1e9)).bound_by == "memory bandwidth"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt"])
+def test_a_models_shape_is_counted_from_its_weights(family):
+    model = tiny_model(family)
+    shape = model_shape(loaded(model))
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert (shape.layers, shape.hidden, shape.vocabulary, shape.itemsize) == (2, 32, 97, 4)
+    assert 0 < shape.linear < shape.parameters
+    if family == "llama":
+        assert shape.linear == 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
+
+
+def test_the_machine_is_measured_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    calls = []
+    monkeypatch.setattr(plan, "_matmul_rate", lambda dtype: calls.append(dtype) or 1e11)
+    monkeypatch.setattr(plan, "_bandwidth", lambda dtype: 1e10)
+    first = measure_machine(torch.float32)
+    assert measure_machine(torch.float32) == first == Machine(1e11, 1e10)
+    assert calls == [torch.float32]
+    measure_machine(torch.bfloat16)
+    assert calls == [torch.float32, torch.bfloat16]
+    assert len(json.loads((tmp_path / "machine.json").read_text())) == 2
+
+
+def test_a_torn_note_of_the_machine_is_measured_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    monkeypatch.setattr(plan, "_matmul_rate", lambda dtype: 1e11)
+    monkeypatch.setattr(plan, "_bandwidth", lambda dtype: 1e10)
+    for torn in ('{"x', "[]", '{"x": 1}'):
+        (tmp_path / "machine.json").write_text(torn)
+        assert measure_machine(torch.float32) == Machine(1e11, 1e10)
+
+
+def test_the_measured_speeds_are_those_of_a_computer(tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    machine = measure_machine(torch.float32)
+    assert 1e8 < machine.flops_per_second < 1e15
+    assert 1e8 < machine.bytes_per_second < 1e13
+
+
+def test_available_memory_is_positive_and_no_more_than_the_machine_has():
+    import os
+
+    assert 0 < available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_a_plan_that_needs_more_memory_than_there_is_is_refused_with_what_would_help(monkeypatch):
+    from tests.toys import make_rows
+
+    from tunesmith import planning
+
+    rows = make_rows(12)
+    data = SimpleNamespace(train=rows, validation=None, test_records=[])
+    session = SimpleNamespace(
+        data_of=lambda stage: data,
+        loaded=loaded(tiny_model("llama")),
+        stages=[make_stage(method={"type": "lora", "target_modules": ["q_proj"]}, max_steps=3)],
+        data=data,
+        recipe=SimpleNamespace(seed=0, evaluate=SimpleNamespace(candidates=[])),
+        tasks=SimpleNamespace(task=None, general=[], validation=None),
+    )
+    monkeypatch.setattr(planning, "measure_machine", lambda dtype: MACHINE)
+    monkeypatch.setattr(planning, "_evaluation", lambda *args: [])
+    assert planning.make_plan(session)["peak_memory_bytes"] > 0
+    monkeypatch.setattr(planning, "available_memory", lambda: 10_000_000)
+    with pytest.raises(DoesNotFit, match="gradient_checkpointing") as caught:
+        planning.make_plan(session)
+    assert caught.value.exit_status == 4
