@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .pipeline import Session
 
 SAMPLED_WINDOWS = 20  # updates looked at to know how many tokens are shared
+SAMPLED_ROWS = 32
 
 
 def make_plan(session: Session) -> dict[str, Any]:
@@ -100,7 +101,8 @@ def _evaluation(session: Session, shape: Any, machine: Any) -> list[Phase]:
     if not items:
         return []
     answer = session.data.ledger.tokens["supervised"] / max(1, session.data.ledger.rows_trained)
-    prompt = session.data.lengths["mean"] - answer
+    shared = _shared_beginning(session)  # computed once a batch
+    own = max(1.0, session.data.lengths["mean"] - answer - shared)
     held = len(session.data.validation_records)
     trials = len(section.few_shot_k) * section.few_shot_sets * held if "few_shot" in section.candidates else 0
     counts = {"zero_shot": items, "few_shot": items + trials, "tuned": items}
@@ -108,7 +110,15 @@ def _evaluation(session: Session, shape: Any, machine: Any) -> list[Phase]:
     for name in section.candidates:
         if name in counts:
             n = counts[name]
-            phases.append(forward_phase(f"read prompts {name}", shape, machine, tokens=n * prompt / 2, heads=n))
+            phases.append(forward_phase(f"read prompts {name}", shape, machine, tokens=n * own, heads=n))
             phases.append(decode_phase(f"answer {name}", shape, machine, items=n, new_tokens=answer, batch=section.batch_size))
-            phases.append(forward_phase(f"perplexity {name}", shape, machine, tokens=items * (prompt / 2 + answer), heads=items * answer))
+            phases.append(forward_phase(f"perplexity {name}", shape, machine, tokens=items * (own + answer), heads=items * answer))
     return phases
+
+
+def _shared_beginning(session: Session) -> int:
+    """The tokens that the first rows all begin with: a system message that all have in common."""
+    rows = [session.data.train[i][0] for i in range(min(SAMPLED_ROWS, len(session.data.train)))]
+    shortest = min(len(row) for row in rows)
+    same = np.all([row[:shortest] == rows[0][:shortest] for row in rows], axis=0)
+    return shortest if same.all() else int(np.argmin(same))

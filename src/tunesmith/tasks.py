@@ -11,7 +11,7 @@ from typing import Any
 from .data.prepare import PreparedData
 from .data.read import read_records
 from .data.records import Conversation, Record
-from .errors import ModelError, RecipeError
+from .errors import DataRefused, ModelError, RecipeError
 from .evaluate import Task, check_gates, distinct_answers, freeze_task
 from .recipe import Recipe
 
@@ -47,6 +47,8 @@ def make_tasks(recipe: Recipe, data: PreparedData, stage_data: Collection[Prepar
     general, notes = _general(recipe, [row for part in (data, *stage_data) for row in part.records])
     if len(held) > MOST_VALIDATION_ITEMS:
         notes = (*notes, f"choices are made on the first {MOST_VALIDATION_ITEMS} of {len(held)} validation rows")
+    if task and task.labels:
+        notes = (*notes, *_unknown_labels(task, given=recipe.task.labels != "auto"))
     check_gates(recipe.evaluate.gates, task)
     for one, where in ((task, "data.test"), (general, "evaluate.general")):
         if one and not has_template and any(item.messages for item in one.items):
@@ -56,6 +58,19 @@ def make_tasks(recipe: Recipe, data: PreparedData, stage_data: Collection[Prepar
                 mend="set model.chat_template (chatml, or a .jinja file), or give plain text",
             )
     return Tasks(task, validation, general, schema, labels, notes)
+
+
+def _unknown_labels(task: Task, *, given: bool) -> tuple[str, ...]:
+    """A note on items whose reference is no label. Raises DataRefused where the recipe gives the labels."""
+    odd = [item for item in task.items if item.reference.strip() not in task.labels]
+    if odd and given:
+        raise DataRefused(
+            f"{len(odd)} of {len(task.items)} references are none of task.labels: {', '.join(item.item_id for item in odd[:5])}",
+            where="data.test",
+            mend="correct these rows, or add their answers to task.labels",
+        )
+    what = f"{len(odd)} of {len(task.items)} test items have an answer that no training row has, which counts as wrong for every candidate"
+    return (f"{what} that is held to the labels",) if odd else ()
 
 
 def _schema(path: str) -> dict[str, Any]:

@@ -378,7 +378,7 @@ import json, sys
 from tunesmith.models.load import load_model
 from tunesmith.recipe import ModelSection
 loaded = load_model(ModelSection(name="acme/tiny", dtype="float32"))
-print(json.dumps({**loaded.identity.public(), "weight": float(loaded.model.model.norm.weight.sum())}))
+print(json.dumps({**loaded.identity.public(), "weight": loaded.model.model.norm.weight.sum().item()}))
 """
 
 
@@ -396,4 +396,4 @@ def test_a_hub_name_is_loaded_from_the_endpoint_at_a_commit_that_is_recorded(sou
     told = json.loads(done.stdout.splitlines()[-1])
     local = load_model(section(sound))
     assert (told["name"], told["revision"], told["sha256"]) == ("acme/tiny", COMMIT, local.identity.sha256)
-    assert told["weight"] == float(local.model.model.norm.weight.sum())
+    assert told["weight"] == local.model.model.norm.weight.sum().item()

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tests.toys import Rows, batch_of, loaded, make_rows, make_stage, model_folder, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from tunesmith.data.template import load_template
 from tunesmith.errors import AdapterError, RecipeError
@@ -238,6 +238,14 @@ def test_a_fully_tuned_model_reloads_with_equal_logits_tied_or_not(tmp_path, tie
     assert torch.equal(Policy(again.model)(batch_of(ROWS).forest).logprobs, want)
     head = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
     assert head.config._attn_implementation != "tunesmith_forest"
+
+
+def test_a_model_whose_experts_are_written_apart_reads_back(tmp_path):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=32, num_local_experts=2, **shape))
+    save_result(model, loaded(model), tmp_path, {})
+    assert load_model(ModelSection(name=str(tmp_path), dtype="float32"))
 
 
 def chat_rows(tokenizer, texts: list[str]) -> Rows:

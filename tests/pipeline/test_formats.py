@@ -58,18 +58,22 @@ FORMATS = {
 }
 
 
+def classification(folder: Path, model: Path) -> dict:
+    return recipe(folder, model, task={"labels": "auto"}, evaluate={"max_new_tokens": 8})
+
+
 @pytest.fixture(scope="module")
 def as_messages(tiny, tmp_path_factory):
     """The run on the rows as `messages`."""
     folder = tmp_path_factory.mktemp("messages")
-    result = tunesmith.run(recipe(folder, tiny, task={"labels": "auto"}), out=folder / "run")
+    result = tunesmith.run(classification(folder, tiny), out=folder / "run")
     return result.path, result.evaluation
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_same_rows_in_any_format_give_the_same_weights_and_the_same_evaluation(tiny, as_messages, name, tmp_path):
     write, file, settings = FORMATS[name]
-    made = recipe(tmp_path, tiny, task={"labels": "auto"})
+    made = classification(tmp_path, tiny)
     made["data"] = {"train": str(write(tmp_path / file, pairs(20, 0))), "test": str(write(tmp_path / f"test-{file}", pairs(6, 1))), **settings}
     notes = []
     result = tunesmith.run(made, out=tmp_path / "run", report=lambda event: notes.extend(event.get("notes", [])))
@@ -88,14 +92,17 @@ def test_labels_auto_are_the_answers_of_the_training_rows_and_the_untrained_cand
     assert evaluation["tasks"]["task"]["candidates"]["tuned"]["decoding"] == "free"
 
 
-def test_a_test_row_whose_label_no_training_row_has_is_refused_before_anything_is_trained(tiny, tmp_path):
+def test_a_test_row_with_another_answer_than_the_labels_is_refused_or_where_they_are_auto_named(tiny, tmp_path):
     made = recipe(tmp_path, tiny, task={"labels": "auto"})
     odd = conversations(6, seed=1)
     odd[2]["messages"][1]["content"] = "violet"
     write_rows(tmp_path / "test.jsonl", odd)
-    with pytest.raises(DataRefused):
-        tunesmith.run(made, out=tmp_path / "run")
-    assert not (tmp_path / "run" / "stages").exists()
+    evaluation = tunesmith.run(made, out=tmp_path / "run").evaluation
+    assert any(note.startswith("1 of 6 test items have an answer that no training row has") for note in evaluation["notes"])
+    made["task"] = {"labels": list(LABELS)}
+    with pytest.raises(DataRefused, match=r"1 of 6 references are none of task\.labels"):
+        tunesmith.run(made, out=tmp_path / "refused")
+    assert not (tmp_path / "refused" / "stages").exists()
 
 
 def test_a_free_text_task_is_scored_by_rouge_and_decoded_freely(tiny, tmp_path):
@@ -158,7 +165,7 @@ def test_conversations_on_a_base_model_without_a_chat_template_are_refused_where
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_base_model_gets_chatml_whose_new_tokens_train_are_saved_and_answer(method, tmp_path):
     base = model_folder(tmp_path / "base", template=None, markers=False)
-    made = recipe(tmp_path, base, stages=[{"name": "sft", "objective": "sft", "learning_rate": 3e-2, "max_steps": 150, "method": method}])
+    made = recipe(tmp_path, base, stages=[{"name": "sft", "objective": "sft", "learning_rate": 3e-2, "max_steps": 100, "method": method}])
     made["model"]["chat_template"] = "chatml"
     made["data"]["validation"] = 0.0
     made["evaluate"] |= {"candidates": ["zero_shot", "tuned"], "gates": [], "max_new_tokens": 8}

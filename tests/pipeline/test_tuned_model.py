@@ -140,3 +140,12 @@ def test_plain_peft_and_transformers_load_the_run_and_give_the_same_logits(tuned
     with torch.no_grad():
         theirs, ours = plain(ids).logits, tuned.model(ids).logits
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-4)
+
+
+def test_the_card_names_the_base_by_its_public_name_and_hash_and_no_path(tuned):
+    text = (tuned.run / "model" / "README.md").read_text()
+    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct\n" in text
+    assert tuned.base.identity.sha256 in text
+    assert tuned.base.identity.folder not in text
+    assert str(tuned.run) not in text
+    assert read_json(tuned.run / "model" / "tunesmith.json")["base"]["name"] == "HuggingFaceTB/SmolLM2-135M-Instruct"

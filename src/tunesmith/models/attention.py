@@ -90,18 +90,17 @@ def _gather(x_HTD: Tensor, spans: list[tuple[int, int]]) -> Tensor:
     return x_HTD[:, spans[0][0] : spans[0][1]] if len(spans) == 1 else torch.cat([x_HTD[:, a:b] for a, b in spans], 1)
 
 
-_masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
+_later: dict[torch.device, Tensor] = {}
 
 
 def _hidden(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """[queries, keys] bool, True where a key is later than the query, or at least `window` before it. The last query sees the last key."""
-    where = (queries, keys, window, device)
-    if where not in _masks:
-        if len(_masks) > 512:
-            _masks.clear()
-        age = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None]
-        _masks[where] = (age < 0) if window is None else (age < 0) | (age >= window)
-    return _masks[where]
+    if window is None and queries == keys <= QUERY_BLOCK:
+        if device not in _later:
+            _later[device] = torch.ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool, device=device).triu_(1)
+        return _later[device][:queries, :keys]
+    age = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None]
+    return (age < 0) if window is None else (age < 0) | (age >= window)
 
 
 def _scores(q: Tensor, k: Tensor, groups: int, scale: float, window: int | None, softcap: float | None) -> tuple[Tensor, Tensor | None]:

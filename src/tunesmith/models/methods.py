@@ -36,11 +36,7 @@ def attach(loaded: LoadedModel, method: Method, *, seed: int, new_tokens: list[i
     if isinstance(method, FullMethod):
         loaded.model.requires_grad_(True)
         return loaded.model
-    model = get_peft_model(loaded.model, _lora_config(loaded, method, new_tokens))
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and ("lora_" in name or "trainable_tokens" in name):
-            parameter.data = parameter.data.float()
-    return model
+    return get_peft_model(loaded.model, _lora_config(loaded, method, new_tokens), autocast_adapter_dtype=True)
 
 
 def _lora_config(loaded: LoadedModel, method: LoraMethod, new_tokens: list[int] | None) -> LoraConfig:
@@ -112,11 +108,18 @@ def _plain(value: Any) -> Any:
 
 
 def _reopen(folder: Path, state: dict[str, torch.Tensor]) -> None:
-    """Reads the written weights back, a file at a time; of tensors that are one in memory (tied), one name is enough."""
-    same: set[int] = set()
+    """Reads the written weights back, a file at a time; of tensors that are one in memory (tied), one name is enough.
+
+    Where transformers writes a layout of its own (experts apart that are one tensor in memory), what has other names is counted only.
+    """
+    missing, other = {tensor.data_ptr(): tensor.numel() for tensor in state.values()}, 0
     for file in folder.glob("*.safetensors"):
-        same |= {state[name].data_ptr() for name, tensor in load_file(file).items() if torch.equal(tensor, state[name].cpu())}
-    if any(tensor.data_ptr() not in same for tensor in state.values()):
+        for name, tensor in load_file(file).items():
+            if name not in state:
+                other += tensor.numel()
+            elif torch.equal(tensor, state[name].cpu()):
+                missing.pop(state[name].data_ptr(), None)
+    if sum(missing.values()) != other:
         raise AdapterError("the written file does not read back as the weights in memory", where=str(folder), mend="check the disk")
 
 

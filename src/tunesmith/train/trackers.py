@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +43,18 @@ class Trackers:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for tracker in self._trackers:
-            tracker.finish()
+        with redirect_stdout(sys.stderr):  # what a tracker says; standard output is the result's
+            for tracker in self._trackers:
+                _finish(tracker)
 
     def log(self, event: dict[str, Any]) -> None:
-        """Passes on an event's numbers, at its step."""
-        stage = event.get("stage")
+        """Passes on the numbers of a training step or of an evaluation on the validation rows, at its step."""
+        if event.get("event", "evaluated") != "evaluated" or event.get("stage") not in self._before:
+            return
+        stage = event["stage"]
         numbers = {f"{stage}/{key}": value for key, value in event.items() if _is_number(value) and key not in ("step", "time")}
-        if stage in self._before and "step" in event and numbers:
-            for tracker in self._trackers:
-                tracker.log(numbers, step=self._before[stage] + event["step"])
+        for tracker in self._trackers:
+            tracker.log(numbers, step=self._before[stage] + event["step"])
 
 
 def _started(name: str, project: str, options: dict[str, Any], config: dict[str, Any]) -> Any:
@@ -60,9 +64,10 @@ def _started(name: str, project: str, options: dict[str, Any], config: dict[str,
 
     PartialState()  # accelerate's trackers ask it which process they are in
     try:
-        tracker = LOGGER_TYPE_TO_CLASS[name](project, **options)
-        tracker.start()
-        tracker.store_init_configuration(config)
+        with redirect_stdout(sys.stderr):
+            tracker = LOGGER_TYPE_TO_CLASS[name](project, **options)
+            tracker.start()
+            tracker.store_init_configuration(config)
     except TunesmithError:  # a signal
         raise
     except Exception as error:  # each tracker raises kinds of its own
@@ -70,6 +75,15 @@ def _started(name: str, project: str, options: dict[str, Any], config: dict[str,
             f"the tracker {name} did not start: {error}", where="tracking.report_to", mend="mend its settings, or take it out of the recipe"
         ) from error
     return tracker
+
+
+def _finish(tracker: Any) -> None:
+    if tracker.name == "trackio":  # accelerate closes the run only, and trackio closes it again, in words, at this process's end
+        import trackio
+
+        trackio.finish()
+    else:
+        tracker.finish()
 
 
 def _is_number(value: Any) -> bool:
