@@ -81,5 +81,8 @@ def machine(threads: int) -> str:
     """The machine in a few words, for a table's heading."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    flag = next((f for f in ("amx_bf16", "avx512_bf16") if any(line.startswith("flags") and f" {f}" in line for line in lines)), "no bf16 in hardware")
+    flag = next(
+        (f for f in ("amx_bf16", "avx512_bf16") if any(line.startswith("flags") and f" {f}" in line for line in lines)),
+        "no bf16 in hardware",
+    )
     return f"{name}, {flag}, {threads} thread{'s' if threads > 1 else ''}"

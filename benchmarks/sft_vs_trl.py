@@ -109,15 +109,29 @@ def report(measured: dict, results: dict, options: argparse.Namespace) -> str:
             speeds = sorted(run["tokens_per_second"] for run in runs)
             middle = medians(runs, ("tokens_per_second", "peak_bytes"))
             spread = f"{middle['tokens_per_second']:.0f} ({speeds[0]:.0f}-{speeds[-1]:.0f})"
-            numbers.append([part, system, str(runs[0]["tokens"]), spread, f"{middle['peak_bytes'] / 2**20:.0f}", f"{runs[0]['losses'][-1]:.4f}"])
+            numbers.append(
+                [part, system, str(runs[0]["tokens"]), spread, f"{middle['peak_bytes'] / 2**20:.0f}", f"{runs[0]['losses'][-1]:.4f}"]
+            )
         r, losses = results[part], parts["losses"]
         packed = abs(losses["trl_packing"][0] - losses["tunesmith"][0])
-        rows.append([part, f"{r['vs_default']:.2f}", f"{r['vs_packing']:.2f}", f"{r['memory']:.2f}", f"{r['loss_difference']:.1e}", f"{packed:.1e}"])
+        rows.append(
+            [part, f"{r['vs_default']:.2f}", f"{r['vs_packing']:.2f}", f"{r['memory']:.2f}", f"{r['loss_difference']:.1e}", f"{packed:.1e}"]
+        )
     source = "the project's own rows" if Path(options.data).resolve() == ROWS.resolve() else Path(options.data).name
     return "\n\n".join(
         [
             f"{MODEL}, {source}, batches of {BATCH} rows, bf16; {machine(options.threads)}; median of {options.runs} interleaved runs, each a process of its own.",
-            table(["part", "speed over TRL's defaults", "over TRL's packing", "memory over TRL's defaults", "loss difference, fp32", "packing's, first update"], rows),
+            table(
+                [
+                    "part",
+                    "speed over TRL's defaults",
+                    "over TRL's packing",
+                    "memory over TRL's defaults",
+                    "loss difference, fp32",
+                    "packing's, first update",
+                ],
+                rows,
+            ),
             table(["part", "system", "tokens timed", "useful tokens/CPU-s (range)", "peak MiB", "last loss, bf16"], numbers),
         ]
     )
@@ -172,7 +186,7 @@ def run_tunesmith(spec: dict) -> dict:
 
     from tunesmith.data.batching import Batch
     from tunesmith.data.forest import build_forest
-    from tunesmith.models.load import load_model
+    from tunesmith.models.load import load_model, stored_weights
     from tunesmith.models.methods import attach
     from tunesmith.models.policy import Policy
     from tunesmith.objectives import OBJECTIVES
@@ -182,11 +196,13 @@ def run_tunesmith(spec: dict) -> dict:
     from tunesmith.train.window import run_window
 
     folder, rows = read_rows(spec)
-    keep_freed_memory()
     method = FullMethod() if spec["method"] == "full" else LoraMethod(r=RANK)
     stage = Stage(name="sft", objective="sft", method=method, learning_rate=peak_rate(spec))
     policy = Policy(attach(load_model(ModelSection(name=folder, dtype=spec["dtype"])), method, seed=SEED))
     objective, optimiser = OBJECTIVES["sft"](), FlatAdamW(policy.named_parameters(), stage)
+    if spec["method"] == "full":
+        optimiser.start_from(stored_weights(folder))
+    keep_freed_memory()
     rows = [(np.array(row["input_ids"]), np.array([label != -100 for label in row["labels"]], dtype=np.float32)) for row in rows]
     torch.manual_seed(SEED)
     size, losses, watch = spec["batch"], [], Stopwatch(WARMUP)
@@ -270,7 +286,13 @@ def start_like_ours(model, spec: dict, folder: str) -> None:
 def result_of(watch: Stopwatch, tokens: int, losses: list[float]) -> dict:
     """What a child answers. tokens: of the rows after the warm-up, each row counted whole."""
     seconds = watch.seconds if len(watch.laps) > WARMUP else 0.0
-    return {"tokens": tokens, "tokens_per_second": tokens / seconds if seconds else 0.0, "losses": losses, "peak_bytes": peak_bytes(), "laps": len(watch.laps)}
+    return {
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds if seconds else 0.0,
+        "losses": losses,
+        "peak_bytes": peak_bytes(),
+        "laps": len(watch.laps),
+    }
 
 
 if __name__ == "__main__":

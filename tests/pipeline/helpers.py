@@ -18,9 +18,7 @@ def words(draw: random.Random, count: int = 5) -> str:
 def conversations(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
     """Rows in the `messages` format: random words, answered with a colour."""
     draw = random.Random(seed)
-    return [
-        {"messages": [{"role": "user", "content": words(draw)}, {"role": "assistant", "content": LABELS[i % 3]}]} for i in range(count)
-    ]
+    return [{"messages": [{"role": "user", "content": words(draw)}, {"role": "assistant", "content": LABELS[i % 3]}]} for i in range(count)]
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:

@@ -1,4 +1,4 @@
-"""What a run says of its rows, its plan and its frozen task: the ledger balances, the plan is there twice, nothing wrong is trained first."""
+"""What a run says of its rows, its plan and its frozen task: the ledger balances, and what is wrong is refused before training."""
 
 from __future__ import annotations
 
@@ -129,8 +129,16 @@ def test_every_candidate_answers_the_same_frozen_items_and_the_task_is_hashed_on
     "changed, place, message",
     [
         ({"evaluate": {"gates": [{"metric": "accuracy", "better_than": "few_shot"}]}}, None, "accuracy"),
-        ({"evaluate": {"gates": [{"metric": "macro_f1", "better_than": "few_shot"}]}}, "evaluate.gates.0.metric", "macro_f1 is not measured"),
-        ({"evaluate": {"gates": [{"metric": "rougeL", "task": "general", "better_than": "zero_shot"}]}}, "evaluate.gates.0.metric", "perplexity"),
+        (
+            {"evaluate": {"gates": [{"metric": "macro_f1", "better_than": "few_shot"}]}},
+            "evaluate.gates.0.metric",
+            "macro_f1 is not measured",
+        ),
+        (
+            {"evaluate": {"gates": [{"metric": "rougeL", "task": "general", "better_than": "zero_shot"}]}},
+            "evaluate.gates.0.metric",
+            "perplexity",
+        ),
         ({"task": {"metrics": ["field_accuracy"]}}, "task.metrics", "field_accuracy is not defined for free-text answers"),
         ({"task": {"labels": ["red"], "output_schema": "s.json"}}, "task", "not both"),
     ],
@@ -155,7 +163,13 @@ def test_references_that_break_the_schema_are_refused_before_anything_is_trained
 
 @pytest.mark.parametrize(
     "key, value",
-    [("data.train", "no.jsonl"), ("data.test", "no.jsonl"), ("data.validation", "no.jsonl"), ("evaluate.general", "no.jsonl"), ("task.output_schema", "no.json")],
+    [
+        ("data.train", "no.jsonl"),
+        ("data.test", "no.jsonl"),
+        ("data.validation", "no.jsonl"),
+        ("evaluate.general", "no.jsonl"),
+        ("task.output_schema", "no.json"),
+    ],
 )
 def test_a_missing_file_is_named_before_the_model_is_loaded_and_makes_no_run_directory(tiny, key, value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -48,7 +48,7 @@ def test_the_cards_front_matter_names_the_base_the_metrics_and_the_results(made)
 
 
 def test_no_path_of_this_machine_is_in_what_people_publish(made):
-    method, result = made
+    _, result = made
     for file in (result.path / "model").iterdir():
         if file.suffix in (".json", ".md", ".jinja", ".txt"):
             text = file.read_text()

@@ -74,7 +74,11 @@ def as_messages(tiny, tmp_path_factory):
 def test_the_same_rows_in_any_format_give_the_same_weights_and_the_same_evaluation(tiny, as_messages, name, tmp_path):
     write, file, settings = FORMATS[name]
     made = classification(tmp_path, tiny)
-    made["data"] = {"train": str(write(tmp_path / file, pairs(20, 0))), "test": str(write(tmp_path / f"test-{file}", pairs(6, 1))), **settings}
+    made["data"] = {
+        "train": str(write(tmp_path / file, pairs(20, 0))),
+        "test": str(write(tmp_path / f"test-{file}", pairs(6, 1))),
+        **settings,
+    }
     notes = []
     result = tunesmith.run(made, out=tmp_path / "run", report=lambda event: notes.extend(event.get("notes", [])))
     run, evaluation = as_messages

@@ -59,7 +59,9 @@ def given(tiny, tmp_path_factory):
 def results(run: Path) -> dict[str, bytes]:
     """What must not depend on how often a run was broken off."""
     lasting = {name: content for name, content in tree(run).items() if name.startswith(("samples/", "data/", "stages/"))}
-    state = {name for name in lasting if "/checkpoints/" in name or name.endswith("manifest.json")}  # these hold the time that training took
+    state = {
+        name for name in lasting if "/checkpoints/" in name or name.endswith("manifest.json")
+    }  # these hold the time that training took
     return {name: content for name, content in lasting.items() if name not in state} | {
         "evaluation.json": (run / "evaluation.json").read_bytes()
     }
@@ -117,7 +119,10 @@ def test_the_saved_recipe_repeats_the_run(given, tmp_path):
 def test_a_result_trained_with_other_settings_or_data_is_refused_and_the_run_directory_left_as_it_was(given, sets):
     made, unbroken, _ = given
     before = {name: content for name, content in tree(unbroken).items() if not name.startswith("data/tokens/")}
-    for verb in (lambda: tunesmith.run(made, sets=sets, out=unbroken, resume=True), lambda: tunesmith.evaluate(made, sets=sets, out=unbroken)):
+    for verb in (
+        lambda: tunesmith.run(made, sets=sets, out=unbroken, resume=True),
+        lambda: tunesmith.evaluate(made, sets=sets, out=unbroken),
+    ):
         with pytest.raises(CheckpointError, match="trained with other settings or data"):
             verb()
     after = tree(unbroken)

@@ -145,7 +145,8 @@ def test_test_rows_among_a_stages_own_rows_are_refused_though_the_stage_names_no
 
 def test_stages_that_train_on_other_turns_of_the_same_rows_have_them_rendered_apart(tiny, tmp_path):
     turns = [
-        {"messages": [message for row in pair for message in row["messages"]]} for pair in zip(conversations(9, seed=3), conversations(9), strict=True)
+        {"messages": [message for row in pair for message in row["messages"]]}
+        for pair in zip(conversations(9, seed=3), conversations(9), strict=True)
     ]
     stages = [stage("one"), stage("two", objective={"type": "sft", "train_on": "last"})]
     made = recipe(tmp_path, tiny, stages=stages)

@@ -105,9 +105,7 @@ def prepare_data(
 class _Preparation:
     """One data section at work: each method is a step, and what it finds goes into the account."""
 
-    def __init__(
-        self, section: DataSection, run: RunDirectory, rendering: Rendering, seed: int, folder: str, kept_apart: Sequence[Record]
-    ):
+    def __init__(self, section: DataSection, run: RunDirectory, rendering: Rendering, seed: int, folder: str, kept_apart: Sequence[Record]):
         self.section, self.run, self.rendering, self.seed, self.folder = section, run, rendering, seed, folder
         self.kept_apart = kept_apart
         self.ledger = Ledger()
@@ -179,7 +177,13 @@ class _Preparation:
                     yield record.row_id, result
 
         rows = hashlib.sha256("\n".join(record.row_id for record in records).encode()).hexdigest()
-        settings = {"train_on": how.train_on, "system": how.system, "format": self.section.format, "columns": self.section.columns, "rows": rows}
+        settings = {
+            "train_on": how.train_on,
+            "system": how.system,
+            "format": self.section.format,
+            "columns": self.section.columns,
+            "rows": rows,
+        }
         key = store_key(self.sources[part]["sha256"], settings, how.template, how.tokenizer)
         store, _ = TokenStore.open_or_build(usable, self.run.file(f"{self.folder}/tokens/{part}"), key)
         there = set(store.row_ids)

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelError, TunesmithError
@@ -115,6 +117,14 @@ def load_model(section: ModelSection) -> LoadedModel:
     if torch.cuda.is_available():
         model = model.to("cuda")
     return LoadedModel(model.eval(), tokenizer, ModelIdentity(name, hash_weights(folder), str(folder), revision), dtype)
+
+
+def stored_weights(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of a folder's weight files as it is stored, by name, one at a time."""
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                yield name, tensors.get_tensor(name)
 
 
 def hash_weights(folder: str | Path) -> str:

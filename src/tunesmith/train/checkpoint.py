@@ -68,7 +68,4 @@ def load_checkpoint(folder: Path, optimiser: FlatAdamW, fingerprint: str) -> Pro
 
 def load_weights(folder: Path, optimiser: FlatAdamW) -> None:
     """Puts only a checkpoint's trained weights in place: for taking the best one at the end."""
-    tensors = load_file(folder / TENSORS)
-    for name, master in zip(optimiser.names, optimiser.masters, strict=True):
-        master.copy_(tensors[f"weight.{name}"])
-    optimiser.publish()
+    optimiser.load_weights(load_file(folder / TENSORS))

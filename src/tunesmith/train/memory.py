@@ -30,12 +30,15 @@ def resident_bytes() -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to reuse large freed blocks in place of returning them: activations are otherwise page-faulted in anew each step.
+    """Returns what is free by now to the system, and tells glibc to keep large blocks that are freed from here on.
 
-    Returns whether the C library took it.
+    Activations are otherwise page-faulted in anew each step. To be called once the model and the optimiser stand: the holes that loading leaves
+    are of other sizes than a step's blocks and would stay empty. Returns whether the C library took it.
     """
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        library = ctypes.CDLL(None)
+        library.malloc_trim(0)
+        mallopt = library.mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 25)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))

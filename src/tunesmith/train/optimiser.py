@@ -1,115 +1,204 @@
-"""AdamW over one flat fp32 buffer, and the learning-rate schedule in closed form.
+"""AdamW with fp32 masters (Loshchilov & Hutter 2019, arXiv:1711.05101), and the learning-rate schedule in closed form.
 
-Every trained tensor has an fp32 master in the buffer; a tensor that computes in bf16 is refreshed from it after each update, since a bf16
-weight rounds most updates away. One fused kernel updates all (Loshchilov & Hutter 2019, arXiv:1711.05101).
+Every trained weight has an fp32 master, since a bf16 weight rounds most updates away. Tensors held in fp32 are their own masters and lie in one flat
+buffer, which one fused kernel updates. A bf16 tensor is the upper half of its master: the other 16 bits lie in `rest`, so that weight and master
+take 4 bytes and not 6; it is updated a block at a time, joined, changed and split again while in the processor's cache.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from ..errors import CheckpointError
 from ..recipe import Stage
 
 SAMPLE = 200_000  # weights remembered from the start, to say which share has moved
+BLOCK = 1 << 17  # bf16 weights updated at once: 512 KiB a buffer, which stays in cache
+TIE = (1 << 15) - 1  # a master halfway between two bf16 values may be rounded down; its rest then does not fit 16 bits by one and is cut
 
 
 class FlatAdamW:
-    """The optimiser of one stage. Weight decay applies to tensors of two or more dimensions only."""
+    """The optimiser of one stage. Weight decay applies to tensors of two or more dimensions only.
+
+    Gradients of bf16 tensors add up in fp32 where a window has several batches, and are left in bf16 where it has one.
+    """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], stage: Stage):
-        named = sorted(((n, p) for n, p in parameters if p.requires_grad), key=lambda pair: pair[1].dim() < 2)
+        named = sorted(((n, p) for n, p in parameters if p.requires_grad), key=lambda pair: (pair[1].dtype != torch.float32, pair[1].dim() < 2))
+        self.stage = stage
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         sizes = [p.numel() for p in self.parameters]
         device = self.parameters[0].device
-        self.flat = torch.empty(sum(sizes), dtype=torch.float32, device=device)
-        self.grad = torch.zeros_like(self.flat)
-        self.masters = [part.view_as(p) for part, p in zip(self.flat.split(sizes), self.parameters, strict=True)]
-        self.grads = [part.view_as(p) for part, p in zip(self.grad.split(sizes), self.parameters, strict=True)]
-        for parameter, master, grad in zip(self.parameters, self.masters, self.grads, strict=True):
+        self._whole = [p for p in self.parameters if p.dtype == torch.float32]
+        self._halved = self.parameters[len(self._whole) :]
+        whole = sizes[: len(self._whole)]
+        halved = sizes[len(self._whole) :]
+        self.flat = torch.empty(sum(whole), dtype=torch.float32, device=device)
+        summed = sizes if stage.gradient_accumulation_steps > 1 else whole
+        self.grad = torch.zeros(sum(summed), dtype=torch.float32, device=device)
+        self.rest = torch.zeros(sum(halved), dtype=torch.int16, device=device)
+        self.first, self.second = (torch.zeros(sum(sizes), dtype=torch.float32, device=device) for _ in range(2))
+        self.updates = torch.zeros((), dtype=torch.float32, device=device)
+        self._masters = [part.view_as(p) for part, p in zip(self.flat.split(whole), self._whole, strict=True)]
+        self._rests = list(self.rest.split(halved))
+        self._moments = list(zip(self.first.split(sizes), self.second.split(sizes), strict=True))
+        self._sums = [part.view_as(p) for part, p in zip(self.grad.split(summed), self.parameters, strict=False)]
+        for parameter, master, grad in zip(self._whole, self._masters, self._sums, strict=False):
             master.copy_(parameter.data)
-            if parameter.dtype == torch.float32:
-                parameter.data, parameter.grad = master, grad
-            else:
-                parameter.register_post_accumulate_grad_hook(_into(grad))
-        matrices = sum(p.numel() for p in self.parameters if p.dim() >= 2)
-        groups = []
-        for low, high, decay in ((0, matrices, stage.weight_decay), (matrices, len(self.flat), 0.0)):
-            if low < high:
-                whole = nn.Parameter(self.flat[low:high])
-                whole.grad = self.grad[low:high]
-                groups.append({"params": [whole], "weight_decay": decay})
-        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=(stage.adam_beta1, stage.adam_beta2), eps=stage.adam_epsilon, fused=True)
+            parameter.data, parameter.grad = master, grad
+        for parameter, grad in zip(self._halved, self._sums[len(self._whole) :], strict=False):
+            parameter.register_post_accumulate_grad_hook(_into(grad))
         self.max_grad_norm = stage.max_grad_norm
-        self._stride = max(1, len(self.flat) // SAMPLE)
-        self._start = self.flat[:: self._stride].clone()
+        self._stride = max(1, sum(sizes) // SAMPLE)
+        self._start = self._sample()
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """Every trained tensor in fp32, in the order of `names`; a bf16 tensor's is a copy."""
+        return self._masters + [_join(p.data.flatten(), rest).view_as(p) for p, rest in zip(self._halved, self._rests, strict=True)]
+
+    def start_from(self, stored: Iterable[tuple[str, Tensor]]) -> int:
+        """Takes up the bits that loading in bf16 dropped: stored fp32 values, by name or its end, where they round to the weight held. Returns how many tensors."""
+        ends = {name.removeprefix("model."): i for i, name in enumerate(self.names[len(self._whole) :])}
+        taken = 0
+        for name, value in stored:
+            at = ends.get(name)
+            if at is None or value.dtype != torch.float32 or value.shape != self._halved[at].shape:
+                continue
+            held = self._halved[at].data
+            value = value.to(held.device)
+            if torch.equal(value.to(held.dtype), held):
+                self._rests[at].copy_(_rest(value.flatten(), held.flatten()))
+                taken += 1
+        self._start = self._sample()
+        return taken
 
     def zero_grad(self) -> None:
-        """Sets every gradient to 0, in place."""
+        """Sets every gradient to 0."""
         self.grad.zero_()
+        for parameter in self._halved:
+            parameter.grad = None
+
+    def _gradient(self, index: int) -> Tensor | None:
+        return self._sums[index] if index < len(self._sums) else self.parameters[index].grad
 
     def grad_norm(self) -> float:
         """The Euclidean norm of all gradients."""
-        return float(torch.linalg.vector_norm(self.grad))
+        squares = float(torch.linalg.vector_norm(self.grad)) ** 2
+        for parameter in self.parameters[len(self._sums) :]:
+            if parameter.grad is not None:
+                squares += sum(float(torch.linalg.vector_norm(part.float())) ** 2 for part in parameter.grad.view(-1).split(BLOCK))
+        return math.sqrt(squares)
 
     def step(self, learning_rate: float, norm: float) -> None:
         """One update; gradients are scaled down to max_grad_norm if `norm` is above it."""
+        scale = 1.0
         if self.max_grad_norm is not None and norm > self.max_grad_norm:
-            self.grad.mul_(self.max_grad_norm / (norm + 1e-6))
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
-        self.adamw.step()
-        self.publish()
+            scale = self.max_grad_norm / (norm + 1e-6)
+        if scale != 1.0:
+            self.grad.mul_(scale)
+        matrices, whole = sum(p.numel() for p in self._whole if p.dim() >= 2), len(self.flat)
+        for a, b in ((0, matrices), (matrices, whole)):
+            if a < b:
+                self._adamw(self.flat[a:b], self.grad[a:b], self.first[a:b], self.second[a:b], learning_rate, matrix=b == matrices)
+        for index in range(len(self._whole), len(self.parameters)):
+            self._step_halved(index, learning_rate, scale if index >= len(self._sums) else 1.0)
+        self.updates += 1
 
-    def publish(self) -> None:
-        """Copies the masters into tensors that compute in another dtype."""
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter.dtype != torch.float32:
-                parameter.data.copy_(master)
+    def _step_halved(self, index: int, learning_rate: float, scale: float) -> None:
+        parameter, grad = self.parameters[index], self._gradient(index)
+        if grad is None:
+            return
+        parts = (parameter.data, self._rests[index - len(self._whole)], grad, *self._moments[index])
+        for held, rest, g, first, second in zip(*(part.view(-1).split(BLOCK) for part in parts), strict=True):
+            master = _join(held, rest)
+            self._adamw(master, g.float().mul_(scale), first, second, learning_rate, matrix=parameter.dim() >= 2)
+            held.copy_(master)
+            rest.copy_(_rest(master, held))
+
+    def _adamw(self, master: Tensor, grad: Tensor, first: Tensor, second: Tensor, learning_rate: float, *, matrix: bool) -> None:
+        stage = self.stage
+        adamw(
+            [master],
+            [grad],
+            [first],
+            [second],
+            [],
+            [self.updates.clone()],
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            lr=learning_rate,
+            beta1=stage.adam_beta1,
+            beta2=stage.adam_beta2,
+            eps=stage.adam_epsilon,
+            weight_decay=stage.weight_decay if matrix else 0.0,
+        )
 
     def without_gradient(self) -> list[str]:
         """Names of tensors whose gradient is exactly 0 everywhere."""
-        return [name for name, grad in zip(self.names, self.grads, strict=True) if not grad.any()]
+        gradients = ((name, self._gradient(index)) for index, name in enumerate(self.names))
+        return [name for name, grad in gradients if grad is None or not grad.any()]
 
     def fraction_changed(self) -> float:
         """The share of (sampled) weights that differ from where the stage began."""
-        return float((self.flat[:: self._stride] != self._start).float().mean())
+        return float((self._sample() != self._start).float().mean())
+
+    def _sample(self) -> Tensor:
+        parts = [master.flatten()[:: self._stride] for master in self._masters]
+        parts += [_join(p.data.flatten()[:: self._stride], rest[:: self._stride]) for p, rest in zip(self._halved, self._rests, strict=True)]
+        return torch.cat(parts)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything an update depends on: masters, both moments, the update count, and the remembered start."""
-        tensors = {f"weight.{name}": master for name, master in zip(self.names, self.masters, strict=True)}
-        tensors["start"] = self._start
-        for index, group in enumerate(self.adamw.param_groups):
-            for key, value in self.adamw.state[group["params"][0]].items():
-                tensors[f"adamw.{index}.{key}"] = value
-        return tensors
+        """Everything an update depends on: masters (bf16 ones in two halves), both moments, the update count, and the remembered start."""
+        tensors = {"start": self._start, "adamw.first": self.first, "adamw.second": self.second, "adamw.updates": self.updates}
+        return tensors | dict(self._weights())
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, held in zip(self.names, [*self._masters, *(p.data for p in self._halved)], strict=True):
+            yield f"weight.{name}", held
+        for name, rest in zip(self.names[len(self._whole) :], self._rests, strict=True):
+            yield f"rest.{name}", rest
+
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Puts a saved state's weights in place, and nothing else."""
+        for name, held in self._weights():
+            held.copy_(tensors[name])
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Puts a saved state in place, bit for bit. Raises CheckpointError if names or shapes differ."""
-        want = {f"weight.{name}": tuple(m.shape) for name, m in zip(self.names, self.masters, strict=True)}
-        have = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith("weight.")}
+        want = {name: tuple(held.shape) for name, held in self._weights()}
+        have = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith(("weight.", "rest."))}
         if want != have:
             odd = sorted(set(want.items()) ^ set(have.items()))
             raise CheckpointError(
                 f"the checkpoint's weights are not this stage's: {odd[0][0]}", mend="resume with the recipe the run began with"
             )
-        for name, master in zip(self.names, self.masters, strict=True):
-            master.copy_(tensors[f"weight.{name}"])
+        self.load_weights(tensors)
         self._start.copy_(tensors["start"])
-        for index, group in enumerate(self.adamw.param_groups):
-            prefix = f"adamw.{index}."
-            state = {name[len(prefix) :]: t.clone() for name, t in tensors.items() if name.startswith(prefix)}
-            if state:
-                self.adamw.state[group["params"][0]] = state
-        self.publish()
+        for name, held in (("first", self.first), ("second", self.second), ("updates", self.updates)):
+            held.copy_(tensors[f"adamw.{name}"])
 
 
-def _into(grad: Tensor):
+def _join(held: Tensor, rest: Tensor) -> Tensor:
+    """The fp32 values whose upper halves, rounded, are the bf16 tensor, and whose lower halves are int16."""
+    bits = held.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+    return bits.add_(rest.to(torch.int32)).view(torch.float32)
+
+
+def _rest(master: Tensor, held: Tensor) -> Tensor:
+    """What `_join` needs besides the bf16 tensor to give the master back."""
+    upper = held.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+    return torch.sub(master.view(torch.int32), upper, out=upper).clamp_(max=TIE).to(torch.int16)
+
+
+def _into(grad: Tensor):  # noqa: ANN202
     def add(parameter: nn.Parameter) -> None:
         grad.add_(parameter.grad)
         parameter.grad = None
