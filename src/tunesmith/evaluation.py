@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -18,9 +18,7 @@ from .models.load import LoadedModel, load_model
 from .models.methods import CARD, load_adapter
 from .recipe import ModelSection
 from .rundir import write_json, write_text
-
-if TYPE_CHECKING:
-    from .pipeline import Session
+from .session import Session
 
 UNITS = "evaluation"  # the folder of finished units, so that a resumed run scores nothing twice
 

@@ -7,32 +7,27 @@ from __future__ import annotations
 
 import gc
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .data.prepare import PreparedData
 from .data.records import Conversation
-from .data.template import ChatTemplate
 from .errors import GateFailed, ModelError
 from .evaluation import evaluate_run
-from .models.load import LoadedModel
 from .planning import make_plan
 from .preparation import fresh_base, prepare, require_files
 from .recipe import Recipe, Stage, dump_recipe, load_recipe
 from .report import write_report
 from .report.card import write_card
 from .rundir import RunDirectory, write_json
-from .tasks import Tasks
+from .session import Report, Session
 from .train.memory import peak_memory_bytes
 from .train.signals import StopRequest
 from .train.stage import is_finished, locate_start, run_stage
 from .train.trackers import Trackers, require_trackers
-
-Report = Callable[[dict[str, Any]], None]
 
 
 @dataclass
@@ -45,40 +40,6 @@ class RunResult:
     plan: dict[str, Any] | None = None
     ledger: dict[str, Any] | None = None
     report: Path | None = None
-
-
-@dataclass
-class Session:
-    """One verb at work on one run directory."""
-
-    recipe: Recipe
-    run: RunDirectory
-    stop: StopRequest
-    report: Report
-    loaded: LoadedModel | None = None
-    template: ChatTemplate | None = None
-    new_tokens: list[int] = field(default_factory=list)
-    data: PreparedData | None = None
-    stage_data: dict[str, PreparedData] = field(default_factory=dict)
-    tasks: Tasks | None = None
-    stages: list[Stage] = field(default_factory=list)
-
-    def data_of(self, stage: Stage) -> PreparedData:
-        """What a stage trains on: rows of its own, else the recipe's."""
-        return self.stage_data.get(stage.name, self.data)
-
-    def tell(self, event: dict[str, Any]) -> None:
-        """Logs an event and shows it."""
-        self.run.log(event)
-        self.report(event)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Times a part of the run, for the report."""
-        self.report({"event": "phase_started", "name": name})
-        began = time.perf_counter()
-        yield
-        self.tell({"event": "phase", "name": name, "seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory_bytes()})
 
 
 def run(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,10 +21,8 @@ from .models.plan import (
     train_phase,
 )
 from .recipe import FullMethod, Stage
+from .session import Session
 from .train.memory import resident_bytes
-
-if TYPE_CHECKING:
-    from .pipeline import Session
 
 SAMPLED_WINDOWS = 20  # updates looked at to know how many tokens are shared
 SAMPLED_ROWS = 32

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .data.prepare import PreparedData, Rendering, prepare_data
 from .data.read import locate
@@ -21,11 +21,9 @@ from .models.load import LoadedModel, load_model
 from .models.methods import CARD
 from .recipe import DataSection, FullMethod, LoraMethod, Recipe, Stage, dump_recipe
 from .rundir import manifest, write_json, write_text
+from .session import Session
 from .tasks import make_tasks
 from .train.stage import add_new_tokens, check_targets, derive_stage, locate_start, stage_fingerprint
-
-if TYPE_CHECKING:
-    from .pipeline import Session
 
 
 def require_files(recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""How candidates are asked: the examples as turns, the context, the decoding; and TRUST row 44."""
+"""How candidates are asked: the examples as turns, the context, the decoding; and the poisoned generation_config."""
 
 from __future__ import annotations
 

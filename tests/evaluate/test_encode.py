@@ -1,4 +1,4 @@
-"""TRUST row 42 at the tokenizer: the evaluation asks with the ids of the training render, and adds no BOS of its own."""
+"""At the tokenizer: the evaluation asks with the ids of the training render, and adds no BOS of its own."""
 
 from __future__ import annotations
 

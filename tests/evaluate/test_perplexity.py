@@ -1,4 +1,4 @@
-"""TRUST rows 39 and 42: perplexity against a hand-computed one, whatever the batches."""
+"""Perplexity against a hand-computed one, whatever the batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gates, verdict, recommendation: decided by intervals; what is not measured helps nothing. TRUST row 43."""
+"""Gates, verdict, recommendation: decided by intervals; what is not measured helps nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must hold of the writing package under each fault of TRUST.md's plan, as functions that raise AssertionError when it does not.
+"""What must hold of the writing package under each fault of the plan, as functions that raise AssertionError when it does not.
 
 Each takes an empty folder to work in. They are run as they are, and again with one defence taken out, when they must fail.
 """

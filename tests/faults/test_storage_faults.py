@@ -1,4 +1,4 @@
-"""The fault plan of TRUST.md for the writing package: kills, power cuts, disk errors, damage, two writers; and that each defence is
+"""The fault plan for the writing package: kills, power cuts, disk errors, damage, two writers; and that each defence is
 needed: with one taken out, the property it stands for no longer holds."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fault plan of TRUST.md for training, in its short form (rows 50 and 18): after any fault, what is resumed ends bit for bit as the
+"""The fault plan for training, in its short form: after any fault, what is resumed ends bit for bit as the
 unbroken run, or the run ends with a named error and all that was written before is intact. The faults happen in forked children."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The chunked head against log_softmax under autograd (TRUST row 16): values, gradients, entropy, in every variant."""
+"""The chunked head against log_softmax under autograd: values, gradients, entropy, in every variant."""
 
 from __future__ import annotations
 

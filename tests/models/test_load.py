@@ -1,4 +1,4 @@
-"""Loading a base: every weight from the file (TRUST row 23), safetensors only, no remote code, GGUF converted once, hub names pinned."""
+"""Loading a base: every weight from the file, safetensors only, no remote code, GGUF converted once, hub names pinned."""
 
 from __future__ import annotations
 

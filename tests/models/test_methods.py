@@ -1,4 +1,4 @@
-"""Methods: targets match (TRUST 24), results read back (27), load strictly (25), on their own base (28), new tokens (26), ties (29)."""
+"""Methods: targets match, results read back, load strictly, on their own base, new tokens, ties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forest against each row alone: TRUST rows 8 and 9, on every model layout, in fp32."""
+"""The forest against each row alone: on every model layout, in fp32."""
 
 from __future__ import annotations
 

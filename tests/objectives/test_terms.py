@@ -1,5 +1,5 @@
 """The loop is not shaped by SFT: objectives of two terms with their own divisors, of rows and of values, through the same window and
-loop; and however a window is cut into batches, the update is the same (TRUST row 15)."""
+loop; and however a window is cut into batches, the update is the same."""
 
 from __future__ import annotations
 

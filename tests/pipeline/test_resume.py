@@ -1,4 +1,4 @@
-"""A run that is broken off anywhere and resumed ends as the unbroken one, and does nothing twice (TRUST.md, row 50 and the fault plan)."""
+"""A run that is broken off anywhere and resumed ends as the unbroken one, and does nothing twice."""
 
 from __future__ import annotations
 

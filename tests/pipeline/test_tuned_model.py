@@ -1,4 +1,4 @@
-"""TRUST.md rows 1 to 3, 25 and 48 on a real model: what was trained is what is saved, loaded, evaluated and talked to, and it stops."""
+"""On a real model: what was trained is what is saved, loaded, evaluated and talked to, and it stops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop: the right best step and early stopping on a known curve (TRUST row 41), logs, and gradients by the second step (row 21)."""
+"""The loop: the right best step and early stopping on a known curve, logs, and gradients by the second step."""
 
 from __future__ import annotations
 

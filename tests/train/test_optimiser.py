@@ -1,4 +1,4 @@
-"""AdamW over one buffer against torch's own, the schedule against transformers' (TRUST row 20), and fp32 masters (row 19)."""
+"""AdamW over one buffer against torch's own, the schedule against transformers', and fp32 masters."""
 
 from __future__ import annotations
 

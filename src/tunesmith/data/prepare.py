@@ -168,7 +168,7 @@ class _Preparation:
             )
 
     def _rendered(self, records: Sequence[Record], part: str) -> TokenStore:
-        """The store of all rows that render and carry loss, built once; the others go to quarantine. Raises the first one's error if none is left."""
+        """The store of all rows that render and carry loss, built once; the others go to quarantine. Raises the first error if none is left."""
         how = self.rendering
 
         def usable() -> Iterator[tuple[str, Rendered]]:

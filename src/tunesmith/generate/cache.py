@@ -5,7 +5,7 @@ pass is one of two kinds:
     rows    the tokens of B rows one after another, unpadded, as one row [1, N]; they enter empty suffixes
     step    one token a live row, [B, 1]; it enters the next slot of every suffix
 Suffixes are right-aligned: row b's own tokens lie in slots start[b] .. used-1, so that a step writes one slot for all rows.
-Buffers are [Hkv, B, slots, D]: heads first, so that the shared prefix is one matrix product a head (SPEED.md, 11: RelayAttention,
+Buffers are [Hkv, B, slots, D]: heads first, so that the shared prefix is one matrix product a head (RelayAttention,
 Zhu et al. 2024, arXiv:2402.14808; Hydragen, Juravsky et al. 2024, arXiv:2402.05099).
 """
 

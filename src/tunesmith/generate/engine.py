@@ -2,7 +2,7 @@
 
 Takes rows (rows.py), moves them to their end; takes prompts and answers, gives log-probabilities. The prefix common to all prompts of a
 call is computed once, for one row; the suffixes of a batch run together without padding; the head runs on the positions that need it.
-Run it under `attention_implementation(model, attention.NAME)` (SPEED.md, 11).
+Run it under `attention_implementation(model, attention.NAME)`.
 """
 
 from __future__ import annotations

@@ -94,9 +94,17 @@ def _make_absolute(values: dict[str, Any], folder: Path, *, below: KeyPath = ())
         text = holder[key]
         if path[: len(below)] != below or not isinstance(text, str) or not text:
             continue
+        if path[-1] == "start_from" and text in _stage_names(values):
+            continue
         named = folder / os.path.expanduser(text)
         if os.path.exists(named) or _looks_like_a_path(text):
             holder[key] = str(named.absolute() if named.is_symlink() else named.resolve())
+
+
+def _stage_names(values: dict[str, Any]) -> set[str]:
+    """The names of the recipe's stages, which `start_from` means before any folder of that name."""
+    stages = values.get("stages")
+    return {str(stage.get("name")) for stage in stages if isinstance(stage, dict)} if isinstance(stages, list) else set()
 
 
 def _looks_like_a_path(text: str) -> bool:

@@ -1,6 +1,6 @@
 """The run directory: one writer, an event log that survives a kill, checkpoints newest first.
 
-Takes a folder; gives `RunDirectory`, which holds its lock while it is open. DESIGN.md, "What a run directory holds", is the contract.
+Takes a folder; gives `RunDirectory`, which holds its lock while it is open. docs/run-directory.md is the contract.
 Nothing here depends on the order of times: checkpoints are ordered by the step in their name, events by their place in the log.
 """
 

@@ -29,7 +29,9 @@ class FlatAdamW:
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], stage: Stage):
-        named = sorted(((n, p) for n, p in parameters if p.requires_grad), key=lambda pair: (pair[1].dtype != torch.float32, pair[1].dim() < 2))
+        named = sorted(
+            ((n, p) for n, p in parameters if p.requires_grad), key=lambda pair: (pair[1].dtype != torch.float32, pair[1].dim() < 2)
+        )
         self.stage = stage
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
@@ -152,7 +154,9 @@ class FlatAdamW:
 
     def _sample(self) -> Tensor:
         parts = [master.flatten()[:: self._stride] for master in self._masters]
-        parts += [_join(p.data.flatten()[:: self._stride], rest[:: self._stride]) for p, rest in zip(self._halved, self._rests, strict=True)]
+        parts += [
+            _join(p.data.flatten()[:: self._stride], rest[:: self._stride]) for p, rest in zip(self._halved, self._rests, strict=True)
+        ]
         return torch.cat(parts)
 
     def state(self) -> dict[str, Tensor]:
@@ -198,7 +202,7 @@ def _rest(master: Tensor, held: Tensor) -> Tensor:
     return torch.sub(master.view(torch.int32), upper, out=upper).clamp_(max=TIE).to(torch.int16)
 
 
-def _into(grad: Tensor):  # noqa: ANN202
+def _into(grad: Tensor):
     def add(parameter: nn.Parameter) -> None:
         grad.add_(parameter.grad)
         parameter.grad = None
