@@ -25,7 +25,7 @@ quickstart: install
 	$(BIN)/tunesmith run recipes/quickstart.yaml --resume
 
 test: dev
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: dev
 	$(BIN)/ruff check src tests benchmarks

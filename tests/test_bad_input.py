@@ -143,6 +143,8 @@ def test_a_test_set_that_holds_training_rows_is_refused_and_on_demand_the_rows_a
         "train", recipe, "--out", "refused", status=3, tells=["1 of 24 training rows are also test rows", "train.jsonl:4", "test_overlap"]
     )
     assert not Path("refused/data/ledger.json").exists(), "a refused run's rows went nowhere"
+    checks = [found["check"] for found in json.loads(Path("refused/data/health.json").read_text())["findings"]]
+    assert checks[-1] == "test_overlap", "a refusal leaves what it is about"
     assert call("train", recipe, "--out", "dropped", "--set", "data.test_overlap=drop").status == 0
     assert json.loads(Path("dropped/data/ledger.json").read_text())["rows_dropped"] == {"test_overlap": 1}
 
@@ -161,6 +163,11 @@ def test_a_second_process_on_the_same_folder_is_refused(recipe):
         for flag in ([], ["--resume"]):
             refused("train", recipe, "--out", "run", *flag, status=2, tells=[recipe.parent / "run"])
         assert f"(pid {os.getpid()})" in refused("train", recipe, "--out", "run", "--resume", status=2, tells=["is writing"])
+        code = "import sys\nfrom tunesmith.cli import main\ntry:\n    main()\nfinally:\n    print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+        words = [sys.executable, "-c", code, "train", str(recipe), "--out", "run", "--resume"]
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+        assert (done.returncode, done.stdout) == (2, "[]\n")
+        assert f"(pid {os.getpid()}) is writing" in done.stderr
 
 
 def test_a_full_disk_is_named_with_status_1_and_the_run_can_go_on(recipe):

@@ -244,6 +244,20 @@ def test_a_tokenizer_that_adds_bos_does_not_double_the_template_s(smollm2_tokeni
         assert int((ids == own.bos_token_id).sum()) == 1
 
 
+def test_a_document_has_the_bos_and_the_one_end_that_its_tokenizer_gives_plain_text(smollm2_tokenizer):
+    own = copy.deepcopy(smollm2_tokenizer)
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A <|im_end|>", special_tokens=[("<|endoftext|>", 0), ("<|im_end|>", 2)]
+    )
+    for text in ("Once upon a time.", "<|endoftext|>Once<|im_end|>"):
+        rendered = render(make_document(text, HERE), None, own)
+        assert own.decode(rendered.ids) == f"<|endoftext|>{text}<|im_end|>"
+        assert [int((rendered.ids == special).sum()) for special in (0, 2)] == [1, 1]
+        assert rendered.weights.tolist() == [0.0] + [1.0] * (len(rendered.ids) - 1)
+    assert rendered.ids[0] == 0
+    assert render(make_document("Once upon a time.", HERE), None, own).ids.tolist() == own("Once upon a time.").input_ids
+
+
 def test_a_tokenizer_that_trims_its_offsets_loses_no_space(smollm2_tokenizer, smollm2_template):
     own = copy.deepcopy(smollm2_tokenizer)
     own.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -290,5 +304,6 @@ def test_a_document_carries_loss_on_every_token_but_the_first_and_ends_with_the_
     assert int((rendered.ids == smollm2_tokenizer.eos_token_id).sum()) == 1
     assert rendered.weights.tolist() == [0.0] + [1.0] * (len(rendered.ids) - 1)
     assert rendered.prompt_length == 0
+    assert rendered.ids[0] == smollm2_tokenizer.encode("Once").pop(0), "this tokenizer adds nothing"
     with pytest.raises(TemplateError, match="needs a chat template"):
         render(TURNS, None, smollm2_tokenizer)

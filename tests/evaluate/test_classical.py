@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import json
 
 import pytest
@@ -43,7 +45,7 @@ def test_c_is_the_best_on_validation_and_the_table_is_kept_with_its_n(desk, monk
     found, task = desk
     assert {one["n"] for one in found.trials} == {12}
     assert found.C == 1.0  # all are equally good here: the smallest
-    monkeypatch.setattr("tunesmith.evaluate.classical.REGULARISATION", (1e-6, 10.0, 1e-5))
+    monkeypatch.setattr(sys.modules[classical_answers.__module__], "REGULARISATION", (1e-6, 10.0, 1e-5))
     lopsided = [one for one in desk_rows(60) if "stop my order" not in one.messages[1].content or one.source.line < 10]
     found = classical_answers(lopsided, freeze_task("validation", desk_rows(12, start=100), schema=SCHEMA), task)
     values = [one["exact_match"] for one in found.trials]

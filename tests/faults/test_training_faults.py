@@ -1,5 +1,4 @@
-"""The fault plan for training, in its short form: after any fault, what is resumed ends bit for bit as the
-unbroken run, or the run ends with a named error and all that was written before is intact. The faults happen in forked children."""
+"""The fault plan for training, in its short form: a resumed run ends bit for bit as the unbroken one; the rest is a named error."""
 
 from __future__ import annotations
 
@@ -396,7 +395,6 @@ def test_the_best_checkpoint_outlives_a_kill(base, tmp_path):
     whole = in_child(lambda: work(base, tmp_path / "whole", "lora", **settings)).result
     best = read_events(tmp_path / "whole")[-1]["best_step"]
     for step in (4, 7, 8):
-        path = tmp_path / str(step)
-        stopped_after(base, path, "lora", step, **settings)
-        assert resumed(base, path, "lora", **settings) == whole
+        stopped_after(base, tmp_path / str(step), "lora", step, **settings)
+        assert resumed(base, tmp_path / str(step), "lora", **settings) == whole
     assert best < STEPS, "the test wants a best step that is not the last"

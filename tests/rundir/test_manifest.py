@@ -232,6 +232,7 @@ def test_a_git_that_hangs_is_given_up(tmp_path, monkeypatch):
 
 
 def test_importing_and_using_the_package_imports_neither_torch_nor_transformers():
-    code = "import sys, tunesmith.rundir as r; r.manifest({}, {}, {}, {}); sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    heavy = "{'torch', 'transformers', 'numpy'}"
+    code = f"import sys, tunesmith.rundir as r; r.manifest({{}}, {{}}, {{}}, {{}}); sys.exit(bool({heavy} & set(sys.modules)))"
     source = str(Path(_manifest.__file__).parents[2])
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": source}, check=False).returncode == 0

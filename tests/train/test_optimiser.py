@@ -111,7 +111,7 @@ def test_adamw_on_bf16_weights_would_round_most_updates_away():
 def test_gradients_of_bf16_weights_add_up_in_fp32_over_a_window():
     rows = make_rows(6)
     policy = Policy(tiny_model("llama", dtype=torch.bfloat16))
-    optimiser = FlatAdamW(policy.named_parameters(), make_stage())
+    optimiser = FlatAdamW(policy.named_parameters(), make_stage(gradient_accumulation_steps=2))
     run_window(policy, SFT(), [batch_of(rows[:3]), batch_of(rows[3:])])
     whole = optimiser.grad.clone()
     optimiser.zero_grad()

@@ -68,6 +68,7 @@ class Encoder:
         self.eos = tokenizer.eos_token
         self.eos_id = tokenizer.eos_token_id
         self.unk_id = tokenizer.unk_token_id
+        self.before_text = _before_text(tokenizer)
         self.layouts: dict[str, Any] = {}
         self._found: dict[str, str | None] = {}
         self._tails: dict[str, list[int]] = {}
@@ -169,6 +170,12 @@ class Encoder:
             if number != self.unk_id or self.special.get(number, "") in text[start:end]:  # unknown characters give the unknown token
                 places.append((start, end))
         return places
+
+
+def _before_text(tokenizer: Any) -> tuple[int, ...]:
+    """The ids that the tokenizer itself puts before plain text: its BOS, or nothing."""
+    whole, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    return next((tuple(whole[:at]) for at in range(len(whole)) if whole[at : at + len(plain)] == plain), ())
 
 
 def _encoded(ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:

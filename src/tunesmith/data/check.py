@@ -50,21 +50,25 @@ class CheckResult:
     dropped: dict[str, int]
 
 
-def check_data(train: Sequence[Record], test: Sequence[Record], section: DataSection) -> CheckResult:
+def check_data(
+    train: Sequence[Record], test: Sequence[Record], section: DataSection, findings: list[Finding] | None = None
+) -> CheckResult:
     """Every check of training rows, alone and against the test rows.
 
-    Raises DataRefused where test rows are among the training rows and data.test_overlap is `refuse`, or where no
-    training row would remain.
+    findings: a list that takes each finding as it is made, so that it holds them also where the rows are refused. Raises DataRefused
+    where test rows are among the training rows and data.test_overlap is `refuse`, or where no training row would remain.
     """
-    kept, findings = drop_duplicates(train)
+    findings = [] if findings is None else findings
+    kept, repeats = drop_duplicates(train)
     dropped = {"duplicate": len(train) - len(kept)}
+    findings += repeats
     findings += conflicting_answers(kept)
     findings += near_duplicates(kept, section.near_duplicate_threshold)
     findings += _repeated_test_rows(test)
     before = len(kept)
-    kept, overlap = drop_test_overlap(kept, test, section)
+    kept = drop_test_overlap(kept, test, section, findings)
     dropped["test_overlap"] = before - len(kept)
-    return CheckResult(kept, findings + overlap, {reason: n for reason, n in dropped.items() if n})
+    return CheckResult(kept, findings, {reason: n for reason, n in dropped.items() if n})
 
 
 def drop_duplicates(records: Sequence[Record]) -> tuple[list[Record], list[Finding]]:
@@ -141,20 +145,26 @@ def near_duplicates(records: Sequence[Record], threshold: float) -> list[Finding
     return findings
 
 
-def drop_test_overlap(train: Sequence[Record], test: Sequence[Record], section: DataSection) -> tuple[list[Record], list[Finding]]:
-    """(training rows that are like no test row, findings): by the last user text, but for case, whitespace and punctuation, or nearly.
+def drop_test_overlap(
+    train: Sequence[Record], test: Sequence[Record], section: DataSection, findings: list[Finding]
+) -> list[Record]:
+    """The training rows that are like no test row: by the last user text, but for case, whitespace and punctuation, or nearly.
 
-    Raises DataRefused by data.test_overlap, and where nothing would remain. Serves rows of a validation file as well.
+    What overlaps is added to `findings`, then DataRefused is raised by data.test_overlap, and where nothing would remain.
     """
     overlap = find_test_overlap(train, test, section.near_duplicate_threshold)
     if not overlap:
-        return list(train), []
+        return list(train)
     shown = "; ".join(
         f"{train[i].row_id} ({train[i].source}) is {'' if likeness == 1 else f'{likeness:.2f} like '}{test[j].row_id} ({test[j].source})"
         for i, (j, likeness) in list(overlap.items())[:SHOWN]
     )
     what = f"{len(overlap)} of {len(train)} training rows are also test rows: {shown}"
-    if section.test_overlap == "refuse":
+    related = list(dict.fromkeys(test[j].row_id for j, _ in overlap.values()))
+    refused, fate = section.test_overlap == "refuse", "nothing to do: the training rows are dropped, the test rows stay"
+    mend = "remove them from one of the files" if refused else fate
+    findings.append(Finding("test_overlap", [train[i].row_id for i in overlap], related, what, mend))
+    if refused:
         where = train[0].source.path
         raise DataRefused(what, where=where, mend="remove them from one of the files, or set data.test_overlap: drop to train without them")
     kept = [record for index, record in enumerate(train) if index not in overlap]
@@ -162,9 +172,7 @@ def drop_test_overlap(train: Sequence[Record], test: Sequence[Record], section: 
         raise DataRefused(
             f"every training row is also a test row, so none remains: {shown}", where=train[0].source.path, mend="name another test set"
         )
-    row_ids = [train[i].row_id for i in overlap]
-    related = list(dict.fromkeys(test[j].row_id for j, _ in overlap.values()))
-    return kept, [Finding("test_overlap", row_ids, related, what, "nothing to do: the training rows are dropped, the test rows stay")]
+    return kept
 
 
 def find_test_overlap(train: Sequence[Record], test: Sequence[Record], threshold: float) -> dict[int, tuple[int, float]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import DataRefused, ModelError, TemplateError
 from ..recipe import DataSection
 from ..rundir import RunDirectory, write_json, write_text
-from .check import Finding, check_data, find_test_overlap, length_finding, length_quantiles, trainable_share
+from .check import Finding, check_data, drop_duplicates, find_test_overlap, length_finding, length_quantiles, trainable_share
 from .ledger import Ledger
 from .read import ReadResult, read_records
 from .records import Conversation, Record
@@ -121,19 +121,20 @@ class _Preparation:
         self.ledger.drop("quarantined", len(train.rejected))
         self._require_template(train.records)
         test = self._read(self.section.test, "test").records if self.section.test else []
-        checked = check_data(train.records, [*test, *self.kept_apart], self.section)
-        self.findings += checked.findings
+        checked = check_data(train.records, [*test, *self.kept_apart], self.section, self.findings)
         for reason, count in checked.dropped.items():
             self.ledger.drop(reason, count)
         store = self._rendered(checked.records, "train")
         self.ledger.drop("quarantined", len(checked.records) - len(store))
         lengths = length_quantiles(store.lengths)
         self.findings.append(length_finding(store.lengths))
-        limit = min(self.section.max_length or int(lengths["max"]), self.rendering.context)
         records = _in_store_order(store, checked.records)
+        apart = self._validation_file(self.section.validation, records, test) if isinstance(self.section.validation, str) else None
+        longest = max([int(lengths["max"]), *(apart[0].lengths if apart else [])])
+        limit = min(self.section.max_length or int(longest), self.rendering.context)
         fitting = self._fit(store, records, limit)
-        if isinstance(self.section.validation, str):
-            kept, (validation, held) = fitting, self._validation_file(self.section.validation, test, limit)
+        if apart:
+            kept, (validation, held) = fitting, self._fitting_validation(*apart, limit)
         else:
             kept, validation, held = self._split(store, records, fitting, limit)
         rows = Rows(store, kept, limit)
@@ -168,7 +169,7 @@ class _Preparation:
             )
 
     def _rendered(self, records: Sequence[Record], part: str) -> TokenStore:
-        """The store of all rows that render and carry loss, built once; the others go to quarantine. Raises the first error if none is left."""
+        """The rows that render and carry loss, as a store; the others go to quarantine. Raises the first error if there is none."""
         how = self.rendering
 
         def usable() -> Iterator[tuple[str, Rendered]]:
@@ -202,11 +203,12 @@ class _Preparation:
             )
         return store
 
-    def _fit(self, store: TokenStore, records: Sequence[Record], limit: int) -> list[int]:
-        """Positions of the rows that stay, after the stated policy for rows over the limit."""
+    def _fit(self, store: TokenStore, records: Sequence[Record], limit: int, part: str = "train") -> list[int]:
+        """Positions of the rows that stay, after the stated policy for rows over the limit; the ledger counts training rows only."""
         long = [i for i, length in enumerate(store.lengths) if length > limit]
         if not long:
             return list(range(len(store)))
+        source = self.sources[part]["source"]
         names = [store.row_ids[i] for i in long]
         q = length_quantiles(store.lengths)
         evidence = f"{len(long)} of {len(store)} rows are longer than {limit} tokens (p50 {q['p50']}, p99 {q['p99']}, longest {q['max']})"
@@ -215,12 +217,15 @@ class _Preparation:
             raise DataRefused(evidence, where=where, mend="raise data.max_length, or set data.too_long to drop or cut")
         cut = [i for i in long if self.section.too_long == "cut" and np.any(store[i][1][:limit])]
         gone = set(long) - set(cut)
-        self.ledger.tokens["truncated"] += sum(int(store.lengths[i]) - limit for i in cut)
-        self.ledger.drop("too_long", len(gone))
         what = f"{evidence}; {len(cut)} were cut, {len(gone)} dropped"
+        if part == "train":
+            self.ledger.tokens["truncated"] += sum(int(store.lengths[i]) - limit for i in cut)
+            self.ledger.drop("too_long", len(gone))
+        else:
+            self.notes.append(f"{source}: {what}")
         self.findings.append(Finding("too_long", names, [], what, "shorten these rows, or raise data.max_length"))
         if len(gone) == len(store):
-            raise DataRefused("no row fits: " + evidence, where=self.section.train, mend="raise data.max_length")
+            raise DataRefused("no row fits: " + evidence, where=source, mend="raise data.max_length")
         return [i for i in range(len(store)) if i not in gone]
 
     def _split(self, store: TokenStore, records: Sequence[Record], fitting: list[int], limit: int) -> tuple[list[int], Rows, list[Record]]:
@@ -231,17 +236,39 @@ class _Preparation:
         positions = [i for i in fitting if records[i].row_id in apart]
         return [i for i in fitting if records[i].row_id not in apart], Rows(store, positions, limit), [records[i] for i in positions]
 
-    def _validation_file(self, source: str, test: Sequence[Record], limit: int) -> tuple[Rows, list[Record]]:
-        """The rows of a validation file, without those that are test rows: no choice is made on a test item."""
-        records = self._read(source, "validation").records
-        leaked = find_test_overlap(records, test, self.section.near_duplicate_threshold)
-        if leaked:
-            self.notes.append(f"{source}: {len(leaked)} of {len(records)} validation rows are test rows and are left out")
-            records = [record for i, record in enumerate(records) if i not in leaked]
+    def _validation_file(self, source: str, train: Sequence[Record], test: Sequence[Record]) -> tuple[TokenStore, list[Record]]:
+        """The rendered rows of a validation file and their records, in one order: none twice, none that is a test or a training row."""
+        read = self._read(source, "validation").records
+        records, repeats = drop_duplicates(read)
+        if repeats:
+            self.findings += [replace(found, check="repeated_validation_row") for found in repeats]
+            self.notes.append(f"{source}: {len(read) - len(records)} of {len(read)} validation rows repeat another and are left out")
+        records = self._without(source, records, [*test, *self.kept_apart], "test")
+        records = self._without(source, records, train, "training")
         store = self._rendered(records, "validation")
-        rows = Rows(store, [i for i, length in enumerate(store.lengths) if length <= self.rendering.context], limit)
-        ordered = _in_store_order(store, records)
-        return rows, [ordered[i] for i in rows.positions]
+        return store, _in_store_order(store, records)
+
+    def _without(self, source: str, records: list[Record], others: Sequence[Record], kind: str) -> list[Record]:
+        """The validation rows that are like none of the others: no choice is made on a test item, nor on what was trained on."""
+        overlap = find_test_overlap(records, others, self.section.near_duplicate_threshold)
+        if not overlap:
+            return records
+        what = f"{len(overlap)} of {len(records)} validation rows are {kind} rows and are left out"
+        related = list(dict.fromkeys(others[j].row_id for j, _ in overlap.values()))
+        mend = "nothing to do; a validation file of other rows says more"
+        self.findings.append(Finding("validation_overlap", [records[i].row_id for i in overlap], related, what, mend))
+        self.notes.append(f"{source}: {what}")
+        if len(overlap) == len(records):
+            raise DataRefused(
+                f"every validation row is also a {kind} row, so none remains",
+                where=source,
+                mend="name another file in data.validation, or a share of the training rows (0.1)",
+            )
+        return [record for i, record in enumerate(records) if i not in overlap]
+
+    def _fitting_validation(self, store: TokenStore, records: Sequence[Record], limit: int) -> tuple[Rows, list[Record]]:
+        positions = self._fit(store, records, limit, "validation")
+        return Rows(store, positions, limit), [records[i] for i in positions]
 
     def _account_tokens(self, rows: Rows) -> None:
         self.ledger.rows_trained = len(rows)

@@ -57,7 +57,7 @@ class _Row(NamedTuple):
 
 class _Found(NamedTuple):
     """A rendered text and what is known of it. prompt: the text that asks for the last turn, with its rules, where that has to be
-    the beginning of the whole."""
+    the beginning of the whole. before: the ids that the tokenizer itself puts before plain text."""
 
     text: str
     rules: tuple[Rule, Rule]
@@ -65,6 +65,7 @@ class _Found(NamedTuple):
     loss: dict[int, float]
     last: int | None
     prompt: tuple[str, tuple[Rule, Rule]] | None = None
+    before: tuple[int, ...] = ()
 
 
 def render(record: Record, template: ChatTemplate | None, tokenizer: Any, *, train_on: TrainOn = "all") -> Rendered:
@@ -81,7 +82,8 @@ def render_records(
     """Each record's rendered example or the reason it has none, in order, some 250 rows at a time (about 1 ms a row).
 
     A Conversation: assistant turns carry loss, all or the last; a message's own `weight` wins (0 for none, any number above it scales).
-    A Document: every token but the first has weight 1, and the end-of-sequence token is appended. template may be None where there
+    A Document: what the tokenizer puts before plain text (a BOS, or nothing), the text, and one end-of-sequence token; every token but the
+    first, and none of those before the text, has weight 1. template may be None where there
     are only documents. Raises ModelError where the tokenizer cannot say which characters a token covers.
     """
     encoder = encoder_for(tokenizer)
@@ -123,7 +125,7 @@ def _document(record: Document, encoder: Encoder) -> _Found:
         raise TemplateError("the tokenizer has no end-of-sequence token to end a document with", mend="set eos_token in the tokenizer")
     text = record.text + encoder.eos
     rules = Rule(encoder.special_mask, [(0, len(record.text))]), Rule(encoder.special_mask, [])
-    return _Found(text, rules, {0: Turn(0, len(text))}, {0: 1.0}, 0)
+    return _Found(text, rules, {0: Turn(0, len(text))}, {0: 1.0}, 0, before=encoder.before_text)
 
 
 def _weight(message: Message, is_last: bool, train_on: TrainOn) -> float:
@@ -243,6 +245,10 @@ def _rules(located: Located, messages: Sequence[dict], marked: Marked, layout: L
 def _finish(row: _Found, whole: Encoded, encoder: Encoder) -> Rendered:
     """Ids and weights of a row that was located."""
     whole = encoder.protect(row.text, whole, row.rules)
+    if row.before:
+        nowhere = np.zeros(len(row.before), dtype=np.int64)
+        ids = np.concatenate([np.array(row.before, dtype=np.int32), whole.ids])
+        whole = Encoded(ids, np.concatenate([nowhere, whole.starts]), np.concatenate([nowhere, whole.ends]))
     prompt_length = len(whole.ids)
     if row.prompt is not None:
         whole, prompt_length = _with_prompt(row, *row.prompt, whole, encoder)

@@ -88,7 +88,7 @@ def choice_constraint(labels: Sequence[str], tokenizer: PreTrainedTokenizerBase,
     """
     if not labels or not all(labels):
         raise RecipeError("a choice needs at least one label, and no empty one", where="labels", mend="name the labels to choose from")
-    grammar = "root ::= " + " | ".join(json.dumps(label) for label in dict.fromkeys(labels))
+    grammar = "root ::= " + " | ".join(json.dumps(label, ensure_ascii=False) for label in dict.fromkeys(labels))
     return _constraint(grammar, tokenizer, stop_ids, lambda compiler: compiler.compile_grammar(grammar))
 
 

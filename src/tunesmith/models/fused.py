@@ -2,7 +2,7 @@
 
 - LoRA as one matrix product over K + r (Hu et al. 2021): y = [x, s x A^T] [W, B]^T, accumulated in fp32 and rounded once; a young
   delta added to y in bf16 would be rounded away. The frozen weight lives in the wide buffer, so it is still held once.
-- SwiGLU with a written-out backward that keeps gate and up only.
+- SwiGLU with a written-out backward; only gate and up are kept, their product is computed again for the layer after it.
 - RMSNorm with a written-out backward that keeps its input only.
 """
 
@@ -78,14 +78,15 @@ class _RMSNorm(torch.autograd.Function):
     """x rstd(x) w in fp32, rounded as the models do; keeps x and one number a token (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):  # noqa: ANN001
-        wide = x.float()
-        rstd = torch.rsqrt(torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps)).unsqueeze(-1)
+    def forward(ctx, x, weight, eps):  # noqa: ANN001, ANN205
+        out = torch.empty_like(x)
+        normed = x.float()
+        rstd = torch.linalg.vector_norm(normed, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, rstd, weight)
-        return (wide * rstd).to(x.dtype).mul_(weight)
+        return out.copy_(normed.mul_(rstd) if normed is not x else normed * rstd).mul_(weight)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
         x, rstd, weight = ctx.saved_tensors
         normed = x.float() * rstd
         d_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
@@ -147,7 +148,20 @@ def fuse_lora(model: nn.Module, paths: FastPaths) -> None:
 
 
 def _swiglu_forward(self: nn.Module, x: Tensor) -> Tensor:
-    return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    inner = _SwiGLU.apply(gate, up)
+    if not inner.requires_grad:
+        return self.down_proj(inner)
+    gate, up = gate.detach(), up.detach()
+
+    def keep(saved: Tensor) -> Tensor | torch.Size:
+        return saved.shape if saved.data_ptr() == inner.data_ptr() and saved.numel() == inner.numel() else saved
+
+    def again(kept: Tensor | torch.Size) -> Tensor:
+        return F.silu(gate).mul_(up).view(kept) if isinstance(kept, torch.Size) else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, again):  # down_proj would save `inner`; gate and up are saved already
+        return self.down_proj(inner)
 
 
 def _rms_forward(self: nn.Module, x: Tensor) -> Tensor:

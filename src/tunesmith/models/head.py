@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 16 * 2**20  # of fp32 logits held at once
+CHUNKS_AT_ONCE = 8  # of logits' gradients, in the model's dtype, behind one product for the gradient of a head that trains
 
 
 def token_logprobs(
@@ -75,20 +76,26 @@ class _TokenLogprobs(torch.autograd.Function):
             return (slope_SH * grad_S[:, None]).to(hidden.dtype), None, None, None, None, None, None
         softcap, scale = ctx.shape
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[1] else None
+        d_weight = None
         d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if bias is not None and ctx.needs_input_grad[2] else None
         size = _chunk(weight.shape[0])
-        for a in range(0, hidden.shape[0], size):
-            h, t = hidden[a : a + size], targets[a : a + size]
-            logits, curve = _logits(h, weight, bias, softcap, scale)
-            d_raw = _d_raw(torch.softmax(logits, -1), t, curve, scale).mul_(grad_S[a : a + size, None])
-            if d_bias is not None:
-                d_bias += d_raw.sum(0)
-            d_raw = d_raw.to(weight.dtype)
+        for begin in range(0, hidden.shape[0], CHUNKS_AT_ONCE * size):
+            end = min(begin + CHUNKS_AT_ONCE * size, hidden.shape[0])
+            d_raw_SV = hidden.new_empty(end - begin, weight.shape[0])
+            for a in range(begin, end, size):
+                b = min(a + size, end)
+                logits, curve = _logits(hidden[a:b], weight, bias, softcap, scale)
+                d_raw = _d_raw(torch.softmax(logits, -1), targets[a:b], curve, scale).mul_(grad_S[a:b, None])
+                if d_bias is not None:
+                    d_bias += d_raw.sum(0)
+                d_raw_SV[a - begin : b - begin] = d_raw
             if d_hidden is not None:
-                d_hidden[a : a + size] = d_raw @ weight
-            if d_weight is not None:
-                d_weight += d_raw.T @ h
+                d_hidden[begin:end] = d_raw_SV @ weight
+            if ctx.needs_input_grad[1]:
+                part = d_raw_SV.T @ hidden[begin:end]
+                if end - begin < hidden.shape[0]:
+                    part = part.float()
+                d_weight = part if d_weight is None else d_weight.add_(part)
         return (
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),

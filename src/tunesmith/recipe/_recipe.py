@@ -20,7 +20,7 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     """The run's name; its directory is runs/NAME."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the data order, the held-out split, new weights and the bootstrap."""
     model: ModelSection
     """The base model."""
@@ -43,4 +43,12 @@ class Recipe(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"stage names must differ; {', '.join(twice)} occurs twice")
+        return self
+
+    @model_validator(mode="after")
+    def _choices_have_rows(self) -> Recipe:
+        for stage in self.stages:
+            asked = "early_stopping_patience" if stage.early_stopping_patience else "load_best_model_at_end"
+            if getattr(stage, asked) and (stage.data or self.data).validation == 0:
+                raise ValueError(f"{asked} of stage {stage.name} needs validation rows, and data.validation is 0")
         return self

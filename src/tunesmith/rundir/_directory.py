@@ -74,7 +74,7 @@ class RunDirectory:
         make_folder(path)
         lock = _take_lock(path)
         try:
-            refuse_in_use(path, resume=resume)  # another process may have begun a run between the two
+            _refuse_content(path, resume=resume)  # another process may have begun a run between the two
             content = _content(path) - {LOCK}
             sweep(path)
             run = cls(path, lock, resumed=bool(content))
@@ -290,8 +290,14 @@ def _content(path: Path) -> set[str]:
 
 
 def refuse_in_use(path: Path, *, resume: bool) -> None:
-    """Raises OutputInUse for a folder that holds a run (without resume) or anything else; touches nothing, so it can be asked early."""
+    """Raises OutputInUse for a folder that holds a run (without resume) or anything else, or whose lock another process has; changes
+    nothing, so it can be asked early."""
     path = Path(path).absolute()
+    _refuse_content(path, resume=resume)
+    _refuse_locked(path)
+
+
+def _refuse_content(path: Path, *, resume: bool) -> None:
     _refuse_foreign(path)
     if not resume and path.is_dir() and _content(path) - {LOCK}:
         raise OutputInUse(
@@ -299,6 +305,22 @@ def refuse_in_use(path: Path, *, resume: bool) -> None:
             where=str(path),
             mend="add --resume to go on with it, or give another folder with --out",
         )
+
+
+def _refuse_locked(path: Path) -> None:
+    """Raises OutputInUse where another process holds the lock of a run that is there."""
+    file = path / LOCK
+    with storage_failures(file):
+        try:
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _in_use(path) from None
+        finally:
+            os.close(descriptor)  # gives the lock back
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -329,15 +351,19 @@ def _take_lock(path: Path) -> int:
             storage.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
         except BlockingIOError:
             os.close(descriptor)
-            raise OutputInUse(
-                f"{_holder(file)} is writing to this run directory",
-                where=str(path),
-                mend="wait for it to end or stop it, or give another folder with --out",
-            ) from None
+            raise _in_use(path) from None
         except OSError:
             os.close(descriptor)
             raise
     return descriptor
+
+
+def _in_use(path: Path) -> OutputInUse:
+    return OutputInUse(
+        f"{_holder(path / LOCK)} is writing to this run directory",
+        where=str(path),
+        mend="wait for it to end or stop it, or give another folder with --out",
+    )
 
 
 def _holder(file: Path) -> str:
