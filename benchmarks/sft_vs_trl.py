@@ -3,7 +3,8 @@
     python benchmarks/sft_vs_trl.py [--json] [--data PATH] [--rows N] [--runs N] [--threads N] [--write FILE]
 
 Same model, same rows in the same order, same optimiser and schedule, batches of 8 rows, bf16 on CPU. Ours is what `tunesmith run` trains with.
-TRL's defaults: fp32 weights under bf16 autocast, gradient checkpointing, padded batches. TRL's packing: see PACKING. Three parts: LoRA and full tuning
+TRL's defaults: fp32 weights under bf16 autocast, gradient checkpointing, padded batches. TRL's packing: the fastest of its
+strategies on CPU, see PACKINGS. Three parts: LoRA and full tuning
 on rows that share nothing (the system turn is cut off), and LoRA on the rows as they are ("shared_prefix"). Loss in fp32, in runs of their own.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -31,8 +33,11 @@ PARTS = {  # part: (method, whether rows keep their common system turn, updates 
     "shared_prefix": ("lora", True, 2),
 }
 SYSTEMS = ("tunesmith", "trl_default", "trl_packing")
-PACKING = "bfd"  # TRL's strategy that keeps rows whole and apart; with its checkpointing off, since that is faster
-PACKING_OPTIONS = {"packing": True, "packing_strategy": PACKING, "gradient_checkpointing": False}
+PACKINGS = {  # TRL's strategies, with its checkpointing off, since that is faster; a step takes as many tokens as 8 rows have on average
+    "wrapped": "the fastest on CPU; cuts rows, and lets them attend to the rows before them",
+    "bfd": "keeps rows whole and apart by a T x T mask; slower on CPU, the slower the longer the pack",
+}
+WRAPPED_BLOCKS = 4  # of a wrapped step
 
 
 # ---- parent -------------------------------------------------------------------------------------------------------------------------------
@@ -45,6 +50,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="rows of each timed run, a multiple of 8; at least 16")
     parser.add_argument("--runs", type=int, default=3, help="runs of each system; the median counts")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each run")
+    parser.add_argument("--packing", choices=PACKINGS, default="wrapped", help="TRL's packing strategy")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which parts to run")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--write", metavar="FILE", help="write the table to a file as well")
@@ -56,7 +62,8 @@ def main() -> None:
         for part in options.parts:
             measured[part] = measure(part, options, Path(folder))
             results[part] = ratios(measured[part])
-    text = report(measured, results, options)
+    command = " ".join(["python", "benchmarks/sft_vs_trl.py", *sys.argv[1:]])
+    text = report(measured, results, options, command)
     print(text)
     if options.write:
         Path(options.write).write_text(text + "\n")
@@ -70,7 +77,7 @@ def measure(part: str, options: argparse.Namespace, folder: Path) -> dict:
     rows_file = str(folder / f"{part}.json")
     count = options.rows or updates * BATCH
     run_child(__file__, {"system": "rows", "data": options.data, "shared": shared, "count": count, "file": rows_file}, threads=1)
-    spec = {"method": method, "rows": rows_file, "count": count, "batch": BATCH, "dtype": "bfloat16"}
+    spec = {"method": method, "rows": rows_file, "count": count, "batch": BATCH, "dtype": "bfloat16", "packing": options.packing}
     runs: dict[str, list[dict]] = {system: [] for system in SYSTEMS}
     for number in range(options.runs):
         for system in SYSTEMS:
@@ -83,7 +90,7 @@ def measure(part: str, options: argparse.Namespace, folder: Path) -> dict:
     for system in ("tunesmith", "trl_default"):
         losses[system] = run_child(__file__, {**spec, "system": system}, threads=options.threads)["losses"]
         say(f"{part} fp32 {system}: loss " + ", ".join(f"{loss:.6f}" for loss in losses[system]))
-    spec["count"] = LOSS_BATCH  # one pack, one update: it holds the same rows as the others' first
+    spec["count"] = LOSS_BATCH  # one update, on the same rows as the others' first
     losses["trl_packing"] = run_child(__file__, {**spec, "system": "trl_packing"}, threads=options.threads)["losses"]
     return {"runs": runs, "losses": losses}
 
@@ -101,7 +108,7 @@ def ratios(measured: dict) -> dict[str, float]:
     }
 
 
-def report(measured: dict, results: dict, options: argparse.Namespace) -> str:
+def report(measured: dict, results: dict, options: argparse.Namespace, command: str) -> str:
     """The tables in Markdown."""
     numbers, rows = [], []
     for part, parts in measured.items():
@@ -120,6 +127,7 @@ def report(measured: dict, results: dict, options: argparse.Namespace) -> str:
     source = "the project's own rows" if Path(options.data).resolve() == ROWS.resolve() else Path(options.data).name
     return "\n\n".join(
         [
+            f"    {command}",
             f"{MODEL}, {source}, batches of {BATCH} rows, bf16; {machine(options.threads)}; median of {options.runs} interleaved runs, each a process of its own.",
             table(
                 [
@@ -186,7 +194,7 @@ def run_tunesmith(spec: dict) -> dict:
 
     from tunesmith.data.batching import Batch
     from tunesmith.data.forest import build_forest
-    from tunesmith.models.load import load_model, stored_weights
+    from tunesmith.models.load import load_model
     from tunesmith.models.methods import attach
     from tunesmith.models.policy import Policy
     from tunesmith.objectives import OBJECTIVES
@@ -200,8 +208,6 @@ def run_tunesmith(spec: dict) -> dict:
     stage = Stage(name="sft", objective="sft", method=method, learning_rate=peak_rate(spec))
     policy = Policy(attach(load_model(ModelSection(name=folder, dtype=spec["dtype"])), method, seed=SEED))
     objective, optimiser = OBJECTIVES["sft"](), FlatAdamW(policy.named_parameters(), stage)
-    if spec["method"] == "full":
-        optimiser.start_from(stored_weights(folder))
     keep_freed_memory()
     rows = [(np.array(row["input_ids"]), np.array([label != -100 for label in row["labels"]], dtype=np.float32)) for row in rows]
     torch.manual_seed(SEED)
@@ -239,9 +245,11 @@ def run_trl(spec: dict) -> dict:
         "max_length": max(1024, *lengths),
         "per_device_train_batch_size": spec["batch"],
     }
-    if packing:  # a pack of as many tokens as the others' batches have on average
-        batches = len(rows) // spec["batch"]
-        same |= {"max_length": max(-(-sum(lengths) // batches), *lengths), "per_device_train_batch_size": 1, **PACKING_OPTIONS}
+    if packing:
+        blocks = WRAPPED_BLOCKS if spec["packing"] == "wrapped" else 1
+        block = -(-sum(lengths) // (len(rows) // spec["batch"] * blocks))
+        same |= {"max_length": block if blocks > 1 else max(block, *lengths), "per_device_train_batch_size": blocks}
+        same |= {"packing": True, "packing_strategy": spec["packing"], "gradient_checkpointing": False}
     same |= spec.get("options", {})
     silent = {"report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "use_cpu": True}
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -20,12 +20,12 @@ from tunesmith.data.template import NAMED_TEMPLATES
 from tunesmith.models.load import LoadedModel, ModelIdentity
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import SFT
-from tunesmith.recipe import Stage
+from tunesmith.recipe import ModelSection, Stage
 from tunesmith.rundir import RunDirectory
 from tunesmith.train.loop import Job
 from tunesmith.train.optimiser import FlatAdamW
 from tunesmith.train.signals import StopRequest
-from tunesmith.train.stage import derive_stage, run_stage
+from tunesmith.train.stage import StageInputs, derive_stage, run_stage
 
 VOCABULARY = 97
 Row = tuple[np.ndarray, np.ndarray]
@@ -38,6 +38,13 @@ class Rows(list):
         super().__init__(rows)
         self.row_ids = ["r" + hashlib.sha256(ids.tobytes()).hexdigest()[:12] for ids, _ in rows]
         self.lengths = np.array([len(ids) for ids, _ in rows])
+
+    def keep(self, folder: Path, key: str = "{}") -> None:
+        """Gives the rows what a token store has beside the tokens."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "key.json").write_text(key)
+        self.store = SimpleNamespace(folder=folder, lengths=self.lengths)
+        self.positions, self.limit = range(len(self)), max(self.lengths)
 
 
 def make_rows(count: int, *, seed: int = 0, vocabulary: int = VOCABULARY, shared: int = 0) -> Rows:
@@ -104,11 +111,20 @@ def train_stage(
     start: Path | None = None,
 ) -> torch.nn.Module:
     """run_stage in a run directory of its own."""
-    data = SimpleNamespace(train=rows, validation=validation, max_length=64)
+    inputs = stage_inputs(base, rows, path.parent / "stores", validation=validation, start=start)
     with RunDirectory.open(path, resume=resume) as run:
-        return run_stage(
-            stage, base, data, None, run, start=start, new_tokens=[], system=None, seed=0, stop=stop or StopRequest(), report=report
-        )
+        return run_stage(stage, inputs, run, stop=stop or StopRequest(), report=report)
+
+
+def stage_inputs(base: LoadedModel, rows: Rows, stores: Path, *, validation: Rows | None = None, **changed: Any) -> StageInputs:
+    """A stage's inputs with no template, or what `changed` says; the rows get token stores below `stores`, with a key alone in them."""
+    for name, part in (("train", rows), ("validation", validation)):
+        if part is not None:
+            part.keep(stores / name)
+    data = SimpleNamespace(train=rows, validation=validation, records=[None] * len(rows), max_length=64)
+    section = ModelSection(name="tiny")
+    given = {"template": None, "new_tokens": [], "system": None, "start": None, "seed": 0}
+    return StageInputs(loaded=base, section=section, data=data, **(given | changed))
 
 
 def tiny_tokenizer(*, template: str | None = "chatml", markers: bool = True) -> PreTrainedTokenizerFast:
@@ -163,6 +179,7 @@ __all__ = [
     "make_rows",
     "make_stage",
     "model_folder",
+    "stage_inputs",
     "tiny_model",
     "tiny_tokenizer",
     "train_stage",

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from .data.records import Message
 from .data.render import encode_prompt, stop_tokens
 from .data.template import load_template
-from .errors import MissingFile, TemplateError
+from .errors import MissingFile, ModelError, TemplateError
 from .evaluation import open_result
 from .generate import LocalGenerator, Sampling
 from .models.load import load_model
-from .models.methods import CARD
-from .pipeline import trained_model_folder
+from .models.result import is_adapter, read_card, require_unaltered
 from .recipe import ModelSection, load_recipe
 from .train.stage import add_new_tokens
 
@@ -22,24 +20,35 @@ from .train.stage import add_new_tokens
 class Chat:
     """A run's tuned model, answering in turn.
 
-    run: the run directory. system: the system message; none means the one that all training rows had.
+    run: the run directory. system: the system message; none means the one that all training rows had. max_new_tokens: the longest answer;
+    none means the evaluation's. trust_remote_code: whether code that the model brings may run, whatever the run's recipe says. Raises
+    CheckpointError where the result is not what was saved.
 
     >>> tunesmith.Chat("runs/quickstart").ask("the lamp smells of smoke!!")  # doctest: +SKIP
     '{"intent": "defect", "product": "lamp", "urgency": "high", "summary": "Lamp smells of smoke"}'
     """
 
-    def __init__(self, run: str | Path, *, system: str | None = None, max_new_tokens: int | None = None, temperature: float = 0.0):
+    def __init__(
+        self,
+        run: str | Path,
+        *,
+        system: str | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        trust_remote_code: bool = False,
+    ):
         path = Path(run)
         if not (path / "recipe.yaml").is_file():
             raise MissingFile("no recipe.yaml: this is no run directory", where=str(path), mend="name a folder such as runs/quickstart")
         recipe = load_recipe(path / "recipe.yaml")
         folder = trained_model_folder(path)
-        card = json.loads((folder / CARD).read_text())
-        is_adapter = (folder / "adapter_config.json").is_file()
-        whole = ModelSection(name=str(folder.resolve()), dtype=recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code)
-        loaded = load_model(recipe.model if is_adapter else whole)
+        require_unaltered(folder)
+        card = read_card(folder)
+        base = recipe.model.model_copy(update={"trust_remote_code": trust_remote_code})
+        whole = ModelSection(name=str(folder.resolve()), dtype=recipe.model.dtype, trust_remote_code=trust_remote_code)
+        loaded = load_model(base if is_adapter(folder) else whole)
         self.template = load_template(loaded.tokenizer, recipe.model)
-        if card["template_sha256"] not in (None, self.template.sha256):
+        if card.get("template_sha256") not in (None, self.template.sha256):
             raise TemplateError(
                 "this is not the chat template that the model was trained with",
                 where="model.chat_template",
@@ -47,10 +56,10 @@ class Chat:
             )
         add_new_tokens(loaded, self.template)
         self.tokenizer = loaded.tokenizer
-        model = open_result(folder, loaded) if is_adapter else loaded.model
+        model = open_result(folder, loaded, trust_remote_code=trust_remote_code) if is_adapter(folder) else loaded.model
         self.generator = LocalGenerator(model, loaded.tokenizer, stop_ids=stop_tokens(self.template, loaded.tokenizer))
         self.sampling = Sampling(temperature=temperature)
-        self.max_new_tokens = max_new_tokens or recipe.evaluate.max_new_tokens or 256
+        self.max_new_tokens = max_new_tokens or recipe.evaluate.max_new_tokens
         self._system = system if system is not None else card.get("system")
         self.messages: list[Message] = []
         self.reset()
@@ -71,3 +80,11 @@ class Chat:
         prompt = encode_prompt(messages, self.template, self.tokenizer)
         (generation,) = self.generator.generate([prompt.tolist()], max_new_tokens=self.max_new_tokens, sampling=self.sampling)
         return generation.text
+
+
+def trained_model_folder(run_path: Path) -> Path:
+    """The folder of a run's tuned model. Raises ModelError where the run trained nothing."""
+    folder = run_path / "model"
+    if not folder.exists():
+        raise ModelError("the run holds no tuned model", where=str(run_path), mend="train it first: tunesmith train RECIPE")
+    return folder

@@ -95,7 +95,8 @@ def chat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     system: Annotated[str | None, typer.Option(help="The system message; else the one of the training rows.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens; else the evaluation's.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Let code that the model brings run.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Talk to a run's tuned model, a line at a time; /reset begins anew, end of input ends. With --json, a line of JSON an answer."""
@@ -103,7 +104,7 @@ def chat(
     from .progress import as_json_text, libraries_in_json, visible
 
     with libraries_in_json() if as_json else nullcontext():
-        talk = Chat(run, system=system, temperature=temperature, max_new_tokens=max_new_tokens)
+        talk = Chat(run, system=system, temperature=temperature, max_new_tokens=max_new_tokens, trust_remote_code=trust_remote_code)
         for text in _lines_of_input("you> " if sys.stdin.isatty() else ""):
             if text == "/reset":
                 talk.reset()

@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from .data.records import Conversation
 from .data.render import stop_tokens
-from .evaluate import EvaluationInputs, TemplateEncoder, derive_max_new_tokens, evaluate_candidates
+from .evaluate import EvaluationInputs, TemplateEncoder, evaluate_candidates
 from .generate import Constraint, LocalGenerator, choice_constraint, json_schema_constraint
 from .models.load import LoadedModel, load_model
-from .models.methods import CARD, load_adapter
+from .models.methods import load_adapter
+from .models.result import is_adapter, read_card, require_unaltered
 from .recipe import ModelSection
-from .rundir import write_json, write_text
+from .rundir import MANIFEST, write_json, write_text
 from .session import Session
 
 UNITS = "evaluation"  # the folder of finished units, so that a resumed run scores nothing twice
 
 
-def open_result(folder: Path, loaded: LoadedModel) -> nn.Module:
+def open_result(folder: Path, loaded: LoadedModel, *, trust_remote_code: bool = False) -> nn.Module:
     """A saved result ready to answer: the adapter on its base, or the fully tuned model.
 
-    loaded: the recipe's base, which an adapter is put on; one that was trained on another stage's full model gets that.
+    loaded: the recipe's base, which an adapter is put on; one that was trained on another stage's full model gets that. trust_remote_code:
+    whether code that a tuned model brings may run. Raises CheckpointError where a file is not what was saved.
     """
+    require_unaltered(folder)
     dtype = str(loaded.dtype).removeprefix("torch.")
-    if not (folder / "adapter_config.json").is_file():
-        return load_model(ModelSection(name=str(folder.resolve()), dtype=dtype)).model
+
+    def whole(name: str) -> LoadedModel:
+        return load_model(ModelSection(name=name, dtype=dtype, trust_remote_code=trust_remote_code))
+
+    if not is_adapter(folder):
+        return whole(str(folder.resolve())).model
     trained_on = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    if _card(folder).get("base", {}).get("sha256") != loaded.identity.sha256 and trained_on and Path(trained_on).is_dir():
-        loaded = load_model(ModelSection(name=trained_on, dtype=dtype))
+    if read_card(folder).get("base", {}).get("sha256") != loaded.identity.sha256 and trained_on and Path(trained_on).is_dir():
+        require_unaltered(Path(trained_on))
+        loaded = whole(trained_on)
     return load_adapter(loaded, folder)
 
 
@@ -50,6 +58,13 @@ def evaluate_run(session: Session) -> dict[str, Any]:
     def generator(model: nn.Module) -> LocalGenerator:
         return LocalGenerator(model, session.loaded.tokenizer, batch_size=recipe.evaluate.batch_size, stop_ids=stops)
 
+    def tuned() -> LocalGenerator:
+        return generator(open_result(result, session.loaded, trust_remote_code=recipe.model.trust_remote_code))
+
+    def save(unit: str, payload: dict[str, Any]) -> None:
+        session.worked = True
+        write_json(session.run.file(f"{UNITS}/{unit}.json"), payload)
+
     def announce(what: str) -> None:
         session.stop.defer(False)  # raises where a signal came in and a library swallowed what it raised
         session.report({"event": "evaluating", "what": what})
@@ -59,16 +74,19 @@ def evaluate_run(session: Session) -> dict[str, Any]:
         training=[r for r in data.records if isinstance(r, Conversation)],
         encoder=TemplateEncoder(session.template, session.loaded.tokenizer),
         base=lambda: generator(session.loaded.model),
-        tuned=(lambda: generator(open_result(result, session.loaded))) if trained else None,
+        tuned=tuned if trained else None,
         base_id=session.loaded.identity.sha256,
         tuned_id=_result_hash(result) if trained else "",
-        max_new_tokens=recipe.evaluate.max_new_tokens or derive_max_new_tokens(int(np.count_nonzero(w)) for _, w in data.train),
+        max_new_tokens=recipe.evaluate.max_new_tokens,
         vocabulary_size=session.loaded.model.get_input_embeddings().weight.shape[0],
         general=tasks.general,
         validation=tasks.validation,
         constraint=_constraint(tasks.schema, tasks.labels, session.loaded, stops),
         context_length=session.loaded.context,
-        training_template_sha256=_card(result).get("template_sha256"),
+        training_template_sha256=read_card(result).get("template_sha256"),
+        dtype=str(session.loaded.dtype).removeprefix("torch."),
+        stop_ids=tuple(stops),
+        version=_package_version(),
         seed=recipe.seed,
     )
     folder = session.run.file(UNITS)
@@ -78,7 +96,7 @@ def evaluate_run(session: Session) -> dict[str, Any]:
         recipe.evaluate,
         inputs,
         done=done,
-        save=lambda unit, payload: write_json(session.run.file(f"{UNITS}/{unit}.json"), payload),
+        save=save,
         announce=announce,
     )
     for name, seconds in found.seconds.items():
@@ -96,10 +114,15 @@ def _constraint(schema: dict[str, Any] | None, labels: Sequence[str] | None, loa
     return choice_constraint(labels, loaded.tokenizer, stop_ids=stops) if labels else None
 
 
-def _card(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / CARD).read_text()) if (folder / CARD).is_file() else {}
+def _package_version() -> str:
+    try:
+        return importlib.metadata.version("tunesmith")
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        return "not installed"
 
 
 def _result_hash(folder: Path) -> str:
-    manifest = json.loads((folder / "manifest.json").read_text())
+    """What the tuned model's scores depend on: its weights, as they lie there now. Raises CheckpointError where they are others."""
+    require_unaltered(folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
     return json.dumps(sorted((name, entry["sha256"]) for name, entry in manifest["files"].items() if name.endswith(".safetensors")))

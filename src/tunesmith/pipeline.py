@@ -15,19 +15,22 @@ from typing import Any
 
 from .data.prepare import PreparedData
 from .data.records import Conversation
-from .errors import GateFailed, ModelError
+from .errors import GateFailed
 from .evaluation import evaluate_run
 from .planning import make_plan
 from .preparation import fresh_base, prepare, require_files
 from .recipe import Recipe, Stage, dump_recipe, load_recipe
 from .report import write_report
 from .report.card import write_card
-from .rundir import RunDirectory, write_json
+from .rundir import RunDirectory, storage, storage_failures, write_json
+from .rundir._storage import sync
 from .session import Report, Session
 from .train.memory import peak_memory_bytes
 from .train.signals import StopRequest
-from .train.stage import is_finished, locate_start, run_stage
+from .train.stage import StageInputs, is_finished, locate_start, run_stage
 from .train.trackers import Trackers, require_trackers
+
+NOTHING_TO_DO = "nothing_to_do"  # the event of a part that found everything finished
 
 
 @dataclass
@@ -164,20 +167,20 @@ def _train(session: Session) -> None:
 
 def _train_stage(session: Session, stage: Stage, report: Report) -> None:
     data = session.data_of(stage)
+    session.worked = True
     with session.phase(f"train {stage.name}"):
-        run_stage(
-            stage,
-            session.loaded,
-            data,
-            session.template,
-            session.run,
-            start=locate_start(stage, session.run.path),
+        inputs = StageInputs(
+            loaded=session.loaded,
+            section=session.recipe.model,
+            data=data,
+            template=session.template,
             new_tokens=session.new_tokens,
             system=common_system(data),
+            start=locate_start(stage, session.run.path),
             seed=session.recipe.seed,
-            stop=session.stop,
-            report=report,
         )
+        run_stage(stage, inputs, session.run, stop=session.stop, report=report)
+        del inputs
     # What comes next starts from what the disk holds, so that a resumed run does exactly the same; the stage's weights go first.
     session.loaded = None
     gc.collect()
@@ -196,13 +199,18 @@ def _publish_model(session: Session) -> None:
     if link.is_symlink() and link.readlink() == target:
         return
     temporary = session.run.path / ".model"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target, target_is_directory=True)
-    temporary.replace(link)
+    with storage_failures(link):
+        if temporary.is_symlink():
+            storage.unlink(temporary)
+        temporary.symlink_to(target, target_is_directory=True)
+        storage.rename(temporary, link)
+        sync(link.parent)
 
 
 def _finish(session: Session, evaluation: dict[str, Any] | None) -> RunResult:
     path = session.run.path
+    if not session.worked:
+        session.run.log({"event": NOTHING_TO_DO})
     measured = _measured(session)
     plan_path = path / "plan.json"
     known = json.loads(plan_path.read_text()) if plan_path.is_file() else {"predicted": None}
@@ -221,9 +229,9 @@ def _finish(session: Session, evaluation: dict[str, Any] | None) -> RunResult:
 
 
 def _measured(session: Session) -> dict[str, Any]:
-    """What the run really took, over all its parts; a phase that was resumed counts each time."""
+    """What the run really took, over all its parts; a phase that was resumed counts each time, a part that found all finished never."""
     events = session.run.events()
-    phases = [event for event in events if event.get("event") == "phase"]
+    phases = _phases(events)
     tokens = {event["stage"]: event["tokens"] for event in events if event.get("event") == "stage_finished"}
     return {
         "peak_memory_bytes": max((event["peak_memory_bytes"] for event in phases), default=peak_memory_bytes()),
@@ -234,9 +242,14 @@ def _measured(session: Session) -> dict[str, Any]:
     }
 
 
-def trained_model_folder(run_path: Path) -> Path:
-    """The folder of a run's tuned model. Raises ModelError where the run trained nothing."""
-    folder = run_path / "model"
-    if not folder.exists():
-        raise ModelError("the run holds no tuned model", where=str(run_path), mend="train it first: tunesmith train RECIPE")
-    return folder
+def _phases(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The phases of the parts that did something; each part of a run begins with `load`."""
+    parts: list[list[dict[str, Any]]] = [[]]
+    for event in events:
+        if event.get("event") == "phase":
+            if event["name"] == "load":
+                parts.append([])
+            parts[-1].append(event)
+        elif event.get("event") == NOTHING_TO_DO:
+            parts[-1].clear()
+    return [event for part in parts for event in part]

@@ -6,23 +6,25 @@ what the tasks are about; a stage that brings data of its own, or trains on othe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .data.prepare import PreparedData, Rendering, prepare_data
 from .data.read import locate
 from .data.records import Record
 from .data.render import TrainOn
 from .data.template import load_template
-from .errors import CheckpointError, MissingFile, RecipeError
+from .errors import MissingFile, RecipeError
+from .evaluate import TemplateEncoder, derive_max_new_tokens
 from .models.load import LoadedModel, load_model
-from .models.methods import CARD
+from .models.result import read_card, require_unaltered
 from .recipe import DataSection, FullMethod, LoraMethod, Recipe, Stage, dump_recipe
 from .rundir import manifest, write_json, write_text
 from .session import Session
-from .tasks import make_tasks
+from .tasks import encodable_tasks, make_tasks
 from .train.stage import add_new_tokens, check_targets, derive_stage, locate_start, stage_fingerprint
 
 
@@ -54,8 +56,11 @@ def prepare(session: Session) -> None:
     session.data.write_account(session.run)
     for name, data in session.stage_data.items():
         data.write_account(session.run, f"data/{name}")
-    session.tasks = make_tasks(recipe, session.data, session.stage_data.values(), has_template=session.template is not None)
-    session.recipe = _resolved(session)
+    tasks = make_tasks(recipe, session.data, session.stage_data.values(), has_template=session.template is not None)
+    room = recipe.evaluate.max_new_tokens or derive_max_new_tokens(int(np.count_nonzero(weights)) for _, weights in session.data.train)
+    encoder = TemplateEncoder(session.template, session.loaded.tokenizer)
+    session.tasks = encodable_tasks(tasks, encoder, max_new_tokens=room, context_length=session.loaded.context)
+    session.recipe = _resolved(session, room)
     write_text(session.run.file("recipe.yaml"), dump_recipe(session.recipe))
     hashes = {part: source["sha256"] for part, source in session.data.sources.items()}
     about = manifest(session.recipe.model_dump(), session.loaded.identity.public(), hashes, {"seed": recipe.seed})
@@ -103,6 +108,8 @@ def _derived_stages(session: Session) -> list[Stage]:
                 mend="put the stage it starts from before it",
             )
         start = None if stage.start_from in done else locate_start(stage, session.run.path)
+        if start is not None:
+            require_unaltered(start)
         rows = len(session.data_of(stage).train)
         if stage.start_from in done:
             inherited = done[stage.start_from].method
@@ -135,21 +142,22 @@ def _require_same_method(derived: Stage, given: Stage, start: Any) -> None:
 
 
 def _require_same_result(session: Session, stage: Stage) -> None:
-    """A result that is there already must be what this recipe would train. Raises CheckpointError."""
+    """A result that is there already must be what this recipe would train. Raises RecipeError."""
     folder = session.run.path / "stages" / stage.name / "model"
-    if not (folder / CARD).is_file():
+    card = read_card(folder)
+    if not card:
         return
     start = locate_start(stage, session.run.path)
     fingerprint = stage_fingerprint(stage, session.loaded, session.data_of(stage), session.template, start, session.recipe.seed)
-    if json.loads((folder / CARD).read_text()).get("fingerprint") != fingerprint:
-        raise CheckpointError(
+    if card.get("fingerprint") != fingerprint:
+        raise RecipeError(
             f"the result of stage {stage.name} was trained with other settings or data",
             where=str(folder),
             mend=f"use the recipe it was trained with ({session.run.path / 'recipe.yaml'}), or another folder with --out",
         )
 
 
-def _resolved(session: Session) -> Recipe:
+def _resolved(session: Session, max_new_tokens: int) -> Recipe:
     """The recipe with every derived setting: running it again repeats the run."""
     recipe, identity = session.recipe, session.loaded.identity
     stages = [
@@ -159,8 +167,12 @@ def _resolved(session: Session) -> Recipe:
     dtype = str(session.loaded.dtype).removeprefix("torch.")
     model = recipe.model.model_copy(update={"revision": identity.revision, "dtype": dtype})
     output = recipe.output.model_copy(update={"dir": str(session.run.path)})
+    evaluation = recipe.evaluate.model_copy(update={"max_new_tokens": max_new_tokens})
     session.stages = stages
-    return recipe.model_copy(update={"stages": stages, "data": _fixed(recipe.data, session.data), "model": model, "output": output})
+    fixed = {"stages": stages, "data": _fixed(recipe.data, session.data), "model": model, "output": output, "evaluate": evaluation}
+    if session.tasks.labels is not None and session.tasks.labels_hold:
+        fixed["task"] = recipe.task.model_copy(update={"labels": list(session.tasks.labels)})
+    return recipe.model_copy(update=fixed)
 
 
 def _fixed(section: DataSection, data: PreparedData) -> DataSection:

@@ -35,6 +35,8 @@ class Session:
     stage_data: dict[str, PreparedData] = field(default_factory=dict)
     tasks: Tasks | None = None
     stages: list[Stage] = field(default_factory=list)
+    worked: bool = False
+    """Whether anything was trained or scored, and not only found finished."""
 
     def data_of(self, stage: Stage) -> PreparedData:
         """What a stage trains on: rows of its own, else the recipe's."""

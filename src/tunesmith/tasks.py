@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .data.check import find_test_overlap
 from .data.prepare import PreparedData
 from .data.read import read_records
 from .data.records import Conversation, Record
 from .errors import DataRefused, ModelError, RecipeError
-from .evaluate import Task, check_gates, distinct_answers, freeze_task
+from .evaluate import Encoder, Item, Task, check_gates, distinct_answers, encodable, freeze_task
 from .recipe import Recipe
 
 MOST_VALIDATION_ITEMS = 200  # each example set of few_shot answers all of them; more would cost more than it tells
@@ -28,6 +29,11 @@ class Tasks:
     schema: dict[str, Any] | None
     labels: Sequence[str] | None
     notes: tuple[str, ...]
+
+    @property
+    def labels_hold(self) -> bool:
+        """Whether every test item's answer is one of the labels, so that they can be given and need not be derived."""
+        return self.task is None or not _odd(self.task)
 
 
 def make_tasks(recipe: Recipe, data: PreparedData, stage_data: Collection[PreparedData] = (), *, has_template: bool = True) -> Tasks:
@@ -60,9 +66,36 @@ def make_tasks(recipe: Recipe, data: PreparedData, stage_data: Collection[Prepar
     return Tasks(task, validation, general, schema, labels, notes)
 
 
+def encodable_tasks(tasks: Tasks, encoder: Encoder, *, max_new_tokens: int, context_length: int) -> Tasks:
+    """The tasks without the items that the model cannot be asked, each listed in `skipped`, with a note.
+
+    Raises DataRefused, before anything is trained, where no item of the test or general set can be asked.
+    """
+    notes, kept = [*tasks.notes], {}
+    for name, where in (("task", "data.test"), ("validation", None), ("general", "evaluate.general")):
+        task = getattr(tasks, name)
+        if task is None:
+            continue
+        room = 0 if name == "general" else max_new_tokens  # on the guard set nothing is generated
+        kept[name] = encodable(task, encoder, max_new_tokens=room, context_length=context_length)
+        gone = kept[name].skipped[len(task.skipped) :]
+        if not gone:
+            continue
+        what = f"{len(gone)} of {len(task.items)} items of {name} cannot be asked: {'; '.join(f'{row}: {why}' for row, why in gone[:5])}"
+        if where is not None and not kept[name].items:
+            raise DataRefused(what, where=where, mend="mend these rows, or set evaluate.max_new_tokens lower where they are too long")
+        notes.append(what)
+    return replace(tasks, **kept, notes=tuple(notes))
+
+
+def _odd(task: Task) -> list[Item]:
+    """The items whose reference is none of the labels."""
+    return [item for item in task.items if task.labels and item.reference.strip() not in task.labels]
+
+
 def _unknown_labels(task: Task, *, given: bool) -> tuple[str, ...]:
     """A note on items whose reference is no label. Raises DataRefused where the recipe gives the labels."""
-    odd = [item for item in task.items if item.reference.strip() not in task.labels]
+    odd = _odd(task)
     if odd and given:
         raise DataRefused(
             f"{len(odd)} of {len(task.items)} references are none of task.labels: {', '.join(item.item_id for item in odd[:5])}",
@@ -84,23 +117,18 @@ def _schema(path: str) -> dict[str, Any]:
 
 
 def _general(recipe: Recipe, trained_on: Sequence[Record]) -> tuple[Task | None, tuple[str, ...]]:
-    """The guard set without rows whose question was trained on; and how many rows are left out, and why."""
+    """The guard set without rows whose question, or one nearly like it, was trained on; and how many rows are left out, and why."""
     path = recipe.evaluate.general
     if path is None:
         return None, ()
     read = read_records(path, recipe.data.model_copy(update={"columns": {}, "format": "auto"}))
-    trained = {_question(row) for row in trained_on}
-    rows = [row for row in read.records if _question(row) not in trained]
+    overlap = find_test_overlap(read.records, trained_on, recipe.data.near_duplicate_threshold)
+    rows = [row for index, row in enumerate(read.records) if index not in overlap]
     if not rows:
         raise RecipeError(
             "no row of the general set is new to the training", where=f"evaluate.general: {path}", mend="give conversations of another kind"
         )
     notes = [f"a row of the general set cannot be used: line {row.line}: {row.reason}" for row in read.rejected]
-    gone = len(read.records) - len(rows)
-    if gone:
-        notes.append(f"{gone} of {len(read.records)} rows of the general set are training rows and were left out")
+    if overlap:
+        notes.append(f"{len(overlap)} of {len(read.records)} rows of the general set are training rows, or nearly, and were left out")
     return freeze_task("general", rows, metrics=()), tuple(notes)
-
-
-def _question(row: Record) -> str:
-    return "\n".join(m.content for m in row.messages if m.role == "user") if isinstance(row, Conversation) else row.text

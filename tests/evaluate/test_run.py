@@ -199,10 +199,49 @@ def test_a_kept_unit_of_another_model_template_or_setting_is_computed_again():
 
     assert recomputed(Setup(tuned_id="trained on")) == {"task.tuned.answers", "task.tuned.perplexity", "general.tuned.perplexity"}
     assert "task.zero_shot.answers" in recomputed(Setup(max_new_tokens=33))
+    for changed in ({"dtype": "float16"}, {"version": "9.9"}, {"stop_ids": (3,)}):
+        assert "task.zero_shot.answers" in recomputed(Setup(**changed))
     other = Setup()
     other.encoder.sha256 = "template-b"
     assert recomputed(other) == set(kept)
     assert recomputed(Setup(seed=1)) >= {"few_shot.k2.set0", "few_shot.k4.set1"}
+
+
+def test_each_task_says_the_hash_of_the_prompts_that_were_asked(finished):
+    def hashes(result):
+        return [task["prompt_sha256"] for task in result.evaluation["tasks"].values()]
+
+    assert [len(one) for one in hashes(finished[1])] == [64, 64]
+    assert hashes(Setup().run()) == hashes(finished[1])
+    other = freeze_task("task", desk_rows(40, start=300), schema=SCHEMA, metrics=METRICS)
+    theirs = hashes(Setup(task=other).run())
+    assert theirs[0] != hashes(finished[1])[0]
+
+
+def test_bf16_answers_that_depend_on_the_batch_are_counted_once_and_noted():
+    setup, kept = Setup(dtype="bfloat16"), {}
+    alone = iter(range(16))
+
+    def generate(prompts, **how):
+        made = ScriptedGenerator.generate(setup.tuned, prompts, **how)
+        return [replace(made[0], token_ids=[99])] if len(prompts) == 1 and next(alone) < 3 else made
+
+    setup.tuned.generate = generate
+    result = setup.run(save=lambda unit, payload: kept.update({unit: payload}))
+    words = "3 of 16 answers differ in bf16 when generated alone (tuned, the first 32 tokens)"
+    assert words in result.evaluation["notes"]
+    again = Setup(dtype="bfloat16")
+    assert words in again.run(done=kept).evaluation["notes"]
+    assert again.tuned.calls == []
+    few = Setup(dtype="bfloat16", task=freeze_task("task", desk_rows(15, start=200), schema=SCHEMA, metrics=METRICS))
+    assert not any("generated alone" in note for one in (few, Setup()) for note in one.run().evaluation["notes"])
+
+
+def test_too_few_items_recommend_nothing_and_say_why():
+    six, five = (freeze_task("task", desk_rows(n, start=200), schema=SCHEMA, metrics=METRICS) for n in (6, 5))
+    assert Setup(task=six).run().evaluation["recommendation"]["candidate"] is not None
+    found = Setup(task=five).run().evaluation["recommendation"]
+    assert found == {"candidate": None, "reason": "NOT MEASURED: n = 5 items cannot show anything at 95%; at least 6 are needed."}
 
 
 def test_an_evaluation_through_another_template_than_trainings_is_refused():

@@ -50,6 +50,15 @@ def test_a_random_model_under_a_schema_says_valid_json_or_is_cut_by_the_limit(ge
             assert len(generation.token_ids) == 150
 
 
+def test_a_label_outside_the_first_plane_can_be_said(generator, smollm2_tokenizer):
+    labels = ["😀 happy", "Ärger", 'say "no" \\ \n twice']
+    for number, label in enumerate(labels):
+        generations = generator.generate(
+            PROMPTS, max_new_tokens=40, sampling=Sampling(temperature=1.0, seed=number), constraint=choice_constraint([label], smollm2_tokenizer)
+        )
+        assert {generation.text for generation in generations} == {label}
+
+
 def test_white_space_is_that_of_json_dumps(generator, smollm2_tokenizer):
     schema = {
         "type": "object",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tests.toys import Rows, batch_of, loaded, make_rows, make_stage, model_folder, tiny_model
+from tests.toys import Rows, batch_of, loaded, make_rows, make_stage, model_folder, stage_inputs, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from tunesmith.data.template import load_template
@@ -290,24 +290,9 @@ def test_a_base_without_a_template_gets_chatml_whose_new_tokens_train_and_are_th
     assert new == [rows_before, rows_before + 1]
     rows = chat_rows(origin.tokenizer, ["abc", "good day", "xyz"])
     stage = make_stage(method={"type": "lora", "r": 4}, max_steps=8, rows=3)
-
-    class Data:
-        train, validation, max_length = rows, None, 64
-
+    inputs = stage_inputs(origin, rows, tmp_path / "stores", template=template, new_tokens=new)
     with RunDirectory.open(tmp_path / "run", resume=False) as run:
-        model = run_stage(
-            stage,
-            origin,
-            Data,
-            template,
-            run,
-            start=None,
-            new_tokens=new,
-            system=None,
-            seed=0,
-            stop=StopRequest(),
-            report=lambda event: None,
-        )
+        model = run_stage(stage, inputs, run, stop=StopRequest(), report=lambda event: None)
     verify_folder(tmp_path / "run" / "stages" / "sft" / "model")
     ids = torch.from_numpy(rows[1][0])[None]
     policy = Policy(model)
@@ -402,3 +387,13 @@ def test_a_finished_stage_whose_result_was_damaged_is_not_taken_as_finished(tmp_
         (result / "adapter_model.safetensors").write_bytes(bytes(data))
         assert not is_finished(run, stage)
         assert run.events()[-1]["event"] == "result_refused"
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_attaching_and_saving_write_nothing_to_the_terminal(tmp_path, method, capfd, recwarn):
+    origin = base(model_folder(tmp_path / "base"))
+    model = attach(origin, FullMethod() if method == "full" else LORA, seed=0)
+    capfd.readouterr()
+    (tmp_path / "result").mkdir()
+    save_result(model, origin, tmp_path / "result", {})
+    assert ("".join(capfd.readouterr()), [str(warning.message) for warning in recwarn]) == ("", [])

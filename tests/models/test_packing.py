@@ -10,6 +10,8 @@ import torch
 from tests.families import FAMILIES, VOCABULARY, tiny_model
 
 from tunesmith.data.forest import build_forest
+from tunesmith.errors import ModelError
+from tunesmith.models.methods import target_modules
 from tunesmith.models.policy import Policy
 
 
@@ -126,3 +128,39 @@ def test_checkpointing_gives_the_same_gradients(family):
         gradients.append([p.grad for p in policy.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "longest row"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layers of type chunked_attention"),
+        ({"layer_types": ["linear_attention", "full_attention"]}, "layers of type linear_attention"),
+    ],
+)
+def test_a_model_whose_rows_depend_on_their_batch_is_refused(changed, reason):
+    model = tiny_model("qwen3")
+    for name, value in changed.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ModelError, match=reason):
+        Policy(model)
+
+
+def test_a_model_without_a_backbone_of_its_own_is_refused():
+    model = tiny_model("llama")
+    model.base_model_prefix = "nowhere"
+    for use in (Policy, lambda m: target_modules(m, None)):
+        with pytest.raises(ModelError, match="LlamaForCausalLM has no backbone"):
+            use(model)
+
+
+def test_the_head_runs_only_where_its_outputs_are_needed(monkeypatch):
+    policy = Policy(tiny_model("llama"))
+    policy.heads["value"] = torch.nn.Linear(32, 1)
+    policy.heads["score"] = torch.nn.Linear(32, 1)
+    forest = build_forest(_rows())
+    assert policy(forest, ("entropy",)).entropy is not None
+    monkeypatch.setattr(Policy, "_head", None)
+    outputs = policy(forest, ("values", "scores"))
+    assert outputs.logprobs is None
+    assert (len(outputs.values), len(outputs.scores)) == (len(forest.target_S), 8)

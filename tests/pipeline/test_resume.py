@@ -15,7 +15,7 @@ from tests.faults.harness import in_child, tree
 from tests.pipeline.helpers import announced, read_json, recipe, stage, weights
 
 import tunesmith
-from tunesmith.errors import CheckpointError
+from tunesmith.errors import RecipeError
 from tunesmith.rundir import read_events
 
 TWO_STAGES = [stage("one"), stage("two", start_from="one")]
@@ -123,7 +123,7 @@ def test_a_result_trained_with_other_settings_or_data_is_refused_and_the_run_dir
         lambda: tunesmith.run(made, sets=sets, out=unbroken, resume=True),
         lambda: tunesmith.evaluate(made, sets=sets, out=unbroken),
     ):
-        with pytest.raises(CheckpointError, match="trained with other settings or data"):
+        with pytest.raises(RecipeError, match="trained with other settings or data"):
             verb()
     after = tree(unbroken)
     assert [name for name in before if name != "events.jsonl" and after[name] != before[name]] == []

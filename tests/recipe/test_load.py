@@ -316,3 +316,28 @@ def test_a_recipe_does_not_change_afterwards():
     with pytest.raises(ValueError, match="frozen"):
         recipe.name = "other"
     assert isinstance(recipe, Recipe)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_no_generator_takes_is_refused(seed):
+    assert "`seed`" in refused(values(seed=seed)).what
+    assert load_recipe(values(seed=2**63 - 1)).seed == 2**63 - 1
+
+
+@pytest.mark.parametrize("setting", [{"early_stopping_patience": 2}, {"load_best_model_at_end": True}])
+def test_a_choice_by_validation_loss_without_validation_rows_is_refused(setting):
+    none, some = {"train": "rows.jsonl", "validation": 0}, {"train": "rows.jsonl", "validation": 0.1}
+    stage = {"name": "sft", "objective": "sft", "learning_rate": 1e-4, **setting}
+    assert f"{next(iter(setting))} of stage sft needs validation rows" in refused(values(data=none, stages=[stage])).what
+    assert "needs validation rows" in refused(values(data=some, stages=[stage | {"data": none}])).what
+    load_recipe(values(data=some, stages=[stage]))
+    load_recipe(values(data=none, stages=[stage | {"data": some}]))
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "folder", "weights.gguf"])
+def test_a_revision_of_a_model_that_has_none_is_refused(name, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    refused_recipe = refused(values(model={"name": name, "revision": "v1.0"}))
+    assert "model.revision" in refused_recipe.what
+    assert load_recipe(values(model={"name": "owner/name", "revision": "v1.0"})).model.revision == "v1.0"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,15 @@ from tunesmith.models.policy import Policy
 from tunesmith.objectives import SFT
 from tunesmith.recipe import LoraMethod
 from tunesmith.rundir import read_events
-from tunesmith.train.invariants import every_row_carries_loss, fast_paths_agree, fresh_adapter_changes_nothing, no_leak, something_trains
+from tunesmith.train.invariants import (
+    every_answer_ends_with_a_stop,
+    every_row_carries_loss,
+    fast_paths_agree,
+    fresh_adapter_changes_nothing,
+    no_leak,
+    one_start_of_text,
+    something_trains,
+)
 
 ROWS = make_rows(6)
 LORA = LoraMethod(r=4)
@@ -45,6 +55,21 @@ def test_a_row_without_loss_is_named():
     with pytest.raises(InvariantViolated, match="1 rows carry no loss: second"):
         every_row_carries_loss([ROWS[0], silent], ["first", "second"])
     every_row_carries_loss(ROWS, ROWS.row_ids)
+
+
+def test_a_row_whose_end_of_turn_carries_no_loss_is_named():
+    rows = [(np.array([5, 6, 9, 3]), np.array([0.0, 1, 1, 0])), (np.array([5, 6, 9]), np.array([0.0, 1, 0]))]
+    every_answer_ends_with_a_stop(rows[:1], ["first"], [9])
+    with pytest.raises(InvariantViolated, match="end of turn carries no loss in 1 rows: second"):
+        every_answer_ends_with_a_stop(rows, ["first", "second"], [9])
+
+
+def test_a_row_that_begins_with_two_starts_of_text_is_named():
+    rows = [(np.array(ids), np.ones(len(ids))) for ids in ([1, 5, 1, 1], [1, 1, 5], [1])]
+    with pytest.raises(InvariantViolated, match="1 rows begin with two BOS tokens: second"):
+        one_start_of_text(rows, ["first", "second", "third"], 1)
+    one_start_of_text(rows, ["first", "second", "third"], None)
+    one_start_of_text(rows, ["first", "second", "third"], 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -109,7 +134,38 @@ def wrong_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused._SwiGLU, "forward", staticmethod(lambda ctx, gate, up: plain(ctx, gate, up) * 1.3))
 
 
-@pytest.mark.parametrize("break_it", [wrong_backward, wrong_forward])
+def wrong_lora(position: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient towards one of the adapter's matrices is halved; all others, the inputs' among them, are right."""
+    plain = fused._LoraProduct.backward
+
+    def backward(ctx, grad):
+        gradients = list(plain(ctx, grad))
+        gradients[position] = gradients[position] * 0.5
+        return tuple(gradients)
+
+    monkeypatch.setattr(fused._LoraProduct, "backward", staticmethod(backward))
+
+
+def wrong_norm_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = fused._RMSNorm.backward
+    monkeypatch.setattr(fused._RMSNorm, "backward", staticmethod(lambda ctx, grad: (plain(ctx, grad)[0], -plain(ctx, grad)[1], None)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_gradient_towards_a_weight_that_trains_is_found_in_full_tuning(dtype, monkeypatch):
+    wrong_norm_weight(monkeypatch)
+    assert fast_paths_agree(Policy(tiny_model("llama", dtype=dtype)), SFT(), batch_of(ROWS)) == ["rms_norm", "swiglu"]
+
+
+def test_the_comparison_leaves_the_adapter_as_it_was():
+    policy = lora_policy()
+    before = {name: parameter.clone() for name, parameter in policy.named_parameters()}
+    assert fast_paths_agree(policy, SFT(), batch_of(ROWS)) == []
+    assert all(torch.equal(parameter, before[name]) for name, parameter in policy.named_parameters())
+    assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+@pytest.mark.parametrize("break_it", [wrong_backward, wrong_forward, partial(wrong_lora, 3), partial(wrong_lora, 4)])
 def test_a_fast_path_that_disagrees_is_taken_out_and_the_plain_layers_compute(break_it, monkeypatch):
     policy = lora_policy()
     break_it(monkeypatch)

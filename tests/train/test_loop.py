@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +11,15 @@ import torch
 from safetensors.torch import load_file
 from tests.toys import loaded, make_job, make_rows, make_stage, tiny_model
 
-from tunesmith.errors import InvariantViolated
+from tunesmith.errors import Interrupted, InvariantViolated
 from tunesmith.models.methods import attach
 from tunesmith.models.policy import Policy
+from tunesmith.objectives import SFT
 from tunesmith.recipe import FullMethod, LoraMethod
 from tunesmith.rundir import RunDirectory
 from tunesmith.train import loop
 from tunesmith.train.loop import train
+from tunesmith.train.signals import StopRequest
 from tunesmith.train.window import WindowResult
 
 ROWS = make_rows(8)
@@ -27,7 +30,7 @@ def follow_curve(monkeypatch: pytest.MonkeyPatch, curve: dict[int, float]) -> li
     """Makes each evaluation give the curve's next value."""
     values, asked = iter(curve.values()), []
 
-    def evaluate(policy: Any, objective: Any, batches: Any) -> WindowResult:
+    def evaluate(policy: Any, objective: Any, batches: Any, between: Any) -> WindowResult:
         asked.append(len(asked))
         return WindowResult(next(values), {}, {})
 
@@ -167,3 +170,37 @@ def test_the_source_alone_decides_the_batches(tmp_path):
     with RunDirectory.open(tmp_path / "run", resume=False) as run:
         train(make_job(Policy(tiny_model("llama")), make_stage(max_steps=3), run, ROWS, source=Rollouts()))
     assert asked == [0, 1, 2]
+
+
+@pytest.mark.parametrize("batches_seen", [0, 1, 3, 4])
+def test_a_signal_during_an_evaluation_is_answered_before_its_next_batch_and_the_resumed_run_evaluates_again(tmp_path, batches_seen):
+    policy, stage = Policy(tiny_model("llama")), make_stage(max_steps=6, eval_steps=2, save_steps=6)
+    stop, seen = StopRequest(), []
+
+    class Signalled(SFT):
+        def terms(self, outputs: Any, batch: Any) -> Any:
+            if not outputs.logprobs.requires_grad:
+                seen.append(batch)
+                if len(seen) == batches_seen:
+                    stop._handle(signal.SIGTERM, None)
+            return super().terms(outputs, batch)
+
+    with RunDirectory.open(tmp_path / "run", resume=False) as run:
+        job = make_job(policy, stage, run, ROWS, validation=ROWS, objective=Signalled(), stop=stop)
+        held_out = job.validation
+
+        def first_batch_signals() -> Any:
+            for batch in held_out():
+                yield batch
+                if not batches_seen:
+                    stop._handle(signal.SIGTERM, None)
+
+        job.validation = first_batch_signals
+        with pytest.raises(Interrupted, match="after step 2"):
+            train(job)
+        assert len(seen) == batches_seen
+        assert [path.name for path in run.checkpoints("sft")] == ["step-2"]
+        assert [event["step"] for event in run.events() if event.get("event") == "evaluated"] == ([2] if batches_seen == 4 else [])
+    with RunDirectory.open(tmp_path / "run", resume=True) as run:
+        train(make_job(Policy(tiny_model("llama")), stage, run, ROWS, validation=ROWS))
+        assert [event["step"] for event in run.events() if event.get("event") == "evaluated"] == [2, 4, 6]

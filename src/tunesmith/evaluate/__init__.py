@@ -1,6 +1,6 @@
 """Evaluation: frozen tasks, candidates, gates and the verdict."""
 
-from .candidates import derive_max_new_tokens
+from .candidates import derive_max_new_tokens, encodable
 from .encode import Encoder, TemplateEncoder
 from .run import EvaluationInputs, EvaluationResult, evaluate_candidates
 from .task import Item, Task, distinct_answers, freeze_task
@@ -16,6 +16,7 @@ __all__ = [
     "check_gates",
     "derive_max_new_tokens",
     "distinct_answers",
+    "encodable",
     "evaluate_candidates",
     "freeze_task",
 ]

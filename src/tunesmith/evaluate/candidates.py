@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..data.records import Message
-from ..errors import DataRefused, TunesmithError
+from ..errors import DataRefused, ModelError, TunesmithError
 from ..generate.protocol import GREEDY, Constraint, Generator
 from .encode import Encoder
 from .task import Item, Task
@@ -119,6 +119,22 @@ def encode_items(
         )
     note = f"{short} of {len(task.items)} items of {task.name} got fewer than {len(examples)} examples: the context is full"
     return Asked(prompts, answers, (note,) if short else ())
+
+
+def encodable(task: Task, encoder: Encoder, *, max_new_tokens: int, context_length: int | None) -> Task:
+    """The task without the items that cannot be asked even without examples: the template refuses them, or they leave no room.
+
+    They are listed in `skipped` with the reason. The rule is `encode_items`' own, so that what is left is what it takes.
+    """
+    reasons = {}
+    for item in task.items:
+        try:
+            encode_items(replace(task, items=(item,)), encoder, max_new_tokens=max_new_tokens, context_length=context_length)
+        except ModelError as error:  # a TemplateError, or what the tokenizer cannot do
+            reasons[item.item_id] = error.what
+        except DataRefused:
+            reasons[item.item_id] = f"it leaves no room for its answer in the model's context of {context_length} tokens"
+    return task.without(reasons)
 
 
 def encode_messages(encoder: Encoder, messages: Sequence[Message], item: Item) -> list[int]:

@@ -29,6 +29,11 @@ from .verdict import Bootstrap, comparisons, decide_gates, recommend, verdict
 GUARDED = ("zero_shot", "tuned")
 """The candidates measured on the general set: the base and the tuned model, each with its bare prompt."""
 
+CHECKED_ALONE = 16
+"""Prompts whose bf16 answers are made again one by one; fewer items are not worth it."""
+CHECKED_TOKENS = 64
+"""The longest of those answers, in tokens."""
+
 
 @dataclass(frozen=True)
 class EvaluationInputs:
@@ -37,6 +42,7 @@ class EvaluationInputs:
     base, tuned: make the generator of the base and of the tuned model, called once, when it is first needed (tuned None: there is none).
     base_id, tuned_id: hashes of their weights. constraint: the compiled schema or labels, None for free text. context_length: the model's,
     in tokens. vocabulary_size: the perplexity of knowing nothing. training_template_sha256: of the template the tuned model trained with.
+    dtype, stop_ids, version: how the models are held, the tokens that end an answer, and the package's version, on which outputs depend.
     """
 
     task: Task | None
@@ -53,6 +59,9 @@ class EvaluationInputs:
     constraint: Constraint | None = None
     context_length: int | None = None
     training_template_sha256: str | None = None
+    dtype: str = "float32"
+    stop_ids: tuple[int, ...] = ()
+    version: str = ""
     seed: int = 0
 
 
@@ -112,6 +121,7 @@ class _Work:
     seconds: dict[str, float] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    prompt_hashes: dict[str, str] = field(default_factory=dict)
     few_shot: dict[str, Any] | None = None
     classical: dict[str, Any] | None = None
     _generators: dict[str, Generator] = field(default_factory=dict)
@@ -149,6 +159,7 @@ class _Work:
                 self._guard(self.inputs.task, "tuned", "tuned")
             else:
                 self._language_model(self.inputs.task, "tuned", "tuned", ())
+                self._disagreement(self.inputs.task)
         if self.inputs.general and self.inputs.general.items:
             self._guard(self.inputs.general, "tuned", "tuned")
 
@@ -204,8 +215,25 @@ class _Work:
         self._keep(scored, {**entry, **generation_json(made["outputs"])}, made["seconds"] + seconds)
         self._sample(task, scored, texts, [output["finish_reason"] for output in made["outputs"]])
 
+    def _disagreement(self, task: Task) -> None:
+        """Notes how many of some bf16 answers depend on what else is in the batch: its rounding is no property of the model."""
+        if self.inputs.dtype != "bfloat16" or len(task.items) < CHECKED_ALONE:
+            return
+        from ..generate.local import batch_disagreement  # imported here: torch, which the rest of the evaluation does without
+
+        prompts = self._encode(task, (), references=False).prompts[:CHECKED_ALONE]
+        limit = min(self.inputs.max_new_tokens, CHECKED_TOKENS)
+
+        def compare() -> dict[str, Any]:
+            return {"share": batch_disagreement(self._generator("tuned"), prompts, max_new_tokens=limit)}
+
+        what = f"tuned: {len(prompts)} answers together and alone"
+        payload = self._unit(f"{task.name}.tuned.alone", [self._model_id("tuned"), limit, prompts], compare, what)
+        different = round(payload["share"] * len(prompts))
+        self.notes.append(f"{different} of {len(prompts)} answers differ in bf16 when generated alone (tuned, the first {limit} tokens)")
+
     def _guard(self, general: Task, candidate: str, model: str) -> None:
-        nats, seconds = self._perplexity(f"{general.name}.{candidate}.perplexity", model, self._encode(general, ()))
+        nats, seconds = self._perplexity(f"{general.name}.{candidate}.perplexity", model, self._encode(general, (), max_new_tokens=0))
         scored = score_references(general, candidate, nats, template_sha256=self.inputs.encoder.sha256)
         self._keep(scored, {"model": self._model_id(model)}, seconds)
         self._sample(general, scored, [None] * len(general.items), [None] * len(general.items))
@@ -255,7 +283,8 @@ class _Work:
 
     def _unit(self, unit: str, key: Any, compute: Callable[[], dict[str, Any]], words: str) -> dict[str, Any]:
         """The unit's payload, from an earlier call if its key is the same, else computed and saved."""
-        fingerprint = hashlib.sha256(json.dumps([unit, self.inputs.encoder.sha256, key]).encode()).hexdigest()
+        made_with = [self.inputs.version, self.inputs.dtype, list(self.inputs.stop_ids)]
+        fingerprint = _hash([unit, self.inputs.encoder.sha256, made_with, key])
         known = self.done.get(unit)
         if known is not None and known.get("fingerprint") == fingerprint:
             return known
@@ -267,15 +296,18 @@ class _Work:
         self.save(unit, payload)
         return payload
 
-    def _encode(self, task: Task, examples: Sequence[Example], references: bool = True) -> Asked:
-        return encode_items(
+    def _encode(self, task: Task, examples: Sequence[Example], *, references: bool = True, max_new_tokens: int | None = None) -> Asked:
+        asked = encode_items(
             task,
             self.inputs.encoder,
             examples=examples,
-            max_new_tokens=self.inputs.max_new_tokens,
+            max_new_tokens=self.inputs.max_new_tokens if max_new_tokens is None else max_new_tokens,
             context_length=self.inputs.context_length,
             references=references,
         )
+        if not examples:
+            self.prompt_hashes[task.name] = _hash(asked.prompts)
+        return asked
 
     def _generator(self, model: str) -> Generator:
         if model not in self._generators:
@@ -303,6 +335,10 @@ class _Work:
             }
             for item, output, reason, scores in zip(task.items, outputs, reasons, scored.item_scores, strict=True)
         ]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _conclude(section: EvaluateSection, inputs: EvaluationInputs, work: _Work) -> EvaluationResult:
@@ -339,4 +375,5 @@ def _task_json(task: Task, work: _Work, bootstrap: Bootstrap, chance: Mapping[st
     wanted = GUARDED if task is work.inputs.general else work.section.candidates
     reason = "there are no items" if not task.items else None
     absent = {name: reason or work.absent.get(name, "it was not asked for") for name in wanted if name not in candidates}
-    return {**task_summary(task), "chance": dict(chance), "candidates": candidates, "not_measured": absent}
+    prompts = {"prompt_sha256": work.prompt_hashes.get(task.name)}
+    return {**task_summary(task), **prompts, "chance": dict(chance), "candidates": candidates, "not_measured": absent}

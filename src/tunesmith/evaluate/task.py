@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..data.records import Conversation, Document, Message, Record
@@ -80,6 +80,14 @@ class Task:
     def labels_are_all(self) -> bool:
         """Whether label fields are all there is to an answer, so that a classifier can give it whole."""
         return bool(self.labels) or bool(self.fields and not self.fields.values and not self.fields.texts)
+
+    def without(self, reasons: Mapping[str, str]) -> Task:
+        """The task without some items, which are listed in `skipped`; hashed anew. reasons: item id to the reason."""
+        if not reasons:
+            return self
+        items = [item for item in self.items if item.item_id not in reasons]
+        digest = _hash(items, self.schema, self.labels, self.metrics)
+        return replace(self, items=tuple(items), sha256=digest, skipped=(*self.skipped, *reasons.items()))
 
     def score(self, output: str, reference: str) -> ItemScore:
         """One answer's scores (each in [0, 1]) and predicted labels."""

@@ -145,7 +145,8 @@ def verdict(gates: Sequence[Mapping[str, Any]]) -> str:
 def recommend(results: Results, gates: Sequence[Gate], decided: Sequence[Mapping[str, Any]], bootstrap: Bootstrap) -> dict[str, Any]:
     """{"candidate", "reason"}: the best of those that can fill the whole answer, or a simpler one that is not shown to be worse.
 
-    Measured by the metric of the first gate on the task, else exact_match. candidate is None where nothing was measured.
+    Measured by the metric of the first gate on the task, else exact_match. candidate is None where nothing was measured, or on fewer
+    items than can show anything.
     """
     metric = next((gate.metric for gate in gates if gate.task == "task"), "exact_match")
     able = [
@@ -157,7 +158,10 @@ def recommend(results: Results, gates: Sequence[Gate], decided: Sequence[Mapping
         return {"candidate": None, "reason": f"{NOT_MEASURED}: no candidate has {metric} on a test set."}
     values = {scored.candidate: _value(scored, metric) for scored in able}
     best = max(able, key=lambda scored: improvement_sign(metric) * values[scored.candidate])
-    n = best.statistics[metric].n
+    n, least = best.statistics[metric].n, minimum_items(bootstrap.confidence)
+    if n < least:
+        words = f"n = {n} items cannot show anything at {bootstrap.confidence:.0%}; at least {least} are needed"
+        return {"candidate": None, "reason": f"{NOT_MEASURED}: {words}."}
     reason = f"{best.candidate} has the best {metric}: {values[best.candidate]:.3f} on {n} items"
     chosen = best
     for scored in able[: able.index(best)]:

@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
+from ..models.layout import unpackable_reason
 from .adapter import merged_adapter
 from .attention import NAME, attention_implementation
 from .engine import CHECK_TOLERANCE, CHECK_TOLERANCE_HALF, Engine
@@ -32,9 +33,6 @@ __all__ = ["LocalGenerator", "batch_disagreement", "merged_adapter"]
 
 # Tokens of the first prompt that the fast way is checked on.
 CHECKED_TOKENS = 64
-_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-# Rotary scalings whose frequencies depend on the longest row of a pass, so that a row would depend on its batch.
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 class LocalGenerator:
@@ -148,18 +146,13 @@ def _plain_attention(base: PreTrainedModel) -> str:
 
 def _unknown_layout(model: torch.nn.Module, base: PreTrainedModel) -> str | None:
     """Why the engine cannot run the model, as far as its config says, or None."""
-    config = base.config.get_text_config()
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return "the adapter puts learned tokens before the prompt"
-    other_layers = set(getattr(config, "layer_types", None) or []) - _KNOWN_LAYERS
-    if other_layers:
-        return f"layers of type {', '.join(sorted(other_layers))}"
+    reason = unpackable_reason(base.config)
+    if reason:
+        return reason
     if getattr(base, "_is_stateful", False):
         return "it keeps a recurrent state"
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {part.get("rope_type") for part in [rope, *rope.values()] if isinstance(part, dict)}
-    if kinds & _LENGTH_DEPENDENT_ROPE:
-        return "its rotary embedding depends on the longest row of a batch"
     return None
 
 

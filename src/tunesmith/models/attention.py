@@ -90,33 +90,36 @@ def _gather(x_HTD: Tensor, spans: list[tuple[int, int]]) -> Tensor:
     return x_HTD[:, spans[0][0] : spans[0][1]] if len(spans) == 1 else torch.cat([x_HTD[:, a:b] for a, b in spans], 1)
 
 
-_later: dict[torch.device, Tensor] = {}
+_masks: dict[tuple[int, int, int, int | None], Tensor] = {}
+_masks_of: list[tuple[Node, ...]] = []
 
 
-def _hidden(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """[queries, keys] bool, True where a key is later than the query, or at least `window` before it. The last query sees the last key."""
-    if window is None and queries == keys <= QUERY_BLOCK:
-        if device not in _later:
-            _later[device] = torch.ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool, device=device).triu_(1)
-        return _later[device][:queries, :keys]
-    age = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None]
-    return (age < 0) if window is None else (age < 0) | (age >= window)
+def _mask(nodes: tuple[Node, ...], groups: int, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
+    """[groups x queries, keys]: -inf where a key is after the query, or `window` or more before, else 0. The last query sees the last key.
+
+    Kept while a batch is computed, for all its layers.
+    """
+    if not _masks_of or _masks_of[0] is not nodes:
+        _masks.clear()
+        _masks_of[:] = [nodes]
+    key = (groups, queries, keys, window)
+    if key not in _masks or _masks[key].dtype != like.dtype or _masks[key].device != like.device:
+        age = torch.arange(keys - queries, keys, device=like.device)[:, None] - torch.arange(keys, device=like.device)[None]
+        hidden = (age < 0) if window is None else (age < 0) | (age >= window)
+        _masks[key] = like.new_zeros(queries, keys).masked_fill_(hidden, float("-inf")).repeat(groups, 1)
+    return _masks[key]
 
 
-def _scores(q: Tensor, k: Tensor, groups: int, scale: float, window: int | None, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Masked scores in fp32, [Hkv, groups, n, m], and the derivative of the soft cap there."""
-    heads, n = k.shape[0], q.shape[1] // groups
-    scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(scale)
-    slope = None
-    if softcap is not None:
-        scores = torch.tanh(scores.div_(softcap))
-        slope = 1 - scores * scores
-        scores = scores * softcap
-    scores = scores.view(heads, groups, n, -1)
-    m = scores.shape[-1]
-    own = n if window is None else m  # without a window only the block's own columns hide anything
-    scores[..., m - own :].masked_fill_(_hidden(n, own, window, q.device), float("-inf"))
-    return scores, slope
+def _probabilities(
+    q: Tensor, k: Tensor, groups: int, nodes: tuple[Node, ...], scale: float, window: int | None, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """fp32 softmax of the masked scores of q[Hkv, groups x n, D] and k[Hkv, m, D], and the derivative of the soft cap there."""
+    mask = _mask(nodes, groups, q.shape[1] // groups, k.shape[1], window, q)
+    if softcap is None:
+        return torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale), -1, dtype=torch.float32), None
+    capped = torch.tanh(torch.bmm(q, k.transpose(1, 2)).float().mul_(scale / softcap))
+    slope = 1 - capped * capped
+    return torch.softmax(capped.mul_(softcap).add_(mask), -1), slope
 
 
 class _ForestAttention(torch.autograd.Function):
@@ -133,9 +136,8 @@ class _ForestAttention(torch.autograd.Function):
             for begin, end, spans in _blocks(node):
                 k, v = _gather(key, spans), _gather(value, spans)
                 q = grouped[:, :, begin:end].reshape(kv_heads, -1, dim)
-                scores, _ = _scores(q, k, groups, scale, window, softcap)
-                probs = torch.softmax(scores, -1).to(query.dtype)
-                o = torch.bmm(probs.view(kv_heads, -1, probs.shape[-1]), v)
+                probs, _ = _probabilities(q, k, groups, nodes, scale, window, softcap)
+                o = torch.bmm(probs.to(query.dtype), v)
                 out_THD[begin:end] = o.view(heads, end - begin, -1).transpose(0, 1)
         ctx.save_for_backward(query, key, value, out_THD)
         ctx.layout = (nodes, scale, window, softcap)
@@ -158,11 +160,10 @@ class _ForestAttention(torch.autograd.Function):
                 k, v = _gather(key, spans), _gather(value, spans)
                 q = grouped[:, :, begin:end].reshape(kv_heads, -1, dim)
                 g = grad_THD[begin:end].transpose(0, 1).reshape(kv_heads, -1, grad_THD.shape[-1])
-                scores, slope = _scores(q, k, groups, scale, window, softcap)
-                flat = torch.softmax(scores, -1).view(kv_heads, -1, scores.shape[-1])
-                dv = torch.bmm(flat.to(g.dtype).transpose(1, 2), g)
+                probs, slope = _probabilities(q, k, groups, nodes, scale, window, softcap)
+                dv = torch.bmm(probs.to(g.dtype).transpose(1, 2), g)
                 d_scores = torch.bmm(g, v.transpose(1, 2)).float()
-                d_scores.sub_(weighted[:, :, begin:end].reshape(kv_heads, -1, 1)).mul_(flat).mul_(scale)
+                d_scores.sub_(weighted[:, :, begin:end].reshape(kv_heads, -1, 1)).mul_(probs).mul_(scale)
                 if slope is not None:
                     d_scores.mul_(slope)
                 d_scores = d_scores.to(q.dtype)

@@ -78,7 +78,7 @@ class _RMSNorm(torch.autograd.Function):
     """x rstd(x) w in fp32, rounded as the models do; keeps x and one number a token (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):  # noqa: ANN001, ANN205
+    def forward(ctx, x, weight, eps):  # noqa: ANN001
         out = torch.empty_like(x)
         normed = x.float()
         rstd = torch.linalg.vector_norm(normed, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -86,7 +86,7 @@ class _RMSNorm(torch.autograd.Function):
         return out.copy_(normed.mul_(rstd) if normed is not x else normed * rstd).mul_(weight)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):  # noqa: ANN001
         x, rstd, weight = ctx.saved_tensors
         normed = x.float() * rstd
         d_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 16 * 2**20  # of fp32 logits held at once
-CHUNKS_AT_ONCE = 8  # of logits' gradients, in the model's dtype, behind one product for the gradient of a head that trains
+CHUNK_BYTES = 8 * 2**20  # of fp32 logits held at once
+CHUNKS_AT_ONCE = 16  # of logits' gradients, in the model's dtype, behind one product for the gradient of a head that trains
 
 
 def token_logprobs(

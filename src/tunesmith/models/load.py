@@ -108,7 +108,7 @@ def load_model(section: ModelSection) -> LoadedModel:
     """Loads the base model and its tokenizer. Raises ModelError, saying what is missing, altered or refused."""
     folder, name, revision = _locate(section)
     dtype = resolve_dtype(section)
-    with _explained(section.name), _quiet():
+    with _explained(section.name), quiet():
         tokenizer = _load_tokenizer(folder, section.trust_remote_code)
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=section.trust_remote_code
@@ -121,8 +121,8 @@ def load_model(section: ModelSection) -> LoadedModel:
 
 def stored_weights(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Each tensor of a folder's weight files as it is stored, by name, one at a time."""
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 yield name, tensors.get_tensor(name)
 
@@ -161,7 +161,7 @@ def _locate(section: ModelSection) -> tuple[str, str, str | None]:
         raise ModelError(
             f"no model `{section.name}`", where="model.name", mend=f"a folder, a .gguf file, owner/name on the hub, or one of: {known}"
         )
-    with _explained(section.name), _quiet():
+    with _explained(section.name), quiet():
         folder = _snapshot(section)
     return folder, section.name, Path(folder).name
 
@@ -175,7 +175,7 @@ def _converted(gguf: Path) -> Path:
     folder = cache_folder() / "models" / f"{gguf.stem}-{digest[:16]}"
     if folder.is_dir():
         return folder
-    with _explained(str(gguf)), _quiet():
+    with _explained(str(gguf)), quiet():
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
         if hasattr(model.config, "quantization_config"):
@@ -240,7 +240,7 @@ def _explained(where: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps transformers' bars and advice off the terminal; what matters is checked by us."""
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()

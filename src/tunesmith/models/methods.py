@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import AdapterError, ModelError, RecipeError
 from ..recipe import FullMethod, LoraMethod, Method
-from .load import LoadedModel
+from .layout import backbone_of
+from .load import LoadedModel, quiet
 
 POLICY = "default"  # the adapter that trains; PEFT's own default name, so that its folder is plain
 CARD = "tunesmith.json"
@@ -36,7 +38,13 @@ def attach(loaded: LoadedModel, method: Method, *, seed: int, new_tokens: list[i
     if isinstance(method, FullMethod):
         loaded.model.requires_grad_(True)
         return loaded.model
-    return get_peft_model(loaded.model, _lora_config(loaded, method, new_tokens), autocast_adapter_dtype=True)
+    return _with_adapter(loaded.model, _lora_config(loaded, method, new_tokens))
+
+
+def _with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    with warnings.catch_warnings():  # PEFT asks for what transformers has renamed
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 
 def _lora_config(loaded: LoadedModel, method: LoraMethod, new_tokens: list[int] | None) -> LoraConfig:
@@ -63,9 +71,9 @@ def _where_tokens_train(model: PreTrainedModel, tokens: list[int]) -> list[int] 
     return {names[embeddings]: tokens, names[head]: tokens}
 
 
-def target_modules(model: nn.Module, wanted: list[str] | None) -> list[str]:
+def target_modules(model: PreTrainedModel, wanted: list[str] | None) -> list[str]:
     """The names of the linear layers that get an adapter. Each of `wanted` must match at least one, by full name or last part(s)."""
-    backbone = getattr(model, model.base_model_prefix)
+    backbone = backbone_of(model)
     linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     if wanted is None:
         return sorted({name.rsplit(".", 1)[-1] for name in linear})
@@ -97,7 +105,8 @@ def save_result(model: nn.Module, loaded: LoadedModel, folder: Path, card: dict[
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=_plain))
     else:
         state = trainable_state(model)
-        model.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
     _reopen(folder, state)
     loaded.tokenizer.save_pretrained(folder)
     (folder / CARD).write_text(json.dumps({"base": loaded.identity.public(), **card}, indent=2, sort_keys=True))
@@ -146,7 +155,7 @@ def load_adapter(loaded: LoadedModel, folder: Path, *, trainable: bool = False) 
         raise AdapterError(f"the adapter cannot be read: {error}", where=str(folder), mend=mend) from error
     config.inference_mode = not trainable
     try:
-        model = get_peft_model(loaded.model, config)
+        model = _with_adapter(loaded.model, config)
     except (ValueError, IndexError) as error:
         mend = "load the base it was trained on"
         raise AdapterError(f"the adapter does not fit the model: {error}", where=str(folder), mend=mend) from error

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..recipe import FullMethod, Stage
 from ..rundir import write_json
+from .layout import backbone_of
 from .load import LoadedModel, cache_folder
 
 PASSES_HIDDEN, PASSES_INNER = (
@@ -111,7 +112,7 @@ def _bandwidth(dtype: torch.dtype) -> float:
 def model_shape(loaded: LoadedModel) -> Shape:
     """Counts a model's weights."""
     model = loaded.model
-    backbone = getattr(model, model.base_model_prefix)
+    backbone = backbone_of(model)
     config = model.config.get_text_config()
     linear = sum(
         m.weight.numel() for m in backbone.modules() if isinstance(getattr(m, "weight", None), nn.Parameter) and m.weight.dim() == 2

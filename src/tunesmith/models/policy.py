@@ -23,13 +23,14 @@ from ..errors import ModelError
 from .attention import FOREST, current_layout, forest_layout
 from .fused import FastPaths, fuse_layers, fuse_lora, plain_layers, remove_fast_forwards
 from .head import token_logprobs
+from .layout import backbone_of, unpackable_reason
 
 
 @dataclass(frozen=True)
 class TokenOutputs:
     """What a forward pass gives; S supervised tokens and B rows, as the forest numbers them."""
 
-    logprobs: Tensor
+    logprobs: Tensor | None = None
     """[S] fp32, log-probability of each supervised token."""
     entropy: Tensor | None = None
     """[S] fp32, nats, without gradient."""
@@ -52,7 +53,7 @@ class Policy(nn.Module):
         self.heads = nn.ModuleDict()
         self.causal: PreTrainedModel
         object.__setattr__(self, "causal", model.get_base_model() if hasattr(model, "get_base_model") else model)
-        object.__setattr__(self, "backbone", getattr(self.causal, self.causal.base_model_prefix))
+        object.__setattr__(self, "backbone", backbone_of(self.causal))
         self.fast_paths = FastPaths()
         self.model.eval()  # the base's own dropout is off: log-probabilities are a function of the weights alone
         _train_adapter_dropout(self.model)
@@ -72,7 +73,9 @@ class Policy(nn.Module):
         hidden_TH = self.hidden(embeddings, forest)
         source = torch.from_numpy(forest.source_S).to(device)
         hidden_SH = hidden_TH[source]
-        logprobs, entropy = self._head(hidden_SH, torch.from_numpy(forest.target_S).to(device), "entropy" in needs)
+        logprobs = entropy = None
+        if "logprobs" in needs or "entropy" in needs:
+            logprobs, entropy = self._head(hidden_SH, torch.from_numpy(forest.target_S).to(device), "entropy" in needs)
         values = self.heads["value"](hidden_SH.float())[:, 0] if "values" in needs else None
         scores = self.heads["score"](hidden_TH[torch.from_numpy(forest.last_B).to(device)].float())[:, 0] if "scores" in needs else None
         return TokenOutputs(logprobs, entropy, values, scores)
@@ -128,6 +131,9 @@ def _require_interface(causal: PreTrainedModel) -> None:
             f"{type(causal).__name__} does not compute attention through transformers' interface, so examples cannot be packed",
             mend="tune another model family",
         )
+    reason = unpackable_reason(causal.config)
+    if reason:
+        raise ModelError(f"examples cannot be packed for {type(causal).__name__}: {reason}", mend="tune another model family")
 
 
 def _checkpoint_layers(backbone: nn.Module) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from ._base import PathText, Section
 
 
@@ -20,3 +22,10 @@ class ModelSection(Section):
     """For a base model without a chat template: a named one (chatml) or a .jinja file; its new tokens are trained and saved."""
     trust_remote_code: bool = False
     """Whether Python code that lies in the model's folder may run."""
+
+    @model_validator(mode="after")
+    def _only_the_hub_has_revisions(self) -> ModelSection:
+        on_hub = self.name.count("/") == 1 and not self.name.startswith((".", "/", "~")) and not self.name.endswith(".gguf")
+        if self.revision is not None and not on_hub:
+            raise ValueError(f"model.revision names a commit on the hub, and {self.name} is not from there: take it out")
+        return self

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..models.load import ModelIdentity
+from ..models.result import is_adapter
 from ..rundir import MANIFEST, atomic_folder, write_text
 
 MAIN_METRICS = ("exact_match", "field_accuracy", "macro_f1", "rougeL", "json_validity", "perplexity")
@@ -19,28 +21,36 @@ def write_card(run_path: Path, base: ModelIdentity) -> None:
     """Writes the card of a run's tuned model from the run's own files."""
     recipe = yaml.safe_load((run_path / "recipe.yaml").read_text())
     evaluation = _read(run_path / "evaluation.json")
-    is_adapter = (run_path / "model" / "adapter_config.json").is_file()
+    adapter = is_adapter(run_path / "model")
     front = {
         "base_model": base.name,
-        "library_name": "peft" if is_adapter else "transformers",
+        "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["tunesmith", *[stage["objective"]["type"] for stage in recipe["stages"]], *(["lora"] if is_adapter else [])],
+        "tags": ["tunesmith", *[stage["objective"]["type"] for stage in recipe["stages"]], *(["lora"] if adapter else [])],
         "datasets": [Path(recipe["data"]["train"]).name],
         "metrics": recipe["task"]["metrics"],
         "model-index": [{"name": recipe["name"], "results": _results(evaluation, recipe["name"])}],
     }
-    text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {recipe['name']}\n\n{_body(recipe, base, evaluation, is_adapter)}"
+    text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {recipe['name']}\n\n{_body(recipe, base, evaluation, adapter)}"
     write_text(run_path / "README.md", text)
     _add_to_model((run_path / "model").resolve(), text)
 
 
 def _add_to_model(folder: Path, card: str) -> None:
-    """Puts the card beside the weights: the folder is made anew, its files linked, so that it is whole at every moment."""
+    """Puts the card beside the weights: the folder is made anew, its files linked (copied where a file system has no links), and so it is
+    whole at every moment."""
     with atomic_folder(folder) as temporary:
         for file in folder.iterdir():
             if file.name not in ("README.md", MANIFEST):
-                os.link(file, temporary / file.name)
+                _link_or_copy(file, temporary / file.name)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def _link_or_copy(file: Path, copy: Path) -> None:
+    try:
+        os.link(file, copy)
+    except OSError:
+        shutil.copyfile(file, copy)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -58,9 +68,9 @@ def _results(evaluation: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return [{"task": {"type": "text-generation"}, "dataset": {"name": f"{name} test items", "type": "private"}, "metrics": metrics}]
 
 
-def _body(recipe: dict[str, Any], base: ModelIdentity, evaluation: dict[str, Any], is_adapter: bool) -> str:
+def _body(recipe: dict[str, Any], base: ModelIdentity, evaluation: dict[str, Any], adapter: bool) -> str:
     stage = recipe["stages"][-1]
-    what = f"A LoRA adapter (r = {stage['method']['r']}) for" if is_adapter else "A fully tuned copy of"
+    what = f"A LoRA adapter (r = {stage['method']['r']}) for" if adapter else "A fully tuned copy of"
     lines = [f"{what} {base.name}, weights sha256 `{base.sha256}`" + (f", revision `{base.revision}`" if base.revision else "") + "."]
     if recipe["task"]["description"]:
         lines.append(recipe["task"]["description"])
@@ -72,6 +82,6 @@ def _body(recipe: dict[str, Any], base: ModelIdentity, evaluation: dict[str, Any
     ]
     if rows:
         lines.append("\n".join(["| metric | value | interval | n |", "| --- | --- | --- | --- |", *rows]))
-    if is_adapter:
+    if adapter:
         lines.append(f'```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(base, "model")  # base: {base.name}\n```')
     return "\n\n".join(lines) + "\n"

@@ -293,8 +293,9 @@ def refuse_in_use(path: Path, *, resume: bool) -> None:
     """Raises OutputInUse for a folder that holds a run (without resume) or anything else, or whose lock another process has; changes
     nothing, so it can be asked early."""
     path = Path(path).absolute()
-    _refuse_content(path, resume=resume)
+    _refuse_foreign(path)
     _refuse_locked(path)
+    _refuse_content(path, resume=resume)
 
 
 def _refuse_content(path: Path, *, resume: bool) -> None:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,10 +62,10 @@ def train(job: Job) -> Progress:
     progress = _resume(job)
     job.stop.defer(True)
     while True:
-        if job.stop.received is not None:
-            _stop(job, progress)
+        _stop_if_asked(job, progress)
         if _evaluation_is_due(job, progress):
             _evaluate(job, progress)
+            _stop_if_asked(job, progress)
         finished = progress.step >= job.stage.max_steps or progress.stopped_early
         if progress.step and (finished or progress.step % job.stage.save_steps == 0):
             _save(job, progress)
@@ -79,8 +80,10 @@ def train(job: Job) -> Progress:
     return progress
 
 
-def _stop(job: Job, progress: Progress) -> None:
-    """Answers a signal; an evaluation that is due is left to the resumed run, so that the answer comes at once."""
+def _stop_if_asked(job: Job, progress: Progress) -> None:
+    """Answers a signal; an evaluation that is due or under way is left to the resumed run, so that the answer comes at once."""
+    if job.stop.received is None:
+        return
     _save(job, progress)
     raise Interrupted(
         f"stopped by {job.stop.received.name} after step {progress.step}; a checkpoint of that step is written",
@@ -175,7 +178,7 @@ def _require_gradients(job: Job, progress: Progress) -> None:
 
 
 def _evaluate(job: Job, progress: Progress) -> None:
-    result = evaluate_loss(job.policy, job.objective, job.validation())
+    result = evaluate_loss(job.policy, job.objective, job.validation(), between=partial(_stop_if_asked, job, progress))
     _require_finite({"validation loss": result.loss}, "nothing was saved after it", job.stage.name, progress.step)
     progress.evaluated_step = progress.step
     better = progress.best_loss is None or result.loss < progress.best_loss

@@ -32,8 +32,8 @@ def resident_bytes() -> int:
 def keep_freed_memory() -> bool:
     """Returns what is free by now to the system, and tells glibc to keep large blocks that are freed from here on.
 
-    Activations are otherwise page-faulted in anew each step. To be called once the model and the optimiser stand: the holes that loading leaves
-    are of other sizes than a step's blocks and would stay empty. Returns whether the C library took it.
+    Activations are otherwise page-faulted in anew each step. To be called once the model and the optimiser stand: the holes that loading
+    leaves are of other sizes than a step's blocks and would stay empty. Returns whether the C library took it.
     """
     try:
         library = ctypes.CDLL(None)

@@ -1,14 +1,15 @@
 """AdamW with fp32 masters (Loshchilov & Hutter 2019, arXiv:1711.05101), and the learning-rate schedule in closed form.
 
-Every trained weight has an fp32 master, since a bf16 weight rounds most updates away. Tensors held in fp32 are their own masters and lie in one flat
-buffer, which one fused kernel updates. A bf16 tensor is the upper half of its master: the other 16 bits lie in `rest`, so that weight and master
-take 4 bytes and not 6; it is updated a block at a time, joined, changed and split again while in the processor's cache.
+Every trained weight has an fp32 master, since a bf16 weight rounds most updates away. Tensors held in fp32 are their own masters and lie in
+one flat buffer, which one fused kernel updates. A bf16 tensor is the upper half of its master: the other 16 bits lie in `rest`, so that
+weight and master take 4 bytes and not 6; it is updated a block at a time, joined, changed and split again while in the processor's cache.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ TIE = (1 << 15) - 1  # a master halfway between two bf16 values may be rounded d
 class FlatAdamW:
     """The optimiser of one stage. Weight decay applies to tensors of two or more dimensions only.
 
-    Gradients of bf16 tensors add up in fp32 where a window has several batches, and are left in bf16 where it has one.
+    The gradient of a bf16 tensor is left in bf16 after a window's first batch, and the others' are added to it in fp32.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], stage: Stage):
@@ -42,20 +43,20 @@ class FlatAdamW:
         whole = sizes[: len(self._whole)]
         halved = sizes[len(self._whole) :]
         self.flat = torch.empty(sum(whole), dtype=torch.float32, device=device)
-        summed = sizes if stage.gradient_accumulation_steps > 1 else whole
-        self.grad = torch.zeros(sum(summed), dtype=torch.float32, device=device)
+        self.grad = torch.zeros(sum(whole), dtype=torch.float32, device=device)
         self.rest = torch.zeros(sum(halved), dtype=torch.int16, device=device)
         self.first, self.second = (torch.zeros(sum(sizes), dtype=torch.float32, device=device) for _ in range(2))
         self.updates = torch.zeros((), dtype=torch.float32, device=device)
         self._masters = [part.view_as(p) for part, p in zip(self.flat.split(whole), self._whole, strict=True)]
         self._rests = list(self.rest.split(halved))
         self._moments = list(zip(self.first.split(sizes), self.second.split(sizes), strict=True))
-        self._sums = [part.view_as(p) for part, p in zip(self.grad.split(summed), self.parameters, strict=False)]
-        for parameter, master, grad in zip(self._whole, self._masters, self._sums, strict=False):
+        self.gradients: list[Tensor | None] = [part.view_as(p) for part, p in zip(self.grad.split(whole), self._whole, strict=True)]
+        for parameter, master, grad in zip(self._whole, self._masters, self.gradients, strict=True):
             master.copy_(parameter.data)
             parameter.data, parameter.grad = master, grad
-        for parameter, grad in zip(self._halved, self._sums[len(self._whole) :], strict=False):
-            parameter.register_post_accumulate_grad_hook(_into(grad))
+        for index, parameter in enumerate(self._halved, len(self._whole)):
+            self.gradients.append(None)
+            parameter.register_post_accumulate_grad_hook(partial(self._gather, index))
         self.max_grad_norm = stage.max_grad_norm
         self._stride = max(1, sum(sizes) // SAMPLE)
         self._start = self._sample()
@@ -65,37 +66,38 @@ class FlatAdamW:
         """Every trained tensor in fp32, in the order of `names`; a bf16 tensor's is a copy."""
         return self._masters + [_join(p.data.flatten(), rest).view_as(p) for p, rest in zip(self._halved, self._rests, strict=True)]
 
-    def start_from(self, stored: Iterable[tuple[str, Tensor]]) -> int:
-        """Takes up the bits that loading in bf16 dropped: stored fp32 values, by name or its end, where they round to the weight held. Returns how many tensors."""
-        ends = {name.removeprefix("model."): i for i, name in enumerate(self.names[len(self._whole) :])}
-        taken = 0
+    def start_from(self, stored: Iterable[tuple[str, Tensor]]) -> None:
+        """Gives masters the bits that loading in bf16 dropped: `stored` are fp32 values by name, taken where they round to the weight held.
+
+        A master that begins exactly at a bf16 value moves that weight only after half a bf16 step: the first updates would do nothing.
+        """
+        halved = dict(zip(self.names[len(self._whole) :], zip(self._halved, self._rests, strict=True), strict=True))
         for name, value in stored:
-            at = ends.get(name)
-            if at is None or value.dtype != torch.float32 or value.shape != self._halved[at].shape:
+            parameter, rest = halved.get(name, (None, None))
+            if parameter is None or value.dtype != torch.float32 or value.shape != parameter.shape:
                 continue
-            held = self._halved[at].data
-            value = value.to(held.device)
-            if torch.equal(value.to(held.dtype), held):
-                self._rests[at].copy_(_rest(value.flatten(), held.flatten()))
-                taken += 1
+            value = value.to(parameter.device)
+            if torch.equal(value.to(parameter.dtype), parameter.data):
+                rest.copy_(_rest(value.flatten(), parameter.data.flatten()))
         self._start = self._sample()
-        return taken
 
     def zero_grad(self) -> None:
         """Sets every gradient to 0."""
         self.grad.zero_()
-        for parameter in self._halved:
-            parameter.grad = None
+        self.gradients[len(self._whole) :] = [None] * len(self._halved)
 
-    def _gradient(self, index: int) -> Tensor | None:
-        return self._sums[index] if index < len(self._sums) else self.parameters[index].grad
+    def _gather(self, index: int, parameter: nn.Parameter) -> None:
+        """Takes what a backward pass left in a bf16 parameter, so that the next one's is not added to it in bf16."""
+        held, new = self.gradients[index], parameter.grad
+        parameter.grad = None
+        self.gradients[index] = new if held is None else held.float().add_(new)
 
     def grad_norm(self) -> float:
         """The Euclidean norm of all gradients."""
         squares = float(torch.linalg.vector_norm(self.grad)) ** 2
-        for parameter in self.parameters[len(self._sums) :]:
-            if parameter.grad is not None:
-                squares += sum(float(torch.linalg.vector_norm(part.float())) ** 2 for part in parameter.grad.view(-1).split(BLOCK))
+        for grad in self.gradients[len(self._whole) :]:
+            if grad is not None:
+                squares += sum(float(torch.linalg.vector_norm(part.float())) ** 2 for part in grad.view(-1).split(BLOCK))
         return math.sqrt(squares)
 
     def step(self, learning_rate: float, norm: float) -> None:
@@ -110,11 +112,11 @@ class FlatAdamW:
             if a < b:
                 self._adamw(self.flat[a:b], self.grad[a:b], self.first[a:b], self.second[a:b], learning_rate, matrix=b == matrices)
         for index in range(len(self._whole), len(self.parameters)):
-            self._step_halved(index, learning_rate, scale if index >= len(self._sums) else 1.0)
+            self._step_halved(index, learning_rate, scale)
         self.updates += 1
 
     def _step_halved(self, index: int, learning_rate: float, scale: float) -> None:
-        parameter, grad = self.parameters[index], self._gradient(index)
+        parameter, grad = self.parameters[index], self.gradients[index]
         if grad is None:
             return
         parts = (parameter.data, self._rests[index - len(self._whole)], grad, *self._moments[index])
@@ -145,8 +147,7 @@ class FlatAdamW:
 
     def without_gradient(self) -> list[str]:
         """Names of tensors whose gradient is exactly 0 everywhere."""
-        gradients = ((name, self._gradient(index)) for index, name in enumerate(self.names))
-        return [name for name, grad in gradients if grad is None or not grad.any()]
+        return [name for name, grad in zip(self.names, self.gradients, strict=True) if grad is None or not grad.any()]
 
     def fraction_changed(self) -> float:
         """The share of (sampled) weights that differ from where the stage began."""
@@ -200,14 +201,6 @@ def _rest(master: Tensor, held: Tensor) -> Tensor:
     """What `_join` needs besides the bf16 tensor to give the master back."""
     upper = held.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
     return torch.sub(master.view(torch.int32), upper, out=upper).clamp_(max=TIE).to(torch.int16)
-
-
-def _into(grad: Tensor):
-    def add(parameter: nn.Parameter) -> None:
-        grad.add_(parameter.grad)
-        parameter.grad = None
-
-    return add
 
 
 def learning_rate(step: int, *, total: int, warmup: int, peak: float, kind: str) -> float:

@@ -7,29 +7,42 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.batching import DatasetSource
 from ..data.prepare import PreparedData
+from ..data.records import Conversation
+from ..data.render import stop_tokens
 from ..data.template import ChatTemplate
-from ..errors import CheckpointError, RecipeError
-from ..models.load import LoadedModel, hash_weights, load_model
+from ..errors import AdapterError, CheckpointError, RecipeError
+from ..models.load import LoadedModel, hash_weights, load_model, stored_weights
 from ..models.methods import CARD, attach, load_adapter, save_result, target_modules
 from ..models.policy import Policy
-from ..objectives import OBJECTIVES
+from ..objectives import OBJECTIVES, Objective
 from ..recipe import FullMethod, LoraMethod, ModelSection, Stage
 from ..rundir import RunDirectory, atomic_folder, verify_folder
-from .invariants import every_row_carries_loss, fast_paths_agree, fresh_adapter_changes_nothing, no_leak, something_trains
+from .invariants import (
+    every_answer_ends_with_a_stop,
+    every_row_carries_loss,
+    fast_paths_agree,
+    fresh_adapter_changes_nothing,
+    no_leak,
+    one_start_of_text,
+    something_trains,
+)
 from .loop import Job, train
 from .memory import keep_freed_memory
 from .optimiser import FlatAdamW
 from .signals import StopRequest
 
+Report = Callable[[dict[str, Any]], None]
 UNFINGERPRINTED = {"save_steps", "save_total_limit", "logging_steps", "name", "data"}  # they change no weight; rows are hashed themselves
 
 
@@ -61,8 +74,20 @@ def _method_of(start: Path | None) -> LoraMethod | FullMethod:
         lora_alpha=float(config["lora_alpha"]),
         lora_dropout=config.get("lora_dropout", 0.0),
         use_rslora=config.get("use_rslora", False),
-        target_modules=sorted(config["target_modules"]),
+        target_modules=_targets_of(start, config["target_modules"]),
     )
+
+
+def _targets_of(start: Path, targets: str | list[str]) -> list[str]:
+    """An adapter's target modules by name; where its config has a pattern ("all-linear" or a regex), those that its weights name."""
+    if not isinstance(targets, str):
+        return sorted(targets)
+    try:
+        with safe_open(start / "adapter_model.safetensors", "pt") as weights:
+            names = list(weights.keys())
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"the adapter cannot be read: {error}", where=str(start), mend="it needs whole weights") from error
+    return sorted({name.split(".lora_A")[0].rsplit(".", 1)[-1] for name in names if ".lora_A" in name})
 
 
 def locate_start(stage: Stage, run: Path) -> Path | None:
@@ -117,92 +142,103 @@ def _is_adapter(start: Path) -> bool:
     return (start / "adapter_config.json").is_file()
 
 
-def _base(loaded: LoadedModel, start: Path | None) -> LoadedModel:
+def _base(inputs: StageInputs) -> LoadedModel:
     """What the stage's method is put on: the recipe's base, or the full model of an earlier stage."""
+    loaded, start = inputs.loaded, inputs.start
     if start is None or _is_adapter(start):
         return loaded
-    earlier = load_model(ModelSection(name=str(start.resolve()), dtype=str(loaded.dtype).removeprefix("torch.")))
+    other = {"name": str(start.resolve()), "revision": None, "dtype": str(loaded.dtype).removeprefix("torch.")}
+    earlier = load_model(inputs.section.model_copy(update=other))
     earlier.tokenizer.chat_template = loaded.tokenizer.chat_template
     return earlier
 
 
-def run_stage(
-    stage: Stage,
-    loaded: LoadedModel,
-    data: PreparedData,
-    template: ChatTemplate | None,
-    run: RunDirectory,
-    *,
-    start: Path | None,
-    new_tokens: list[int],
-    system: str | None,
-    seed: int,
-    stop: StopRequest,
-    report: Callable[[dict[str, Any]], None],
-) -> nn.Module:
+@dataclass(frozen=True)
+class StageInputs:
+    """What a stage trains on and from."""
+
+    loaded: LoadedModel
+    """The recipe's base, with the template's new tokens."""
+    section: ModelSection
+    """How it was loaded, for another base that the stage may start from."""
+    data: PreparedData
+    template: ChatTemplate | None
+    new_tokens: list[int]
+    system: str | None
+    """The system message that all rows share, for the result's card."""
+    start: Path | None
+    """The model folder that the stage starts from, if not the base."""
+    seed: int
+
+
+def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: StopRequest, report: Report) -> nn.Module:
     """Trains a derived stage to its end and writes stages/NAME/model. Returns the tuned model, for the evaluation that follows."""
-    keep_freed_memory()
     began = time.perf_counter()
-    loaded = _base(loaded, start)
-    model = build_model(loaded, stage, start, seed, new_tokens)
+    data, seed = inputs.data, inputs.seed
+    loaded = _base(inputs)
+    model = build_model(loaded, stage, inputs.start, seed, inputs.new_tokens)
     policy = Policy(model, gradient_checkpointing=stage.gradient_checkpointing)
     objective = OBJECTIVES[stage.objective.type]()
-    source = DatasetSource(
-        data.train, batch_size=stage.per_device_train_batch_size, accumulation=stage.gradient_accumulation_steps, seed=seed
-    )
-    every_row_carries_loss(data.train, data.train.row_ids)
-    something_trains(policy)
-    first = source.window(0)[0]
-    with policy.deterministic():
-        no_leak(policy, loaded.model.get_input_embeddings().weight.shape[0])
-        if start is None or not _is_adapter(start):
-            fresh_adapter_changes_nothing(policy, first)
-        slow = fast_paths_agree(policy, objective, first)
+    size = stage.per_device_train_batch_size
+    source = DatasetSource(data.train, batch_size=size, accumulation=stage.gradient_accumulation_steps, seed=seed)
+    slow = _check_step_0(inputs, loaded, policy, objective, source.window(0)[0])
     if slow:
         _tell(run, report, {"event": "fast_paths_dropped", "stage": stage.name, "paths": slow})
     validation = None
     if data.validation is not None:
-        held_out = DatasetSource(data.validation, batch_size=stage.per_device_train_batch_size, accumulation=1, seed=seed)
-        validation = held_out.once
+        validation = DatasetSource(data.validation, batch_size=size, accumulation=1, seed=seed).once
+    optimiser = FlatAdamW(policy.named_parameters(), stage)
+    if isinstance(stage.method, FullMethod):
+        optimiser.start_from((f"model.{name}", value) for name, value in stored_weights(loaded.identity.folder))
     job = Job(
         stage=stage,
         policy=policy,
         objective=objective,
         source=source,
-        optimiser=FlatAdamW(policy.named_parameters(), stage),
+        optimiser=optimiser,
         run=run,
-        fingerprint=stage_fingerprint(stage, loaded, data, template, start, seed),
+        fingerprint=stage_fingerprint(stage, loaded, data, inputs.template, inputs.start, seed),
         validation=validation,
         stop=stop,
         report=report,
     )
+    keep_freed_memory()
     torch.manual_seed(seed)
     progress = train(job)
     card = {
-        "template_sha256": template.sha256 if template else None,
+        "template_sha256": inputs.template.sha256 if inputs.template else None,
         "stage": stage.name,
         "steps": progress.step,
-        "system": system,
+        "system": inputs.system,
         "fingerprint": job.fingerprint,
     }
     with atomic_folder(run.file(f"stages/{stage.name}/model")) as folder:
         save_result(model, loaded, folder, card)
-    done = {
-        "event": "stage_finished",
-        "stage": stage.name,
-        "step": progress.step,
-        "tokens": progress.tokens,
-        "train_seconds": progress.seconds,
-    }
-    _tell(
-        run,
-        report,
-        {**done, "seconds": time.perf_counter() - began, "best_step": progress.best_step, "stopped_early": progress.stopped_early},
-    )
+    done = {"event": "stage_finished", "stage": stage.name, "step": progress.step, "tokens": progress.tokens}
+    spent = {"train_seconds": progress.seconds, "seconds": time.perf_counter() - began}
+    _tell(run, report, {**done, **spent, "best_step": progress.best_step, "stopped_early": progress.stopped_early})
     return model.eval()
 
 
-def _tell(run: RunDirectory, report: Callable[[dict[str, Any]], None], event: dict[str, Any]) -> None:
+def _check_step_0(inputs: StageInputs, loaded: LoadedModel, policy: Policy, objective: Objective, first: Any) -> list[str]:
+    """Everything that must hold before the first update; gives the fast paths that were taken out."""
+    train, tokenizer = inputs.data.train, loaded.tokenizer
+    every_row_carries_loss(train, train.row_ids)
+    one_start_of_text(train, train.row_ids, tokenizer.bos_token_id)
+    if inputs.template is not None:
+        is_whole = train.store.lengths[list(train.positions)] <= train.limit
+        whole = [i for i, record in enumerate(inputs.data.records) if isinstance(record, Conversation) and is_whole[i]]
+        names = [train.row_ids[i] for i in whole]
+        every_answer_ends_with_a_stop((train[i] for i in whole), names, stop_tokens(inputs.template, tokenizer))
+    something_trains(policy)
+    with policy.deterministic():
+        no_leak(policy, loaded.model.get_input_embeddings().weight.shape[0])
+        if inputs.start is None or not _is_adapter(inputs.start):
+            fresh_adapter_changes_nothing(policy, first)
+        return fast_paths_agree(policy, objective, first)
+
+
+def _tell(run: RunDirectory, report: Report, event: dict[str, Any]) -> None:
     run.log(event)
     report(event)
 
@@ -210,12 +246,13 @@ def _tell(run: RunDirectory, report: Callable[[dict[str, Any]], None], event: di
 def stage_fingerprint(
     stage: Stage, loaded: LoadedModel, data: PreparedData, template: ChatTemplate | None, start: Path | None, seed: int
 ) -> str:
-    """A hash of all that decides the weights of a step."""
+    """A hash of all that decides the weights of a step; the token stores' keys cover system text, template, tokenizer and renderer."""
     settings = {key: value for key, value in stage.model_dump(mode="json").items() if key not in UNFINGERPRINTED}
     rows = [hashlib.sha256("\n".join(part.row_ids).encode()).hexdigest() for part in (data.train, data.validation) if part is not None]
     origin = hash_weights(start) if start is not None else None
     base = loaded.identity.sha256 if origin is None or _is_adapter(start) else origin
-    what = [settings, base, origin, str(loaded.dtype), rows, template.sha256 if template else None, data.max_length, seed]
+    tokens = [json.loads((part.store.folder / "key.json").read_text()) for part in (data.train, data.validation) if part is not None]
+    what = [settings, base, origin, str(loaded.dtype), rows, tokens, template.sha256 if template else None, data.max_length, seed]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 

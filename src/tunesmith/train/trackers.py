@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -45,7 +46,12 @@ class Trackers:
     def __exit__(self, *exception: object) -> None:
         with redirect_stdout(sys.stderr):  # what a tracker says; standard output is the result's
             for tracker in self._trackers:
-                _finish(tracker)
+                try:
+                    _finish(tracker)
+                except TunesmithError:
+                    raise
+                except Exception as error:
+                    warnings.warn(f"the tracker {tracker.name} could not be closed: {error}", stacklevel=2)
 
     def log(self, event: dict[str, Any]) -> None:
         """Passes on the numbers of a training step or of an evaluation on the validation rows, at its step."""
@@ -53,8 +59,14 @@ class Trackers:
             return
         stage = event["stage"]
         numbers = {f"{stage}/{key}": value for key, value in event.items() if _is_number(value) and key not in ("step", "time")}
-        for tracker in self._trackers:
-            tracker.log(numbers, step=self._before[stage] + event["step"])
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(numbers, step=self._before[stage] + event["step"])
+            except TunesmithError:  # a signal
+                raise
+            except Exception as error:  # each tracker raises kinds of its own; a training is worth more than its curve elsewhere
+                self._trackers.remove(tracker)
+                warnings.warn(f"the tracker {tracker.name} failed and gets no more numbers: {error}", stacklevel=2)
 
 
 def _started(name: str, project: str, options: dict[str, Any], config: dict[str, Any]) -> Any:

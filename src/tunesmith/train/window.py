@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,12 @@ import torch
 
 from ..models.policy import Policy
 from ..objectives import Objective
+
+Between = Callable[[], None]
+
+
+def _nothing() -> None:
+    """What is done between batches where nothing is asked for."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +38,19 @@ def window_divisors(objective: Objective, batches: Sequence[Any]) -> dict[str, f
     return dict(totals)
 
 
-def run_window(policy: Policy, objective: Objective, batches: Sequence[Any], *, backward: bool = True) -> WindowResult:
-    """Runs a window. With `backward`, gradients of the loss are added to the parameters' own; a term whose divisor is 0 gives nothing."""
+def run_window(
+    policy: Policy, objective: Objective, batches: Sequence[Any], *, backward: bool = True, between: Between = _nothing
+) -> WindowResult:
+    """Runs a window, calling `between` before each batch; a term whose divisor is 0 gives nothing.
+
+    With `backward`, gradients of the loss are added to the parameters' own.
+    """
     divisors = window_divisors(objective, batches)
     loss = 0.0
     terms: dict[str, float] = defaultdict(float)
     metrics: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for batch in batches:
+        between()
         with torch.set_grad_enabled(backward):
             outputs = policy(batch.forest, needs=objective.needs)
             parts = []
@@ -57,7 +69,14 @@ def run_window(policy: Policy, objective: Objective, batches: Sequence[Any], *, 
     return WindowResult(loss, dict(terms), {name: total / divisor for name, (total, divisor) in metrics.items() if divisor})
 
 
-def evaluate_loss(policy: Policy, objective: Objective, batches: Iterable[Any]) -> WindowResult:
-    """The loss over held-out batches as one window, without dropout: it does not depend on how the rows are batched."""
+def evaluate_loss(policy: Policy, objective: Objective, batches: Iterable[Any], *, between: Between = _nothing) -> WindowResult:
+    """The loss over held-out batches as one window, without dropout: it does not depend on how the rows are batched.
+
+    between: called before each batch; what it raises ends the evaluation.
+    """
+    made = []
+    for batch in batches:
+        between()
+        made.append(batch)
     with policy.deterministic():
-        return run_window(policy, objective, list(batches), backward=False)
+        return run_window(policy, objective, made, backward=False, between=between)

@@ -1,0 +1,44 @@
+"""A result's folder, whether an adapter or a whole model: what kind it is, its card, and whether its bytes are those that were saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import AdapterError, CheckpointError
+from ..rundir import MANIFEST, verify_folder
+from .methods import CARD
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and not a whole model."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """A result's `tunesmith.json`; empty for an adapter or model that another tool wrote. Raises AdapterError where it is damaged."""
+    path = folder / CARD
+    if not path.is_file():
+        return {}
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{CARD} is damaged: {error}", where=str(folder), mend="train it again, or take an intact copy") from error
+    if not isinstance(card, dict):
+        raise AdapterError(f"{CARD} is damaged: it is no JSON object", where=str(folder), mend="train it again, or take an intact copy")
+    return card
+
+
+def require_unaltered(folder: Path) -> None:
+    """Checks every file of a result against the manifest it was saved with. Raises CheckpointError, naming the file.
+
+    A folder with neither manifest nor card was written by another tool, and there is nothing to check it against.
+    """
+    if not (folder / MANIFEST).is_file() and not (folder / CARD).is_file():
+        return
+    try:
+        verify_folder(folder.resolve())
+    except CheckpointError as error:
+        mend = error.mend or "train it again, or take an intact copy: it is not what was saved"
+        raise CheckpointError(error.what, where=str(folder), mend=mend) from error

@@ -1,0 +1,106 @@
+"""A stage as a whole: what it checks and in which order, what its fingerprint covers, and the foreign models it may start from."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tests.toys import Rows, loaded, make_rows, make_stage, model_folder, stage_inputs, tiny_model, tiny_tokenizer, train_stage
+
+from tunesmith.data.records import Conversation, Document, Message, Source
+from tunesmith.data.template import load_template
+from tunesmith.errors import AdapterError, InvariantViolated
+from tunesmith.models.load import load_model
+from tunesmith.recipe import FullMethod, LoraMethod, ModelSection
+from tunesmith.rundir import RunDirectory
+from tunesmith.train import stage as module
+from tunesmith.train.signals import StopRequest
+from tunesmith.train.stage import derive_stage, run_stage, stage_fingerprint
+
+ROWS = make_rows(6)
+SOURCE = Source("rows.jsonl", 1)
+
+
+def test_a_stage_in_which_nothing_trains_ends_before_its_first_update(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "build_model", lambda base, *args: base.model.requires_grad_(False))
+    with pytest.raises(InvariantViolated, match="no parameter trains"):
+        train_stage(loaded(tiny_model("llama")), make_stage(method="full", max_steps=2), tmp_path / "run", ROWS)
+
+
+def test_freed_memory_is_kept_from_when_model_and_optimiser_stand(tmp_path, monkeypatch):
+    order = []
+    for name in ("build_model", "FlatAdamW", "keep_freed_memory", "train"):
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, name=name, plain=plain, **kwargs: order.append(name) or plain(*args, **kwargs))
+    train_stage(loaded(tiny_model("llama")), make_stage(method="full", max_steps=1), tmp_path / "run", ROWS)
+    assert order == ["build_model", "FlatAdamW", "keep_freed_memory", "train"]
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_a_fingerprint_covers_what_the_token_stores_were_made_from(tmp_path, part):
+    base, stage, prints = loaded(tiny_model("llama")), make_stage(), set()
+    for system in ("answer briefly", "answer at length"):
+        data = stage_inputs(base, make_rows(6), tmp_path, validation=make_rows(3, seed=1)).data
+        getattr(data, part).keep(tmp_path / part, json.dumps({"settings": {"system": system}}))
+        prints.add(stage_fingerprint(stage, base, data, None, None, 0))
+    assert len(prints) == 2
+
+
+def chat_stage(tmp_path, weights: list[float], *, record: str = "conversation", limit: int = 99, start: tuple[int, ...] = ()) -> None:
+    """Trains one step on one row `hi<|im_end|>` of a chatml model, as if it were rendered so."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<|endoftext|>"
+    base = loaded(tiny_model("llama"), tokenizer)
+    base.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    ids = np.array([*start, *tokenizer("hi", add_special_tokens=False).input_ids, tokenizer.eos_token_id])
+    rows = Rows([(ids, np.array([0.0] * len(start) + weights, dtype=np.float32))])
+    inputs = stage_inputs(base, rows, tmp_path / "stores", template=load_template(tokenizer, ModelSection(name="tiny")))
+    turns = (Message("user", "x"), Message("assistant", "hi"))
+    inputs.data.records[:] = [Conversation(turns, "r1", SOURCE) if record == "conversation" else Document("hi", "r1", SOURCE)]
+    rows.limit = limit
+    with RunDirectory.open(tmp_path / "run", resume=False) as run:
+        stage = make_stage(method="lora", max_steps=1, rows=1)
+        run_stage(stage, inputs, run, stop=StopRequest(), report=lambda event: None)
+
+
+def test_a_stage_whose_answers_do_not_end_is_refused_though_documents_and_rows_that_were_cut_need_no_end(tmp_path):
+    with pytest.raises(InvariantViolated, match="end of turn carries no loss"):
+        chat_stage(tmp_path / "a", [0, 1, 0])
+    chat_stage(tmp_path / "b", [0, 1, 1])
+    chat_stage(tmp_path / "c", [0, 1, 0], record="document")
+    chat_stage(tmp_path / "d", [0, 1, 0], limit=2)
+
+
+def test_a_stage_whose_rows_begin_twice_is_refused(tmp_path):
+    bos = tiny_tokenizer().convert_tokens_to_ids("<|endoftext|>")
+    chat_stage(tmp_path / "a", [0, 1, 1], start=(bos,))
+    with pytest.raises(InvariantViolated, match="two BOS"):
+        chat_stage(tmp_path / "b", [0, 1, 1], start=(bos, bos))
+
+
+def test_another_base_is_loaded_as_the_recipes_model_section_says(tmp_path, monkeypatch):
+    folder, asked = model_folder(tmp_path / "other"), []
+    monkeypatch.setattr(module, "load_model", lambda section: asked.append(section) or load_model(section))
+    base = loaded(tiny_model("llama"))
+    section = ModelSection(name="owner/name", revision="main", trust_remote_code=True)
+    inputs = SimpleNamespace(loaded=base, section=section, start=folder)
+    assert module._base(inputs).identity.folder == str(folder)
+    assert asked == [section.model_copy(update={"name": str(folder), "revision": None, "dtype": "float32"})]
+
+
+@pytest.mark.parametrize("pattern", ["all-linear", r".*\.(q|up)_proj"])
+def test_a_foreign_adapter_with_a_pattern_for_its_targets_gives_those_of_its_weights(tmp_path, pattern):
+    names = ["base_model.model.model.layers.0.self_attn.q_proj", "base_model.model.model.layers.1.mlp.up_proj"]
+    save_file({f"{name}.lora_{m}.weight": torch.ones(1) for name in names for m in "AB"}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16, "target_modules": pattern}))
+    stage = make_stage().model_copy(update={"method": None})
+    assert derive_stage(stage, 12, start=tmp_path).method == LoraMethod(r=8, lora_alpha=16.0, target_modules=["q_proj", "up_proj"])
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match="cannot be read"):
+        derive_stage(stage, 12, start=tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    assert derive_stage(stage, 12, start=tmp_path).method == FullMethod()
