@@ -94,7 +94,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 
 
 def test_every_verb_of_the_command_line_is_a_function_of_the_api():
-    homes = {"chat": "Chat", "init": "propose_recipe", "report": "write_report", "schema": "json_schema", "check": "check_data_file"}
+    homes = {"chat": "Chat", "report": "write_report", "schema": "json_schema", "check": "check_data_file"}
     for verb in ("run", "train", "evaluate", "plan", "chat", "init", "report", "schema", "check"):
         assert callable(getattr(tunesmith, homes.get(verb, verb)))
 
@@ -269,3 +269,14 @@ def test_an_error_is_a_tunesmith_error_with_what_where_and_mend():
     assert isinstance(raised.value, RecipeError)
     assert raised.value.where
     assert raised.value.mend
+
+
+def test_init_writes_what_the_verb_writes_and_overwrites_only_by_force(tmp_path):
+    file = tmp_path / "shop.csv"
+    file.write_text("prompt,completion\n" + "".join(f"question {number},answer {number}\n" for number in range(12)))
+    (path,) = tunesmith.init(file, out=tmp_path / "new")
+    assert path == tmp_path / "new" / "shop.yaml"
+    assert tunesmith.load_recipe(path).data.train == str(file)
+    with pytest.raises(tunesmith.errors.OutputInUse, match=r"shop\.yaml is there already"):
+        tunesmith.init(file, out=tmp_path / "new")
+    assert tunesmith.init(file, out=tmp_path / "new", force=True) == [path]

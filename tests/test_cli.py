@@ -215,6 +215,29 @@ def test_a_signal_outside_the_training_exits_130(number, monkeypatch, tmp_path):
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_what_nobody_foresaw_is_one_message_with_status_1_and_on_demand_a_traceback(flags, monkeypatch, tmp_path):
+    import tunesmith.inspection
+
+    def broken(*_):
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr(tunesmith.inspection, "check_data_file", broken)
+    done = call("data", "check", tmp_path, *flags)
+    assert (done.status, done.out) == (1, "")
+    if flags:
+        (line,) = map(json.loads, done.err.splitlines())
+        assert (line["event"], line["kind"], line["exit_status"]) == ("error", "ZeroDivisionError", 1)
+        assert "TUNESMITH_TRACEBACK=1" in line["mend"]
+    else:
+        assert done.err == (
+            "error: ZeroDivisionError: by nothing\n  mend: this is a bug; run with TUNESMITH_TRACEBACK=1 for the traceback\n"
+        )
+    monkeypatch.setenv("TUNESMITH_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        call("data", "check", tmp_path, *flags)
+
+
 def test_json_holds_warnings_log_lines_and_errors_as_lines_too(monkeypatch, tmp_path):
     import logging
 

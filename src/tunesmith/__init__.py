@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .chat import Chat
     from .data.inspect import propose_recipe
     from .errors import TunesmithError
-    from .inspection import check_data_file
+    from .inspection import check_data_file, init
     from .pipeline import RunResult, evaluate, plan, run, train
     from .recipe import Recipe, json_schema, load_recipe
     from .report import write_report
@@ -23,6 +23,7 @@ _HOME = {
     "TunesmithError": "errors",
     "check_data_file": "inspection",
     "evaluate": "pipeline",
+    "init": "inspection",
     "json_schema": "recipe",
     "load_recipe": "recipe",
     "plan": "pipeline",

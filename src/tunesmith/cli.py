@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import GateFailed, Interrupted, OutputInUse, TunesmithError
+from .errors import GateFailed, Interrupted, TunesmithError
 
 app = typer.Typer(
     help="Fine-tune a language model and prove what the tuning did: one recipe, one command, one verdict.",
@@ -133,21 +133,9 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Look at a data file and write a commented recipe that runs."""
-    from .data.inspect import propose_recipe
-    from .rundir import write_text
+    from .inspection import init as work
 
-    folder = out or Path(".")
-
-    def work(_: Any) -> dict[str, list[str]]:
-        files = propose_recipe(file, test, folder=folder)
-        taken = [str(folder / name) for name in files if (folder / name).exists()]
-        if taken and not force:
-            raise OutputInUse(f"{', '.join(taken)} is there already", where=str(folder), mend="choose another --out, or add --force")
-        for name, content in files.items():
-            write_text(folder / name, content)
-        return {"written": [str(folder / name) for name in files]}
-
-    _verb(as_json, work, lambda done: f"wrote {', '.join(done['written'])}\nnext: tunesmith plan {done['written'][0]}")
+    _verb(as_json, lambda display: {"written": [str(path) for path in work(file, test, out=out or ".", force=force)]}, lambda done: f"wrote {', '.join(done['written'])}\nnext: tunesmith plan {done['written'][0]}")
 
 
 @app.command(epilog="Example: tunesmith report runs/quickstart")
@@ -226,7 +214,8 @@ def _check_words(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Runs the command line; a named error becomes its exit status and two lines on standard error, or one of JSON."""
+    """Runs the command line; an error becomes its exit status (1 for one that nobody foresaw) and two lines on standard error, or one of
+    JSON."""
     try:
         with warnings.catch_warnings(), _signals_end_the_verb():
             _silence_libraries()
@@ -234,13 +223,19 @@ def main() -> None:
     except TunesmithError as error:
         _print_error(error)
         sys.exit(error.exit_status)
+    except Exception as error:  # whatever no part of the program foresaw
+        if os.environ.get("TUNESMITH_TRACEBACK") == "1":
+            raise
+        what = f"{type(error).__name__}: {error}"
+        _print_error(TunesmithError(what, mend="this is a bug; run with TUNESMITH_TRACEBACK=1 for the traceback"), type(error).__name__)
+        sys.exit(1)
 
 
-def _print_error(error: TunesmithError) -> None:
+def _print_error(error: TunesmithError, kind: str | None = None) -> None:
     from .progress import print_event, visible
 
     if "--json" in sys.argv:
-        about = {"kind": type(error).__name__, "what": error.what, "where": error.where, "mend": error.mend}
+        about = {"kind": kind or type(error).__name__, "what": error.what, "where": error.where, "mend": error.mend}
         print_event({"event": "error", **about, "exit_status": error.exit_status})
     else:
         print(visible(f"error: {error}"), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Looking at a data file without training on it: what `tunesmith data check` does."""
+"""Looking at a data file without training on it: what `tunesmith data check` and `tunesmith init` do."""
 
 from __future__ import annotations
 
@@ -6,8 +6,27 @@ from pathlib import Path
 from typing import Any
 
 from .data.check import check_data
+from .data.inspect import propose_recipe
 from .data.read import read_records
+from .errors import OutputInUse
 from .recipe import DataSection
+from .rundir import write_text
+
+
+def init(file: str | Path, test: str | Path | None = None, *, out: str | Path = ".", force: bool = False) -> list[Path]:
+    """Writes a commented recipe for a data file (or a hub data set) into the folder `out`, and a schema of its answers where they are JSON.
+
+    test: the test file, else one beside `file`. Returns what was written, the recipe first. Raises MissingFile or DataRefused, and
+    OutputInUse where a file is there already, unless force.
+    """
+    folder = Path(out)
+    files = propose_recipe(str(file), str(test) if test else None, folder=folder)
+    taken = [str(folder / name) for name in files if (folder / name).exists()]
+    if taken and not force:
+        raise OutputInUse(f"{', '.join(taken)} is there already", where=str(folder), mend="choose another folder with --out, or add --force")
+    for name, content in files.items():
+        write_text(folder / name, content)
+    return [folder / name for name in files]
 
 
 def check_data_file(train: str | Path, test: str | Path | None = None, *, columns: dict[str, str] | None = None) -> dict[str, Any]:

@@ -106,6 +106,28 @@ def test_a_tracker_is_closed_when_the_run_fails(tiny, fake_wandb, tmp_path):
     assert fake_wandb.finished == 1
 
 
+def test_a_tracker_that_fails_on_the_way_is_named_once_and_the_training_goes_on(tiny, fake_wandb, tmp_path):
+    asked = []
+
+    def log(values, step=None, **how):
+        asked.append(step)
+        raise ConnectionError("the server is gone")
+
+    def finish():
+        raise ConnectionError("still gone")
+
+    fake_wandb.log, fake_wandb.finish = log, finish
+    with pytest.warns(UserWarning, match="the tracker wandb") as warned:
+        run = tunesmith.train(tracked(tmp_path, tiny, "wandb"), out=tmp_path / "run").path
+    told = [str(warning.message) for warning in warned if "the tracker" in str(warning.message)]
+    assert told == [
+        "the tracker wandb failed and gets no more numbers: the server is gone",
+        "the tracker wandb could not be closed: still gone",
+    ]
+    assert len(asked) == 1
+    assert (run / "stages" / "two" / "model").is_dir()
+
+
 def test_a_tracker_that_does_not_start_is_a_named_error(tiny, fake_wandb, tmp_path):
     def init(**given):
         raise PermissionError("no key")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+from .records import REASONING_KEYS
 
 
 class Field(NamedTuple):

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jsonschema import Draft202012Validator
+
 from ..errors import DataRefused, MissingFile
 from ..recipe import DataSection
 from . import hub
@@ -80,11 +82,11 @@ def inspect_file(source: str, columns: dict[str, str] | None = None, *, default_
     return Inspection(source, read, dict(columns or {}), kind, sorted(labels), has_system, max(sizes))
 
 
-def propose_recipe(path: str, test: str | None = None, *, folder: str | Path = ".", schema_path: str | None = None) -> dict[str, str]:
+def propose_recipe(path: str, test: str | None = None, *, folder: str | Path = ".") -> dict[str, str]:
     """{file name: text}: a commented recipe NAME.yaml for `path`, and NAME.schema.json where the answers are JSON.
 
     folder: where the files will lie; the recipe's paths start there. test: the test file, else a sibling named for it.
-    schema_path: the recipe's own JSON Schema, for editors. Raises MissingFile or DataRefused.
+    The schema and the labels come from the training rows only. Raises MissingFile or DataRefused.
     """
     train = inspect_file(path)
     tested, doubt = _inspect_test(path, test, train)
@@ -92,19 +94,17 @@ def propose_recipe(path: str, test: str | None = None, *, folder: str | Path = "
     files: dict[str, str] = {}
     schema = None
     if train.kind == "json":
-        objects = [found for answer in train.answers + (tested.answers if tested else []) if (found := json_object(answer)) is not None]
-        schema = derive_schema(objects)
+        schema = derive_schema([found for answer in train.answers if (found := json_object(answer)) is not None])
         files[f"{name}.schema.json"] = json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
-    lines = [f"# yaml-language-server: $schema={schema_path}"] if schema_path else []
     rejected = f", {len(train.read.rejected)} more are unusable" if train.read.rejected else ""
-    lines += [
+    lines = [
         f"# A recipe for {_scalar(Path(path).name)}, written by `tunesmith init`.",
         f"# It holds {len(train.read.records)} rows, read as {train.read.format}{rejected}.",
         f"# Look at what it would do by `tunesmith plan {name}.yaml`, then `tunesmith run {name}.yaml`.",
         _line(f"name: {_scalar(name)}", f"the run lies in runs/{name}"),
         "model:",
         _line(f"  name: {MODEL}", "the embedded model; or a folder, a .gguf file, a hub name (owner/name)"),
-        *_task_lines(train, schema, name),
+        *_task_lines(train, tested, schema, name),
         *_data_lines(train, tested, doubt, Path(folder)),
         *_stage_lines(train),
         *_evaluate_lines(train, tested, schema),
@@ -155,7 +155,7 @@ def _inspect_test(path: str, test: str | None, train: Inspection) -> tuple[Inspe
         return None, f"{Path(found).name} was not taken: {error.what.splitlines()[0]}"
 
 
-def _task_lines(train: Inspection, schema: dict[str, Any] | None, name: str) -> list[str]:
+def _task_lines(train: Inspection, tested: Inspection | None, schema: dict[str, Any] | None, name: str) -> list[str]:
     lines = ["task:"]
     if train.kind in ("classification", "json"):
         whose = "rows bring their own system message; this one heads the report" if train.has_system else "the system message of every row"
@@ -164,8 +164,11 @@ def _task_lines(train: Inspection, schema: dict[str, Any] | None, name: str) -> 
         lines.append(_comment("description: what the model is to do; would be the system message of rows that bring none"))
     if train.kind == "classification":
         lines.append(_line("  labels: auto", f"the allowed answers: the {len(train.labels)} of the training rows"))
-    if train.kind == "json":
-        lines.append(_line(f"  output_schema: {_scalar(f'{name}.schema.json')}", "derived from the answers; every answer must satisfy it"))
+    if schema is not None:
+        lines.append(_line(f"  output_schema: {_scalar(f'{name}.schema.json')}", "derived from the training rows; all answers must satisfy it"))
+        fits, test_answers = Draft202012Validator(schema).is_valid, tested.answers if tested else []
+        if broken := sum(not fits(json_object(answer)) for answer in test_answers):
+            lines.append(_comment(f"{broken} of {len(test_answers)} test answers do not: mend them or widen the schema before a run"))
     metrics = _metrics(train, schema)
     lines.append(_line(f"  metrics: [{', '.join(metrics)}]", "measured on the test rows; perplexity of the reference always is"))
     return lines

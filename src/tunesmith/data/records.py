@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # the names that chat templates and data sets use for it
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # what templates and data sets call it; transformers fills the first two
 
 
 @dataclass(frozen=True, slots=True)

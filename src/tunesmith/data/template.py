@@ -27,6 +27,7 @@ from typing import IO, Any, NamedTuple, cast
 
 from ..errors import MissingFile, ModelError, TemplateError
 from ..recipe import ModelSection
+from .records import REASONING_KEYS
 
 SECONDS_PER_RENDER = 1.0
 START_SECONDS = 60.0  # for the child to import jinja2, on a busy machine
@@ -37,7 +38,6 @@ KILLED = ("time", "died")  # errors that cost the child
 FIXED_CLOCK = "2025-01-01T00:00:00"
 CHILD = Path(__file__).with_name("_template_child.py")
 CHILD_ENVIRONMENT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "VIRTUAL_ENV")  # nothing that may hold a secret
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # transformers fills the first two from any of them
 MARKER = re.compile(r"<\|[A-Za-z0-9_.-]{1,40}\|>|<(?:start|end)_of_turn>")  # what a template file writes as a token of its own
 
 

@@ -26,13 +26,15 @@ def require_trackers(section: TrackingSection) -> None:
 
 
 class Trackers:
-    """The trackers that a recipe names; none by default. A context: at its end every tracker is closed, whatever happened.
+    """The trackers that a recipe names; none by default. A context: at its end every tracker is closed, whatever happened. One that fails
+    on the way is named in a warning and gets no more numbers; the training goes on.
 
     steps: each stage's updates, in order; a tracker counts on through all stages, since wandb takes no step twice.
     """
 
     def __init__(self, section: TrackingSection, run_name: str, folder: Path, config: dict[str, Any], steps: Mapping[str, int]):
         self._trackers: list[Any] = []
+        self._failed: list[Any] = []
         self._before: dict[str, int] = {}
         for stage in steps:
             self._before[stage] = sum(steps[earlier] for earlier in self._before)
@@ -59,13 +61,13 @@ class Trackers:
             return
         stage = event["stage"]
         numbers = {f"{stage}/{key}": value for key, value in event.items() if _is_number(value) and key not in ("step", "time")}
-        for tracker in list(self._trackers):
+        for tracker in [tracker for tracker in self._trackers if tracker not in self._failed]:
             try:
                 tracker.log(numbers, step=self._before[stage] + event["step"])
             except TunesmithError:  # a signal
                 raise
             except Exception as error:  # each tracker raises kinds of its own; a training is worth more than its curve elsewhere
-                self._trackers.remove(tracker)
+                self._failed.append(tracker)
                 warnings.warn(f"the tracker {tracker.name} failed and gets no more numbers: {error}", stacklevel=2)
 
 
