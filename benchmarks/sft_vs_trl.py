@@ -2,10 +2,10 @@
 
     python benchmarks/sft_vs_trl.py [--json] [--data PATH] [--rows N] [--runs N] [--threads N] [--write FILE]
 
-Same model, same rows in the same order, same optimiser and schedule, batches of 8 rows, bf16 on CPU. Ours is what `tunesmith run` trains with.
+Same model, rows, order, optimiser and schedule, batches of 8 rows, bf16 on CPU. Ours is what `tunesmith run` trains with.
 TRL's defaults: fp32 weights under bf16 autocast, gradient checkpointing, padded batches. TRL's packing: the fastest of its
 strategies on CPU, see PACKINGS. Three parts: LoRA and full tuning
-on rows that share nothing (the system turn is cut off), and LoRA on the rows as they are ("shared_prefix"). Loss in fp32, in runs of their own.
+on rows that share nothing (the system turn is cut off), and LoRA on the rows as they are ("shared_prefix"). Losses: runs in fp32.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PACKINGS = {  # TRL's strategies, with its checkpointing off, since that is fast
 WRAPPED_BLOCKS = 4  # of a wrapped step
 
 
-# ---- parent -------------------------------------------------------------------------------------------------------------------------------
+# ---- parent ----------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -128,7 +128,8 @@ def report(measured: dict, results: dict, options: argparse.Namespace, command: 
     return "\n\n".join(
         [
             f"    {command}",
-            f"{MODEL}, {source}, batches of {BATCH} rows, bf16; {machine(options.threads)}; median of {options.runs} interleaved runs, each a process of its own.",
+            f"{MODEL}, {source}, batches of {BATCH} rows, bf16; {machine(options.threads)}; median of {options.runs} interleaved runs in "
+            "processes of their own.",
             table(
                 [
                     "part",
@@ -145,7 +146,7 @@ def report(measured: dict, results: dict, options: argparse.Namespace, command: 
     )
 
 
-# ---- children -----------------------------------------------------------------------------------------------------------------------------
+# ---- children --------------------------------------------------------------------------------------------------
 
 
 def make_rows(spec: dict) -> dict:

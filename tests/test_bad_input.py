@@ -163,7 +163,8 @@ def test_a_second_process_on_the_same_folder_is_refused(recipe):
         for flag in ([], ["--resume"]):
             refused("train", recipe, "--out", "run", *flag, status=2, tells=[recipe.parent / "run"])
         assert f"(pid {os.getpid()})" in refused("train", recipe, "--out", "run", "--resume", status=2, tells=["is writing"])
-        code = "import sys\nfrom tunesmith.cli import main\ntry:\n    main()\nfinally:\n    print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+        code = "import sys\nfrom tunesmith.cli import main\ntry:\n    main()\n"
+        code += "finally:\n    print(sorted({'torch', 'transformers'} & set(sys.modules)))"
         words = [sys.executable, "-c", code, "train", str(recipe), "--out", "run", "--resume"]
         done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300, check=False)
         assert (done.returncode, done.stdout) == (2, "[]\n")

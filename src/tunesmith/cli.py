@@ -135,7 +135,11 @@ def init(
     """Look at a data file and write a commented recipe that runs."""
     from .inspection import init as work
 
-    _verb(as_json, lambda display: {"written": [str(path) for path in work(file, test, out=out or ".", force=force)]}, lambda done: f"wrote {', '.join(done['written'])}\nnext: tunesmith plan {done['written'][0]}")
+    _verb(
+        as_json,
+        lambda display: {"written": [str(path) for path in work(file, test, out=out or ".", force=force)]},
+        lambda done: f"wrote {', '.join(done['written'])}\nnext: tunesmith plan {done['written'][0]}",
+    )
 
 
 @app.command(epilog="Example: tunesmith report runs/quickstart")

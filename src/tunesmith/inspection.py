@@ -23,7 +23,9 @@ def init(file: str | Path, test: str | Path | None = None, *, out: str | Path = 
     files = propose_recipe(str(file), str(test) if test else None, folder=folder)
     taken = [str(folder / name) for name in files if (folder / name).exists()]
     if taken and not force:
-        raise OutputInUse(f"{', '.join(taken)} is there already", where=str(folder), mend="choose another folder with --out, or add --force")
+        raise OutputInUse(
+            f"{', '.join(taken)} is there already", where=str(folder), mend="choose another folder with --out, or add --force"
+        )
     for name, content in files.items():
         write_text(folder / name, content)
     return [folder / name for name in files]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-
 from tests.data.rows import jsonl
+
 from tunesmith.data.prepare import Rendering, prepare_data
 from tunesmith.errors import DataRefused
 from tunesmith.recipe import DataSection

@@ -54,7 +54,10 @@ def test_a_label_outside_the_first_plane_can_be_said(generator, smollm2_tokenize
     labels = ["😀 happy", "Ärger", 'say "no" \\ \n twice']
     for number, label in enumerate(labels):
         generations = generator.generate(
-            PROMPTS, max_new_tokens=40, sampling=Sampling(temperature=1.0, seed=number), constraint=choice_constraint([label], smollm2_tokenizer)
+            PROMPTS,
+            max_new_tokens=40,
+            sampling=Sampling(temperature=1.0, seed=number),
+            constraint=choice_constraint([label], smollm2_tokenizer),
         )
         assert {generation.text for generation in generations} == {label}
 

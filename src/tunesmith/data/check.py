@@ -50,9 +50,7 @@ class CheckResult:
     dropped: dict[str, int]
 
 
-def check_data(
-    train: Sequence[Record], test: Sequence[Record], section: DataSection, findings: list[Finding] | None = None
-) -> CheckResult:
+def check_data(train: Sequence[Record], test: Sequence[Record], section: DataSection, findings: list[Finding] | None = None) -> CheckResult:
     """Every check of training rows, alone and against the test rows.
 
     findings: a list that takes each finding as it is made, so that it holds them also where the rows are refused. Raises DataRefused
@@ -145,9 +143,7 @@ def near_duplicates(records: Sequence[Record], threshold: float) -> list[Finding
     return findings
 
 
-def drop_test_overlap(
-    train: Sequence[Record], test: Sequence[Record], section: DataSection, findings: list[Finding]
-) -> list[Record]:
+def drop_test_overlap(train: Sequence[Record], test: Sequence[Record], section: DataSection, findings: list[Finding]) -> list[Record]:
     """The training rows that are like no test row: by the last user text, but for case, whitespace and punctuation, or nearly.
 
     What overlaps is added to `findings`, then DataRefused is raised by data.test_overlap, and where nothing would remain.

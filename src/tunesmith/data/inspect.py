@@ -165,7 +165,9 @@ def _task_lines(train: Inspection, tested: Inspection | None, schema: dict[str, 
     if train.kind == "classification":
         lines.append(_line("  labels: auto", f"the allowed answers: the {len(train.labels)} of the training rows"))
     if schema is not None:
-        lines.append(_line(f"  output_schema: {_scalar(f'{name}.schema.json')}", "derived from the training rows; all answers must satisfy it"))
+        lines.append(
+            _line(f"  output_schema: {_scalar(f'{name}.schema.json')}", "derived from the training rows; all answers must satisfy it")
+        )
         fits, test_answers = Draft202012Validator(schema).is_valid, tested.answers if tested else []
         if broken := sum(not fits(json_object(answer)) for answer in test_answers):
             lines.append(_comment(f"{broken} of {len(test_answers)} test answers do not: mend them or widen the schema before a run"))
