@@ -113,7 +113,7 @@ def test_plan_says_what_would_happen_and_leaves_nothing(project, monkeypatch):
     assert not CONTROL.search(done.out)
     assert "⟦defect[<|im_end|>]⟧" in done.out, "the mask can be read without colours"
     assert "name: other" in done.out
-    assert re.search(r"^plan: about .*, .* GB at most, bound by ", done.out, re.MULTILINE)
+    assert re.search(r"^plan: about .*, .* GB of memory, bound by ", done.out, re.MULTILINE)
 
 
 def test_plan_in_json_gives_the_example_with_its_mask(project):

@@ -114,7 +114,9 @@ def chat(
 
 
 def _lines_of_input(prompt: str) -> Iterator[str]:
-    """Lines of standard input that hold something, to its end."""
+    """Lines of standard input that hold something, to its end; bytes that are no UTF-8 become question marks."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     while True:
         try:
             line = input(prompt).strip()

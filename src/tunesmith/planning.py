@@ -22,7 +22,7 @@ from .models.plan import (
 )
 from .recipe import FullMethod, Stage
 from .session import Session
-from .train.memory import resident_bytes
+from .train.memory import peak_memory_bytes, resident_bytes
 
 SAMPLED_WINDOWS = 20  # updates looked at to know how many tokens are shared
 SAMPLED_ROWS = 32
@@ -37,7 +37,7 @@ def make_plan(session: Session) -> dict[str, Any]:
         rows, computed, supervised, largest = _sample(session, stage)
         tokens += int(rows * stage.max_steps)
         phases.append(train_phase(shape, machine, stage, tokens=computed * stage.max_steps, supervised=supervised * stage.max_steps))
-        need = train_memory(shape, stage, resident=resident_bytes(), batch_tokens=largest, trainable=_trainable(session, stage))
+        need = train_memory(shape, stage, resident=peak_memory_bytes(), batch_tokens=largest, trainable=_trainable(session, stage))
         peak = max(peak, need)
         held_out = session.data_of(stage).validation
         if held_out is not None:

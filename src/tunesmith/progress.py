@@ -119,7 +119,7 @@ def plan_words(plan: dict[str, Any]) -> str:
         )
     lines += [f"note: {note}" for note in plan.get("notes", [])]
     memory = plan["peak_memory_bytes"] / 1e9
-    lines.append(f"plan: about {duration(plan['seconds'])}, {memory:.1f} GB at most, bound by {plan['bound_by']}")
+    lines.append(f"plan: about {duration(plan['seconds'])}, {memory:.1f} GB of memory, bound by {plan['bound_by']}")
     return "\n".join(lines)
 
 

@@ -132,7 +132,7 @@ def find_test(source: str) -> str | None:
     for stem in stems:
         for suffix in (path.suffix, *SUFFIXES):
             candidate = path.with_name(stem + suffix)
-            if candidate != path and candidate.is_file():
+            if stem != path.stem and candidate.is_file():
                 return str(candidate)
     return None
 

@@ -12,7 +12,7 @@ import yaml
 
 from ..models.load import ModelIdentity
 from ..models.result import is_adapter
-from ..rundir import MANIFEST, atomic_folder, write_text
+from ..rundir import MANIFEST, atomic_folder, verify_folder, write_text
 
 MAIN_METRICS = ("exact_match", "field_accuracy", "macro_f1", "rougeL", "json_validity", "perplexity")
 
@@ -39,6 +39,7 @@ def write_card(run_path: Path, base: ModelIdentity) -> None:
 def _add_to_model(folder: Path, card: str) -> None:
     """Puts the card beside the weights: the folder is made anew, its files linked (copied where a file system has no links), and so it is
     whole at every moment."""
+    verify_folder(folder)  # weights that were altered are never signed anew
     with atomic_folder(folder) as temporary:
         for file in folder.iterdir():
             if file.name not in ("README.md", MANIFEST):
