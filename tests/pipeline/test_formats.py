@@ -180,7 +180,7 @@ def test_a_base_model_gets_chatml_whose_new_tokens_train_are_saved_and_answer(me
     tuned = [json.loads(line) for line in (result.path / "samples" / "task.tuned.jsonl").read_text().splitlines()]
     assert [line["finish_reason"] for line in tuned] == ["stop"] * 6  # at <|im_end|>, which the base did not know
     assert {line["output"] for line in tuned} == {"red"}
-    assert tunesmith.Chat(result.path).ask("what colour?") == "red"
+    assert tunesmith.Chat(result.path).ask(tuned[0]["prompt"][-1]["content"]) == "red"  # what the evaluation asked and got
 
 
 def test_hub_data_sets_are_trained_on_at_the_commit_that_was_read_and_the_saved_recipe_names_it(tiny, tmp_path):
