@@ -33,6 +33,7 @@ VARIANTS = [(None, 1.0, False), (5.0, 1.0, False), (None, 0.25, False), (None, 1
 @pytest.mark.parametrize("seed", range(8))
 def test_values_and_gradients_are_those_of_log_softmax(seed, softcap, scale, has_bias, trains, monkeypatch):
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * V * 7)  # seven tokens a chunk, the last one ragged
+    monkeypatch.setattr(head, "CHUNKS_AT_ONCE", 1 + 15 * (seed % 2))  # gradients computed again, or kept
     hidden, weight, bias, targets, grad = inputs(seed)
     ours = [
         hidden.clone().requires_grad_(),
@@ -62,15 +63,17 @@ def test_in_bf16_the_gradient_points_where_the_exact_one_does(trains):
     assert torch.nn.functional.cosine_similarity(mine.grad.double().flatten(), exact.grad.flatten(), dim=0) > 0.9999
 
 
-def test_the_full_logits_never_exist(monkeypatch):
+@pytest.mark.parametrize("at_once, passes", [(1, 2), (16, 1)], ids=["computed again", "gradient kept"])
+def test_the_full_logits_never_exist(monkeypatch, at_once, passes):
     seen = []
+    monkeypatch.setattr(head, "CHUNKS_AT_ONCE", at_once)
     plain = head._logits
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * V * 5)
     monkeypatch.setattr(head, "_logits", lambda h, *rest: seen.append(len(h)) or plain(h, *rest))
     hidden, weight, _, targets, _ = inputs(0)
     token_logprobs(hidden.requires_grad_(), weight.requires_grad_(), targets)[0].sum().backward()
     assert max(seen) == 5
-    assert sum(seen) == 2 * S
+    assert sum(seen) == passes * S
 
 
 def test_no_supervised_token_gives_no_logprobs_and_no_gradient():

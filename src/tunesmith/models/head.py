@@ -2,7 +2,8 @@
 
 For hidden states h[S, H], head weight W[V, H] and targets[S] it gives log softmax(W h)[target] and, if asked, the entropy.
 Where the head is frozen the gradient towards h is formed in the forward pass (d logp / d h = W[target] - p W, exact), so that
-the logits are computed once; where it trains, the backward pass recomputes them chunk by chunk. Log-sum-exp is fp32.
+the logits are computed once. Where it trains, their gradient is kept from the forward pass if it is small, else computed again in the
+backward pass. Log-sum-exp is fp32.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class _TokenLogprobs(torch.autograd.Function):
         entropy = torch.empty_like(logprobs) if want_entropy else logprobs.new_empty(0)
         frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
         slope_SH = torch.empty_like(hidden) if frozen and hidden.requires_grad else None
+        keep = not frozen and hidden.requires_grad and count <= CHUNKS_AT_ONCE * size
+        d_raw_SV = hidden.new_empty(count, weight.shape[0]) if keep else None
         for a in range(0, count, size):
             h, t = hidden[a : a + size], targets[a : a + size]
             logits, curve = _logits(h, weight, bias, softcap, scale)
@@ -64,36 +67,41 @@ class _TokenLogprobs(torch.autograd.Function):
                 entropy[a : a + size] = -torch.linalg.vecdot(logp.exp(), logp)
             if slope_SH is not None:
                 slope_SH[a : a + size] = _d_raw(logp.exp_(), t, curve, scale).to(weight.dtype) @ weight
-        ctx.save_for_backward(hidden, weight, bias, targets, slope_SH)
+            if d_raw_SV is not None:
+                d_raw_SV[a : a + size] = _d_raw(logp.exp_(), t, curve, scale)
+        ctx.save_for_backward(hidden, weight, bias, targets, slope_SH, d_raw_SV)
         ctx.shape = (softcap, scale)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad_S, _):  # noqa: ANN001
-        hidden, weight, bias, targets, slope_SH = ctx.saved_tensors
+        hidden, weight, bias, targets, slope_SH, kept_SV = ctx.saved_tensors
         if slope_SH is not None:
             return (slope_SH * grad_S[:, None]).to(hidden.dtype), None, None, None, None, None, None
         softcap, scale = ctx.shape
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = None
-        d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if bias is not None and ctx.needs_input_grad[2] else None
-        size = _chunk(weight.shape[0])
-        for begin in range(0, hidden.shape[0], CHUNKS_AT_ONCE * size):
-            end = min(begin + CHUNKS_AT_ONCE * size, hidden.shape[0])
-            d_raw_SV = hidden.new_empty(end - begin, weight.shape[0])
-            for a in range(begin, end, size):
-                b = min(a + size, end)
-                logits, curve = _logits(hidden[a:b], weight, bias, softcap, scale)
-                d_raw = _d_raw(torch.softmax(logits, -1), targets[a:b], curve, scale).mul_(grad_S[a:b, None])
-                if d_bias is not None:
-                    d_bias += d_raw.sum(0)
-                d_raw_SV[a - begin : b - begin] = d_raw
+        d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if bias is not None and needs_bias else None
+        size, count = _chunk(weight.shape[0]), hidden.shape[0]
+        for begin in range(0, count, CHUNKS_AT_ONCE * size):
+            end = min(begin + CHUNKS_AT_ONCE * size, count)
+            d_raw_SV = kept_SV
+            if d_raw_SV is None:
+                d_raw_SV = hidden.new_empty(end - begin, weight.shape[0])
+                for a in range(begin, end, size):
+                    b = min(a + size, end)
+                    logits, curve = _logits(hidden[a:b], weight, bias, softcap, scale)
+                    d_raw_SV[a - begin : b - begin] = _d_raw(torch.softmax(logits, -1), targets[a:b], curve, scale)
+            grad_S1 = grad_S[begin:end, None]
+            if d_bias is not None:
+                d_bias += (d_raw_SV.T @ grad_S1.to(d_raw_SV.dtype))[:, 0]
             if d_hidden is not None:
-                d_hidden[begin:end] = d_raw_SV @ weight
-            if ctx.needs_input_grad[1]:
-                part = d_raw_SV.T @ hidden[begin:end]
-                if end - begin < hidden.shape[0]:
+                d_hidden[begin:end] = (d_raw_SV @ weight) * grad_S1
+            if needs_weight:
+                part = d_raw_SV.T @ (hidden[begin:end] * grad_S1).to(hidden.dtype)
+                if end - begin < count:
                     part = part.float()
                 d_weight = part if d_weight is None else d_weight.add_(part)
         return (

@@ -193,14 +193,13 @@ class FlatAdamW:
 
 def _join(held: Tensor, rest: Tensor) -> Tensor:
     """The fp32 values whose upper halves, rounded, are the bf16 tensor, and whose lower halves are int16."""
-    bits = held.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
-    return bits.add_(rest.to(torch.int32)).view(torch.float32)
+    return held.float().view(torch.int32).add_(rest.to(torch.int32)).view(torch.float32)
 
 
 def _rest(master: Tensor, held: Tensor) -> Tensor:
-    """What `_join` needs besides the bf16 tensor to give the master back."""
-    upper = held.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
-    return torch.sub(master.view(torch.int32), upper, out=upper).clamp_(max=TIE).to(torch.int16)
+    """What `_join` needs besides the bf16 tensor to give the master back: numbers of 16 bits, held in 32."""
+    upper = held.float().view(torch.int32)
+    return torch.sub(master.view(torch.int32), upper, out=upper).clamp_(max=TIE)
 
 
 def learning_rate(step: int, *, total: int, warmup: int, peak: float, kind: str) -> float:
