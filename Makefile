@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test install dev docs lint clean
+.PHONY: quickstart quickstart-rlhf test install dev docs lint clean
 
 install: $(VENV)/.installed
 
@@ -23,6 +23,9 @@ dev: $(VENV)/.dev
 
 quickstart: install
 	$(BIN)/tunesmith run recipes/quickstart.yaml --resume
+
+quickstart-rlhf: install
+	$(BIN)/tunesmith run recipes/quickstart-rlhf.yaml --resume
 
 test: dev
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest --numprocesses 2 --dist worksteal

@@ -84,6 +84,27 @@ def test_a_line_that_is_no_utf8_is_quarantined(recipe):
     assert bad["line"] == 25
 
 
+def test_a_file_in_latin_1_is_refused_with_the_way_to_utf8(recipe):
+    for header in ("text,label", "t\xe9xt,label"):
+        lines = [header, *(f"le caf\xe9 {number} est froid,d\xe9faut" for number in range(8))]
+        Path("rows.csv").write_bytes("\n".join(lines).encode("latin-1"))
+        for verb in (["data", "check"], ["init"]):
+            refused(*verb, "rows.csv", status=3, tells=["rows.csv", "not UTF-8", "iconv -f WINDOWS-1252 -t UTF-8"])
+
+
+def test_a_txt_file_is_refused_with_what_to_make_of_it(recipe):
+    Path("book.txt").write_text("It was a dark and stormy night.\n")
+    for verb in (["data", "check"], ["init"]):
+        refused(*verb, "book.txt", status=3, tells=["the suffix .txt", '{"text": "..."}', ".jsonl"])
+
+
+def test_a_csv_without_a_header_is_refused_with_what_to_put_above_it(recipe):
+    Path("rows.csv").write_text("the lamp is broken,defect\nwhere is it,delivery\nit smells,defect\nthe cup is cracked,defect\n")
+    refused("init", "rows.csv", status=3, tells=["rows.csv:1", "no header", "'the lamp is broken', 'defect'", "text,label"])
+    refused("data", "check", "rows.csv", status=3, tells=["put a header above it, such as text,label"])
+    assert not Path("rows.yaml").exists()
+
+
 def test_an_unknown_key_is_refused_before_anything_heavy_is_imported(recipe):
     recipe.write_text(recipe.read_text().replace("learning_rate", "learning_rat"))
     code = "import sys\nfrom tunesmith.cli import main\ntry: main()\nfinally: print(*sys.modules)"
@@ -107,6 +128,34 @@ def test_a_wrong_type_is_refused(recipe):
         "run", recipe, "--set", "stages.0.learning_rate=fast", status=2, tells=["--set stages.0.learning_rate", "valid number", '"fast"']
     )
     refused("plan", recipe, "--set", "seed=1.5", status=2, tells=["--set seed", "valid integer"])
+
+
+def test_a_wrong_value_is_told_in_words_of_ours(recipe):
+    for word, tells in {
+        "seed=1.5": "`seed` must be a valid integer (got 1.5)",
+        "model=tiny": "`model` must be a valid dictionary, with settings written as `key: value`",
+        "stages=[]": "`stages` must not be empty",
+        "stages.0.gradient_checkpointing=1": "`stages.0.gradient_checkpointing` must be true or false",
+        "data.format=mesages": "did you mean `messages`?",
+        "evaluate.gates=[{metric: perplexity}]": "`evaluate.gates.0`: give exactly one of",
+        "data.validation=2": "`data.validation` must be less than 1",
+    }.items():
+        message = refused("run", recipe, "--set", word, status=2, tells=[tells])
+        for raw in ("nput should", "alue error", "instance of", "extract fields", "after validation"):
+            assert raw not in message
+
+
+@pytest.mark.parametrize(("offline", "tells"), [("1", "unset HF_HUB_OFFLINE once"), ("", "check the name and the network")])
+def test_a_hub_model_that_cannot_be_fetched_says_what_to_name_in_its_place(recipe, offline, tells, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def nothing(*_, **__):
+        raise LocalEntryNotFoundError("cannot be found")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing)
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    refused("plan", recipe, "--set", "model.name=foo/bar", status=2, tells=["model.name: foo/bar", tells, ".gguf", "smollm2-135m-instruct"])
 
 
 def test_a_model_folder_without_a_tokenizer_is_refused(recipe, tiny_folder):

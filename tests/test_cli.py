@@ -101,6 +101,73 @@ def test_evaluate_judges_what_train_left(project, tmp_path):
     assert done.status == 0
     candidates = json.loads(done.out)["evaluation"]["tasks"]["task"]["candidates"]
     assert list(candidates) == ["zero_shot", "tuned"]
+    gated = call("evaluate", recipe, "--out", tmp_path / "run", "--set", "evaluate.candidates=[zero_shot, tuned]", "--set", gate, "--gate")
+    assert gated.status == 5, "two updates of a random model beat nothing"
+    assert gated.out.startswith("verdict: FAIL\n")
+
+
+def test_evaluate_refuses_a_folder_that_holds_no_trained_run_and_creates_nothing(project, tmp_path):
+    _, recipe, _ = project
+    done = call("evaluate", recipe, "--out", tmp_path / "none")
+    assert (done.status, done.out) == (2, "")
+    assert "train it first: tunesmith train" in done.err
+    assert str(tmp_path / "none") in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        (["data.test=null", "evaluate.gates=[]"], ["evaluate.gates states no gate", "there is no data.test"]),
+        (["data.test=null"], ["NOT MEASURED, neither PASS nor FAIL: there is no data.test"]),
+        (["evaluate.gates=[]"], ["NOT MEASURED, neither PASS nor FAIL: evaluate.gates states no gate"]),
+        (["evaluate.candidates=[zero_shot, tuned]"], ["NOT MEASURED, neither PASS nor FAIL: few_shot is not in evaluate.candidates"]),
+        (
+            ["evaluate.gates=[{metric: perplexity, task: general, better_than: zero_shot}, {metric: exact_match, better_than: few_shot}]"],
+            ["the verdict cannot be PASS: evaluate.general names no file"],
+        ),
+        (["evaluate.confidence=0.99"], ["6 items are too few to show anything at 99%"]),
+        ([], []),
+    ],
+)
+def test_plan_and_run_say_beforehand_what_stands_in_the_way_of_a_verdict(project, sets, words, tmp_path):
+    _, recipe, _ = project
+    flags = [word for value in sets for word in ("--set", value)]
+    warned = json.loads(call("plan", recipe, *flags, "--json").out)["warnings"]
+    assert len(warned) == len(words)
+    for warning, word in zip(warned, words, strict=True):
+        assert word in warning
+    done = call("run", recipe, *flags, "--out", tmp_path / "run")
+    assert re.findall(r"^warning: (.*)$", done.err.partition("train sft")[0], re.MULTILINE) == warned
+    assert json.loads(call("run", recipe, *flags, "--out", tmp_path / "run", "--resume", "--json").out)["warnings"] == warned
+    assert re.findall(r"^warning: (.*)$", call("plan", recipe, *flags).out, re.MULTILINE) == warned
+    assert done.out.startswith("verdict: NOT MEASURED\n") == any("neither PASS nor FAIL" in warning for warning in warned)
+
+
+def test_plan_and_run_say_how_many_rows_are_quarantined_and_where_they_are_listed(project, tmp_path):
+    _, recipe, _ = project
+    rows = write_rows(tmp_path / "some.jsonl", [*map(row, range(24)), '{"messages": 3}', "{"])
+    words = [recipe, "--set", f"data.train={rows}", "--out", tmp_path / "run"]
+    file = tmp_path / "run" / "data" / "quarantine.jsonl"
+    assert f"note: 2 rows are quarantined and not used, listed by a run in {file}; first: {rows}:25: " in call("run", *words).err
+    assert len(file.read_text().splitlines()) == 2
+    planned = f"note: 2 rows are quarantined and not used, listed by a run in runs/tiny/data/quarantine.jsonl; first: {rows}:25: "
+    assert planned in call("plan", *words[:3]).out
+
+
+def test_a_test_label_that_no_training_row_has_is_said_beforehand(project, tmp_path):
+    _, recipe, _ = project
+    odd = [row(number) for number in range(100, 106)]
+    odd[2]["messages"][1]["content"] = "complaint"
+    done = call("plan", recipe, "--set", f"data.test={write_rows(tmp_path / 'odd.jsonl', odd)}")
+    assert "warning: 1 of 6 test items have a label that no training row has ('complaint'): wrong for every candidate" in done.out
+
+
+def test_a_run_that_recommends_nothing_says_so_in_words(project, tmp_path):
+    _, recipe, _ = project
+    done = call("run", recipe, "--set", "data.test=null", "--out", tmp_path / "run")
+    assert "None" not in done.out
+    assert "\nno recommendation: no candidate has exact_match on a test set.\n" in done.out
 
 
 def test_plan_says_what_would_happen_and_leaves_nothing(project, monkeypatch):
@@ -132,6 +199,8 @@ def test_chat_answers_each_line_of_a_pipe(project):
     lines = done.out.splitlines()
     assert len(lines) == 3
     assert lines[0] == lines[1], "after /reset the conversation begins anew"
+    told = " ".join(call("chat", "--help").out.split())
+    assert "It is one conversation: each question is asked with all before it and their answers. A line /reset begins a new one." in told
     as_json = call("chat", folder / "runs" / "tiny", "--max-new-tokens", 3, "--json", stdin="hello\n")
     assert json.loads(as_json.out) == {"user": "hello", "assistant": lines[0]}
 
@@ -151,6 +220,20 @@ def test_report_writes_the_page_again(project):
     assert (done.status, done.out) == (0, f"{page}\n")
     assert page.read_bytes() == before
     assert call("report", folder / "nowhere").status == 2
+
+
+def test_report_refuses_a_folder_that_is_no_run_and_writes_nothing(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("name: mine\n")
+    done = call("report", tmp_path)
+    assert (done.status, done.out) == (2, "")
+    assert f"{tmp_path}: this is no run directory" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_the_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    assert call("--version") == (0, f"tunesmith {version('tunesmith')}\n", "")
 
 
 def test_schema_prints_the_schema():
@@ -187,6 +270,27 @@ def test_data_check_tells_what_is_wrong_with_a_file(tmp_path):
     assert "test_overlap" in {finding["check"] for finding in result["findings"]}
 
 
+def test_data_check_reads_a_csv_of_its_own_columns_once_they_are_named(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\n" + "".join(f"message {number} of a customer,refund\n" for number in range(8)))
+    refused = call("data", "check", file)
+    assert refused.status == 3
+    assert "--columns prompt=text,completion=label" in refused.err
+    assert "--format NAME" in refused.err
+    mapped = json.loads(call("data", "check", file, "--columns", "prompt=text, completion=label", "--json").out)
+    assert (mapped["format"], mapped["rows_in"], mapped["rejected"]) == ("prompt_completion", 8, [])
+    assert json.loads(call("data", "check", file, "--format", "text", "--json").out)["format"] == "text"
+    for words, tells in (
+        (["--columns", "prompt"], "FIELD=COLUMN"),
+        (["--columns", "prompt=txt,completion=label"], "did you mean `text`?"),
+        (["--columns", "promt=text,completion=label"], "did you mean `prompt`?"),
+        (["--format", "txt"], "did you mean `text`?"),
+    ):
+        done = call("data", "check", file, *words)
+        assert done.status == 2
+        assert tells in done.err
+
+
 def test_what_data_hold_cannot_steer_the_terminal(tmp_path):
     rows = [*map(row, range(10)), '{"messages": "\\u001b[2J\\u0007"}', '{"\x1b]0;title\x07": 1}']
     done = call("data", "check", write_rows(tmp_path / "train.jsonl", rows))
@@ -204,7 +308,7 @@ def test_a_usage_error_exits_2(words):
 def test_a_signal_outside_the_training_exits_130(number, monkeypatch, tmp_path):
     import tunesmith.inspection
 
-    def stopped(*_):
+    def stopped(*_, **__):
         os.kill(os.getpid(), number)
 
     monkeypatch.setattr(tunesmith.inspection, "check_data_file", stopped)
@@ -219,7 +323,7 @@ def test_a_signal_outside_the_training_exits_130(number, monkeypatch, tmp_path):
 def test_what_nobody_foresaw_is_one_message_with_status_1_and_on_demand_a_traceback(flags, monkeypatch, tmp_path):
     import tunesmith.inspection
 
-    def broken(*_):
+    def broken(*_, **__):
         raise ZeroDivisionError("by nothing")
 
     monkeypatch.setattr(tunesmith.inspection, "check_data_file", broken)
@@ -244,7 +348,7 @@ def test_json_holds_warnings_log_lines_and_errors_as_lines_too(monkeypatch, tmp_
     import tunesmith.inspection
     from tunesmith.errors import DataRefused
 
-    def noisy(*_):
+    def noisy(*_, **__):
         warnings.warn("watch out", UserWarning, stacklevel=1)
         logging.getLogger("transformers.some").warning("look %s", "here")
         raise DataRefused("bad", where="there", mend="so")

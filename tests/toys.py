@@ -26,6 +26,7 @@ from tunesmith.train.loop import Job
 from tunesmith.train.optimiser import FlatAdamW
 from tunesmith.train.signals import StopRequest
 from tunesmith.train.stage import StageInputs, derive_stage, run_stage
+from tunesmith.train.window import evaluate_loss
 
 VOCABULARY = 97
 Row = tuple[np.ndarray, np.ndarray]
@@ -79,23 +80,41 @@ def make_job(
 ) -> Job:
     """A job of SFT, or of what `changed` puts in its place."""
     size, accumulation = stage.per_device_train_batch_size, stage.gradient_accumulation_steps
-    held_out = DatasetSource(validation, batch_size=size, accumulation=1, seed=0).once if validation else None
+    objective = changed.get("objective", SFT())
+    held_out = None
+    if validation:
+        once = DatasetSource(items_of(validation), batch_size=size, accumulation=1, seed=0).once
+        held_out = lambda between: evaluate_loss(policy, objective, once(), between=between)  # noqa: E731
     parts: dict[str, Any] = {
         "stage": stage,
         "policy": policy,
-        "objective": SFT(),
-        "source": DatasetSource(rows, batch_size=size, accumulation=accumulation, seed=0),
+        "objective": objective,
+        "source": DatasetSource(items_of(rows), batch_size=size, accumulation=accumulation, seed=0),
         "optimiser": FlatAdamW(policy.named_parameters(), stage),
         "run": run,
         "fingerprint": "f",
-        "validation": held_out,
+        "evaluate": held_out,
     }
     return Job(**(parts | changed))
 
 
 def batch_of(rows: Sequence[Row], **options: Any) -> Batch:
-    """Rows as one batch."""
-    return Batch(build_forest(rows, **options), tuple(range(len(rows))))
+    """Rows as one batch, each an item."""
+    return Batch(build_forest(rows, **options), tuple(range(len(rows))), np.arange(len(rows)))
+
+
+class ItemsOf(list):
+    """Rows as items of one row each, with what a store's items tell of them."""
+
+    def __init__(self, rows: Sequence[Row]):
+        super().__init__((row,) for row in rows)
+        self.rows, self.columns = rows, {}
+        self.row_ids = getattr(rows, "row_ids", [])
+
+
+def items_of(rows: Sequence[Row]) -> ItemsOf:
+    """Rows as items."""
+    return ItemsOf(rows)
 
 
 def train_stage(
@@ -121,7 +140,10 @@ def stage_inputs(base: LoadedModel, rows: Rows, stores: Path, *, validation: Row
     for name, part in (("train", rows), ("validation", validation)):
         if part is not None:
             part.keep(stores / name)
-    data = SimpleNamespace(train=rows, validation=validation, records=[None] * len(rows), max_length=64)
+    held_out = items_of(validation) if validation is not None else None
+    data = SimpleNamespace(
+        train=rows, items=items_of(rows), validation=validation, validation_items=held_out, records=[None] * len(rows), max_length=64
+    )
     section = ModelSection(name="tiny")
     given = {"template": None, "new_tokens": [], "system": None, "start": None, "seed": 0}
     return StageInputs(loaded=base, section=section, data=data, **(given | changed))
@@ -173,6 +195,7 @@ def model_folder(path: Path, *, tied: bool = True, template: str | None = "chatm
 __all__ = [
     "Rows",
     "VOCABULARY",
+    "items_of",
     "batch_of",
     "loaded",
     "make_job",

@@ -18,7 +18,7 @@ from .train.stage import add_new_tokens
 
 
 class Chat:
-    """A run's tuned model, answering in turn.
+    """A run's tuned model in one conversation: each question is asked with all before it and their answers, until `reset`.
 
     run: the run directory. system: the system message; none means the one that all training rows had. max_new_tokens: the longest answer;
     none means the evaluation's. trust_remote_code: whether code that the model brings may run, whatever the run's recipe says. Raises

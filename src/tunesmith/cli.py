@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import GateFailed, Interrupted, TunesmithError
+from .errors import GateFailed, Interrupted, RecipeError, TunesmithError
 
 app = typer.Typer(
     help="Fine-tune a language model and prove what the tuning did: one recipe, one command, one verdict.",
@@ -29,9 +28,27 @@ app.add_typer(data_app, name="data")
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. stages.0.learning_rate=1e-4.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory; else runs/NAME.")]
+Columns = Annotated[
+    str | None, typer.Option("--columns", metavar="FIELD=COLUMN,...", help="As data.columns: prompt=text,completion=label.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier run in the same directory stopped.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, events as JSON lines on standard error.")]
 GateFlag = Annotated[bool, typer.Option("--gate", help="Exit with status 5 unless the verdict is PASS.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from .inspection import package_version
+
+        print(f"tunesmith {package_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """What stands before a verb."""
 
 
 def _verb(as_json: bool, work: Callable[[Any], Any], show: Callable[[Any], str]) -> Any:
@@ -57,8 +74,7 @@ def run(
     from .pipeline import run as work
 
     result = _verb(as_json, lambda display: work(recipe, sets=set_ or (), out=out, resume=resume, report=display), _run_words)
-    if gate and result.verdict != "PASS":
-        raise GateFailed(f"the verdict is {result.verdict}", where=str(result.report), mend="see the gates in the report")
+    _require_pass(result, gate)
 
 
 @app.command(epilog="Example: tunesmith train recipes/quickstart.yaml --set stages.0.max_steps=20 --out runs/try")
@@ -71,12 +87,18 @@ def train(recipe: RecipePath, set_: Sets = None, out: Out = None, resume: Resume
 
 
 @app.command(epilog="Example: tunesmith evaluate recipes/quickstart.yaml")
-def evaluate(recipe: RecipePath, set_: Sets = None, out: Out = None, as_json: AsJson = False) -> None:
-    """Evaluate what `train` left in the run directory."""
+def evaluate(recipe: RecipePath, set_: Sets = None, out: Out = None, gate: GateFlag = False, as_json: AsJson = False) -> None:
+    """Evaluate what `train` left in the run directory; one that holds no trained run is refused."""
     _check_recipe(recipe, set_, out, True)
     from .pipeline import evaluate as work
 
-    _verb(as_json, lambda display: work(recipe, sets=set_ or (), out=out, report=display), _run_words)
+    _require_pass(_verb(as_json, lambda display: work(recipe, sets=set_ or (), out=out, report=display), _run_words), gate)
+
+
+def _require_pass(result: Any, gate: bool) -> None:
+    """Raises GateFailed where `--gate` was given and the verdict, which is printed by now, is not PASS."""
+    if gate and result.verdict != "PASS":
+        raise GateFailed(f"the verdict is {result.verdict}", where=str(result.report), mend="see the gates in the report")
 
 
 @app.command(epilog="Example: tunesmith plan recipes/quickstart.yaml")
@@ -99,7 +121,8 @@ def chat(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Let code that the model brings run.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Talk to a run's tuned model, a line at a time; /reset begins anew, end of input ends. With --json, a line of JSON an answer."""
+    """Talk to a run's tuned model, a line at a time; end of input ends. It is one conversation: each question is asked with all before it
+    and their answers. A line /reset begins a new one. With --json, a line of JSON an answer."""
     from .chat import Chat
     from .progress import as_json_text, libraries_in_json, visible
 
@@ -166,12 +189,28 @@ def schema() -> None:
 def data_check(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Training rows.")],
     test: Annotated[Path | None, typer.Option(help="Test rows, looked for among the training rows.")] = None,
+    columns: Columns = None,
+    form: Annotated[str, typer.Option("--format", metavar="NAME", help="As data.format: the record format of every row.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Read and check a data file: format, bad rows, duplicates, near duplicates, test rows among the training rows."""
     from .inspection import check_data_file
 
-    _verb(as_json, lambda display: check_data_file(path, test), _check_words)
+    mapped = _mapping(columns or "")
+    _verb(as_json, lambda display: check_data_file(path, test, columns=mapped, format=form), _check_words)
+
+
+def _mapping(words: str) -> dict[str, str]:
+    """`a=b,c=d` as a dict. Raises RecipeError."""
+    pairs = [part.partition("=") for part in words.split(",") if part.strip()]
+    for field, equals, column in pairs:
+        if not equals or not field.strip() or not column.strip():
+            raise RecipeError(
+                f"`{field}{equals}{column}` is not of the form FIELD=COLUMN",
+                where="--columns",
+                mend="write --columns prompt=text,completion=label",
+            )
+    return {field.strip(): column.strip() for field, _, column in pairs}
 
 
 def _check_recipe(recipe: Path, sets: list[str] | None, out: Path | None, resume: bool) -> None:
@@ -189,7 +228,10 @@ def _run_words(result: Any) -> str:
         lines.append(f"verdict: {result.verdict}")
         lines += [f"  {gate['result']}: {gate['name']}: {gate['reason']}" for gate in result.evaluation["gates"]]
         recommended = result.evaluation["recommendation"]
-        lines.append(f"recommended: {recommended['candidate']}: {recommended['reason']}")
+        if recommended["candidate"] is None:
+            lines.append(f"no recommendation: {recommended['reason'].removeprefix('NOT MEASURED: ')}")
+        else:
+            lines.append(f"recommended: {recommended['candidate']}: {recommended['reason']}")
     lines.append(f"run: {result.path}\nreport: {result.report}")
     return "\n".join(lines)
 
@@ -207,7 +249,8 @@ def _plan_words(result: dict[str, Any]) -> str:
     else:
         lines.append(f"the first row; what stands between ⟦ and ⟧ carries loss:\n{example_words(result['example'])}")
     lines += [f"{finding['check']}: {finding['evidence']}" for finding in result["findings"]]
-    lines.append(plan_words({**result["plan"], "ledger": result["ledger"], "notes": result["notes"] + result["plan"]["notes"]}))
+    notes = result["notes"] + result["plan"]["notes"]
+    lines.append(plan_words({**result["plan"], "ledger": result["ledger"], "notes": notes, "warnings": result["warnings"]}))
     return "\n".join(lines)
 
 
@@ -223,8 +266,8 @@ def main() -> None:
     """Runs the command line; an error becomes its exit status (1 for one that nobody foresaw) and two lines on standard error, or one of
     JSON."""
     try:
-        with warnings.catch_warnings(), _signals_end_the_verb():
-            _silence_libraries()
+        with _signals_end_the_verb():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own bars stand for the libraries'
             app()
     except TunesmithError as error:
         _print_error(error)
@@ -245,12 +288,6 @@ def _print_error(error: TunesmithError, kind: str | None = None) -> None:
         print_event({"event": "error", **about, "exit_status": error.exit_status})
     else:
         print(visible(f"error: {error}"), file=sys.stderr)
-
-
-def _silence_libraries() -> None:
-    """Warnings that libraries give about each other, which no user can act on, and their bars, which our own stand for."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)  # PEFT asks transformers
 
 
 @contextmanager

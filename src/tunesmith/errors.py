@@ -91,6 +91,10 @@ class NonFinite(TunesmithError):
     """A loss, gradient or weight became NaN or infinite; nothing of it was saved."""
 
 
+class RolloutFailed(TunesmithError):
+    """Sampled answers cannot be learned from: too few have a reward, or sampler and trainer differ."""
+
+
 class CheckpointError(TunesmithError):
     """A checkpoint is torn, altered, or belongs to another run."""
 

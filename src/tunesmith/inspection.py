@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib.metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from .data.check import check_data
 from .data.inspect import propose_recipe
 from .data.read import read_records
-from .errors import OutputInUse
+from .errors import OutputInUse, RecipeError
 from .recipe import DataSection
+from .recipe.data import Format
 from .rundir import write_text
 
 
@@ -31,12 +34,27 @@ def init(file: str | Path, test: str | Path | None = None, *, out: str | Path = 
     return [folder / name for name in files]
 
 
-def check_data_file(train: str | Path, test: str | Path | None = None, *, columns: dict[str, str] | None = None) -> dict[str, Any]:
+def package_version() -> str:
+    """This package's version."""
+    try:
+        return importlib.metadata.version("tunesmith")
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        return "(not installed)"
+
+
+def check_data_file(
+    train: str | Path, test: str | Path | None = None, *, columns: dict[str, str] | None = None, format: str = "auto"
+) -> dict[str, Any]:
     """Reads and checks a data file, alone and against a test file. Lengths in tokens need a model and are in `plan`.
 
-    Returns {"format", "rows_in", "rejected", "dropped", "findings", "notes"}. Raises MissingFile or DataRefused.
+    columns, format: as data.columns and data.format of a recipe. Returns {"format", "rows_in", "rejected", "dropped", "findings", "notes"}.
+    Raises MissingFile or DataRefused, and RecipeError for a column or format that is not there.
     """
-    section = DataSection(train=str(train), test=str(test) if test else None, columns=columns or {}, test_overlap="drop")
+    if format not in get_args(Format):
+        near = difflib.get_close_matches(format, get_args(Format), n=1)
+        mend = f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(get_args(Format))}"
+        raise RecipeError(f"no format is called `{format}`", where="--format", mend=mend)
+    section = DataSection(train=str(train), test=str(test) if test else None, columns=columns or {}, format=format, test_overlap="drop")
     read = read_records(section.train, section)
     tests = read_records(section.test, section, default_split="test").records if section.test else []
     checked = check_data(read.records, tests, section)

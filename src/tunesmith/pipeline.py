@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .data.prepare import PreparedData
 from .data.records import Conversation
-from .errors import GateFailed
+from .errors import GateFailed, ModelError
 from .evaluation import evaluate_run
-from .planning import make_plan
+from .models.load import EMBEDDED
+from .planning import make_plan, quarantine_notes, verdict_warnings
 from .preparation import fresh_base, prepare, require_files
 from .recipe import Recipe, Stage, dump_recipe, load_recipe
 from .report import write_report
@@ -30,6 +32,8 @@ from .train.signals import StopRequest
 from .train.stage import StageInputs, is_finished, locate_start, run_stage
 from .train.trackers import Trackers, require_trackers
 
+HUB_CLIENTS = ("huggingface_hub", "httpx", "requests")  # whose errors say that a model could not be fetched
+UNTRAINED = {"zero_shot", "few_shot", "classical"}  # candidates that need no result of a stage
 NOTHING_TO_DO = "nothing_to_do"  # the event of a part that found everything finished
 
 
@@ -43,6 +47,8 @@ class RunResult:
     plan: dict[str, Any] | None = None
     ledger: dict[str, Any] | None = None
     report: Path | None = None
+    warnings: list[str] = field(default_factory=list)
+    """Why the verdict can never be PASS or FAIL, known before anything is trained; empty where nothing stands in its way."""
 
 
 def run(
@@ -67,6 +73,10 @@ def run(
         with session.phase("evaluate"):
             evaluation = evaluate_run(session)
         result = _finish(session, evaluation)
+    return _gated(result, gate)
+
+
+def _gated(result: RunResult, gate: bool) -> RunResult:
     if gate and result.verdict != "PASS":
         raise GateFailed(f"the verdict is {result.verdict}", where=str(result.report), mend="see the gates in the report")
     return result
@@ -91,14 +101,26 @@ def evaluate(
     *,
     sets: Sequence[str] = (),
     out: str | Path | None = None,
+    gate: bool = False,
     report: Report = lambda event: None,
 ) -> RunResult:
-    """Evaluates what `train` left in the run directory; if nothing was trained, the candidates that need no training."""
+    """Evaluates what `train` left in the run directory. Arguments and errors as for `run`.
+
+    Raises ModelError, and makes no folder, where a candidate needs training and nothing was trained.
+    """
+    given = load_recipe(recipe, sets, out=out)
+    if set(given.evaluate.candidates) - UNTRAINED and not (_run_path(given) / "model").exists():
+        raise ModelError(
+            "the folder holds no trained run",
+            where=str(_run_path(given)),
+            mend="train it first: tunesmith train RECIPE, with the same --out",
+        )
     with _session(recipe, sets, out, True, report) as session:
         prepare(session)
         with session.phase("evaluate"):
             evaluation = evaluate_run(session)
-        return _finish(session, evaluation)
+        result = _finish(session, evaluation)
+    return _gated(result, gate)
 
 
 def plan(
@@ -110,7 +132,8 @@ def plan(
 ) -> dict[str, Any]:
     """What would happen: the predicted memory and time, the ledger, and the first row with its mask; nothing is left on disk.
 
-    Returns {"plan", "ledger", "findings", "notes", "recipe", "example"}, the last a rich Text.
+    Returns {"plan", "ledger", "findings", "notes", "warnings", "recipe", "example"}: the warnings say why the run cannot end in PASS or
+    FAIL, the example is a rich Text.
     """
     import tempfile
 
@@ -118,15 +141,16 @@ def plan(
 
     with tempfile.TemporaryDirectory() as folder, _session(recipe, sets, Path(folder) / "plan", False, report) as session:
         prepare(session)
-        where = load_recipe(recipe, sets, out=out).output
-        shown = session.recipe.model_copy(update={"output": where})
+        given = load_recipe(recipe, sets, out=out)
+        shown = session.recipe.model_copy(update={"output": given.output})
         ids, weights = session.data.train[0]
         predicted = make_plan(session)
         return {
             "plan": predicted,
             "ledger": session.data.ledger.to_json(),
             "findings": [finding.to_json() for finding in session.data.findings],
-            "notes": session.data.notes,
+            "notes": [*session.data.notes, *quarantine_notes(session, _run_path(given))],
+            "warnings": verdict_warnings(session.recipe, session.tasks),
             "recipe": dump_recipe(shown),
             "example": colourise(Rendered(ids, weights, 0), session.loaded.tokenizer),
         }
@@ -137,11 +161,29 @@ def _session(
     source: str | Path | dict[str, Any] | Recipe, sets: Sequence[str], out: str | Path | None, resume: bool, report: Report
 ) -> Iterator[Session]:
     recipe = load_recipe(source, sets, out=out)
-    path = Path(recipe.output.dir or Path("runs") / recipe.name)
     require_files(recipe)
     require_trackers(recipe.tracking)
-    with StopRequest() as stop, RunDirectory.open(path, resume=resume) as directory:
+    with StopRequest() as stop, RunDirectory.open(_run_path(recipe), resume=resume) as directory, _hub_explained(recipe.model.name):
         yield Session(recipe, directory, stop, report)
+
+
+def _run_path(recipe: Recipe) -> Path:
+    return Path(recipe.output.dir or Path("runs") / recipe.name)
+
+
+@contextmanager
+def _hub_explained(name: str) -> Iterator[None]:
+    """What the hub's client says about a model that cannot be fetched, with what to do in its place."""
+    try:
+        yield
+    except ModelError as error:
+        if error.where != name or type(error.__cause__).__module__.partition(".")[0] not in HUB_CLIENTS:
+            raise
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        why = "it is not in the cache, and HF_HUB_OFFLINE forbids to fetch it" if offline else f"the hub does not give it: {error.what}"
+        first = "unset HF_HUB_OFFLINE once" if offline else "check the name and the network (a private or gated one needs HF_TOKEN)"
+        mend = f"{first}; or name a folder written by save_pretrained, a .gguf file, or an embedded model: {', '.join(EMBEDDED)}"
+        raise ModelError(f"no such model here: {why}", where=f"model.name: {name}", mend=mend) from error
 
 
 def _train(session: Session) -> None:
@@ -150,8 +192,10 @@ def _train(session: Session) -> None:
     predicted = make_plan(session)
     write_json(session.run.file("plan.json"), {"predicted": predicted, "measured": None})
     notes = [*session.data.notes, *(note for data in session.stage_data.values() for note in data.notes), *predicted["notes"]]
+    notes += quarantine_notes(session, session.run.path)
+    warnings = verdict_warnings(session.recipe, session.tasks)
     session.run.log({"event": "notes", "notes": notes})
-    session.report({"event": "plan", **predicted, "ledger": session.data.ledger.to_json(), "notes": notes})
+    session.report({"event": "plan", **predicted, "ledger": session.data.ledger.to_json(), "notes": notes, "warnings": warnings})
     recipe, steps = session.recipe, {stage.name: stage.max_steps for stage in session.stages}
     with Trackers(recipe.tracking, recipe.name, session.run.path, recipe.model_dump(), steps) as trackers:
 
@@ -177,7 +221,7 @@ def _train_stage(session: Session, stage: Stage, report: Report) -> None:
             new_tokens=session.new_tokens,
             system=common_system(data),
             start=locate_start(stage, session.run.path),
-            seed=session.recipe.seed,
+            seed=session.recipe.seed if stage.seed is None else stage.seed,
         )
         run_stage(stage, inputs, session.run, stop=session.stop, report=report)
         del inputs
@@ -225,6 +269,7 @@ def _finish(session: Session, evaluation: dict[str, Any] | None) -> RunResult:
         {"predicted": known["predicted"], "measured": measured},
         session.data.ledger.to_json(),
         page,
+        verdict_warnings(session.recipe, session.tasks),
     )
 
 

@@ -1,13 +1,18 @@
-"""The plan of a session: what each phase will cost, from its own batches and the machine's measured speeds. Raises DoesNotFit."""
+"""The plan of a session: what each phase will cost, from its own batches and the machine's measured speeds; and what stands in the way of a
+verdict, said before anything is trained. Raises DoesNotFit."""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .data.batching import DatasetSource
 from .errors import DoesNotFit
+from .evaluate.run import GUARDED
+from .evaluate.verdict import gate_name
 from .models.load import has_fast_bf16
 from .models.plan import (
     Phase,
@@ -20,12 +25,18 @@ from .models.plan import (
     train_memory,
     train_phase,
 )
-from .recipe import FullMethod, Stage
+from .recipe import FullMethod, Gate, Recipe, Stage
+from .score import minimum_items
 from .session import Session
+from .tasks import Tasks
 from .train.memory import peak_memory_bytes, resident_bytes
+from .train.scoring import named_models
+from .train.shaping import Shaping
+from .train.work import ROLLOUT_BATCH, learns_from_answers
 
 SAMPLED_WINDOWS = 20  # updates looked at to know how many tokens are shared
 SAMPLED_ROWS = 32
+SHOWN = 3  # quarantined rows and unknown labels named in a line
 
 
 def make_plan(session: Session) -> dict[str, Any]:
@@ -40,7 +51,9 @@ def make_plan(session: Session) -> dict[str, Any]:
         need = train_memory(shape, stage, resident=peak_memory_bytes(), batch_tokens=largest, trainable=_trainable(session, stage))
         peak = max(peak, need)
         held_out = session.data_of(stage).validation
-        if held_out is not None:
+        if learns_from_answers(stage):
+            phases += _answer_phases(session, shape, machine, stage)
+        elif held_out is not None:
             length = float(held_out.lengths.sum()) * computed / max(rows, 1)
             evaluations = max(1, stage.max_steps // stage.eval_steps)
             phases.append(forward_phase(f"validate {stage.name}", shape, machine, tokens=length * evaluations, heads=supervised))
@@ -68,13 +81,15 @@ def make_plan(session: Session) -> dict[str, Any]:
 
 def _sample(session: Session, stage: Stage) -> tuple[float, float, float, int]:
     """Per update: row tokens, computed tokens, supervised tokens (means over some updates), and the largest batch's computed tokens."""
+    if learns_from_answers(stage):
+        return _sample_answers(session, stage)
     source = DatasetSource(
-        session.data_of(stage).train,
+        session.data_of(stage).items,
         batch_size=stage.per_device_train_batch_size,
         accumulation=stage.gradient_accumulation_steps,
         seed=session.recipe.seed,
     )
-    windows = [source.window(step) for step in range(min(SAMPLED_WINDOWS, stage.max_steps))]
+    windows = [source.window(step).batches for step in range(min(SAMPLED_WINDOWS, stage.max_steps))]
     totals = np.array(
         [
             [sum(int(b.forest.lengths_B.sum()) for b in w), sum(len(b.forest.tokens_T) for b in w), sum(len(b.forest.target_S) for b in w)]
@@ -83,6 +98,30 @@ def _sample(session: Session, stage: Stage) -> tuple[float, float, float, int]:
     )
     rows, computed, supervised = totals.mean(0)
     return float(rows), float(computed), float(supervised), max(len(batch.forest.tokens_T) for window in windows for batch in window)
+
+
+def _sample_answers(session: Session, stage: Stage) -> tuple[float, float, float, int]:
+    """As `_sample`, of answers yet to be sampled, each taken to be as long as it may; a prompt is computed once for its group."""
+    prompt, new = float(session.data_of(stage).train.lengths.mean()), stage.rollout.max_new_tokens
+    prompts, group = stage.rollout.prompts_per_step, stage.objective.num_generations
+    answers = prompts * group
+    batch = min(answers, stage.per_device_train_batch_size)
+    largest = math.ceil(batch / group) * prompt + batch * new
+    return answers * (prompt + new), prompts * prompt + answers * new, float(answers * new), int(largest)
+
+
+def _answer_phases(session: Session, shape: Any, machine: Any, stage: Stage) -> list[Phase]:
+    """What a stage that samples computes besides its updates: answers, and passes of policy, reference and reward models over them."""
+    _, computed, supervised, _ = _sample_answers(session, stage)
+    iterations = math.ceil(stage.max_steps / Shaping.of(stage).updates)
+    answers = stage.rollout.prompts_per_step * stage.objective.num_generations
+    passes = 2 + len(named_models(stage.objective))
+    return [
+        decode_phase(
+            f"sample {stage.name}", shape, machine, items=answers * iterations, new_tokens=stage.rollout.max_new_tokens, batch=ROLLOUT_BATCH
+        ),
+        forward_phase(f"score {stage.name}", shape, machine, tokens=computed * iterations * passes, heads=supervised * iterations * 2),
+    ]
 
 
 def _trainable(session: Session, stage: Stage) -> int:
@@ -120,3 +159,63 @@ def _shared_beginning(session: Session) -> int:
     shortest = min(len(row) for row in rows)
     same = np.all([row[:shortest] == rows[0][:shortest] for row in rows], axis=0)
     return shortest if same.all() else int(np.argmin(same))
+
+
+def verdict_warnings(recipe: Recipe, tasks: Tasks) -> list[str]:
+    """Why the run cannot end in PASS or FAIL, which gates cannot be decided, and test labels that no training row has, in sentences.
+
+    Empty where every gate can be decided: then only the measured numbers count.
+    """
+    gates = recipe.evaluate.gates
+    never = "the verdict will be NOT MEASURED, neither PASS nor FAIL"
+    found = []
+    if not gates:
+        found.append(f"{never}: evaluate.gates states no gate")
+    if tasks.task is None and not any(gate.task == "task" for gate in gates):
+        found.append(f"{f'{never}: ' if not gates else ''}there is no data.test, so nothing is measured on the task itself")
+    reasons: dict[str, list[str]] = {}
+    for gate in gates:
+        if why := _why_undecided(gate, recipe, tasks):
+            reasons.setdefault(why, []).append(gate_name(gate))
+    undecided = sum(map(len, reasons.values()))
+    head = never if undecided == len(gates) else "the verdict cannot be PASS"
+    found += [f"{head}: {why}, so no result is possible of the gate {'; '.join(names)}" for why, names in reasons.items()]
+    if tasks.task and not tasks.labels_hold:
+        known = set(tasks.task.labels or ())
+        odd = [item.reference.strip() for item in tasks.task.items if item.reference.strip() not in known]
+        shown = ", ".join(repr(label[:40]) for label in sorted(set(odd))[:SHOWN]) + (" and others" if len(set(odd)) > SHOWN else "")
+        found.append(
+            f"{len(odd)} of {len(tasks.task.items)} test items have a label that no training row has ({shown}): wrong for every candidate"
+        )
+    return found
+
+
+def _why_undecided(gate: Gate, recipe: Recipe, tasks: Tasks) -> str | None:
+    """Why a gate can only read NOT MEASURED, whatever the run will measure; None where it can be decided."""
+    sides = [gate.candidate, gate.better_than or gate.not_worse_than]
+    missing = [name for name in sides if name not in recipe.evaluate.candidates]
+    task = tasks.general if gate.task == "general" else tasks.task
+    if task is None:
+        return "evaluate.general names no file" if gate.task == "general" else "there is no data.test"
+    if missing:
+        return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not in evaluate.candidates"
+    if gate.task == "general" and (strangers := [name for name in sides if name not in GUARDED]):
+        return f"{' and '.join(strangers)} is not measured on the general set"
+    if gate.metric == "perplexity" and "classical" in sides:
+        return "classical has no perplexity"
+    least = minimum_items(recipe.evaluate.confidence)
+    if len(task.items) < least:
+        return f"{len(task.items)} items are too few to show anything at {recipe.evaluate.confidence:.0%} (at least {least})"
+    return None
+
+
+def quarantine_notes(session: Session, folder: Path) -> list[str]:
+    """How many rows are not used, the first of them, and the file of the run directory `folder` that lists them all; none where all are."""
+    parts = {"data": session.data, **{f"data/{name}": data for name, data in session.stage_data.items()}}
+    notes = []
+    for part, data in parts.items():
+        if rows := data.quarantine:
+            first = "; ".join(f"{row['path']}:{row['line']}: {row['reason']}" for row in rows[:SHOWN])
+            what = "1 row is" if len(rows) == 1 else f"{len(rows)} rows are"
+            notes.append(f"{what} quarantined and not used, listed by a run in {folder / part / 'quarantine.jsonl'}; first: {first}")
+    return notes

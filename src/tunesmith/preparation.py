@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from .data.preference import AnyRecord, Kind
 from .data.prepare import PreparedData, Rendering, prepare_data
 from .data.read import locate
-from .data.records import Record
 from .data.render import TrainOn
 from .data.template import load_template
 from .errors import MissingFile, RecipeError
@@ -26,6 +26,7 @@ from .rundir import manifest, write_json, write_text
 from .session import Session
 from .tasks import encodable_tasks, make_tasks
 from .train.stage import add_new_tokens, check_targets, derive_stage, locate_start, stage_fingerprint
+from .train.work import kind_of
 
 
 def require_files(recipe: Recipe) -> None:
@@ -81,19 +82,27 @@ def _prepare_data(session: Session) -> None:
     """The recipe's rows, rendered as the first stage without rows of its own trains on them; then those of the other stages."""
     recipe = session.recipe
     sharing = [stage for stage in recipe.stages if stage.data is None]
-    train_on = (sharing or recipe.stages)[0].objective.train_on
+    shared = _rows_of((sharing or recipe.stages)[0])
 
-    def prepared(section: DataSection, train_on: TrainOn, folder: str, kept_apart: Sequence[Record] = ()) -> PreparedData:
+    def prepared(
+        section: DataSection, rows: tuple[Kind | None, TrainOn], folder: str, kept_apart: Sequence[AnyRecord] = ()
+    ) -> PreparedData:
+        kind, train_on = rows
         how = Rendering(session.template, session.loaded.tokenizer, session.loaded.context, recipe.task.description, train_on)
-        return prepare_data(section, session.run, how, seed=recipe.seed, folder=folder, kept_apart=kept_apart)
+        return prepare_data(section, session.run, how, seed=recipe.seed, folder=folder, kept_apart=kept_apart, kind=kind)
 
-    session.data = prepared(recipe.data, train_on, "data")
+    session.data = prepared(recipe.data, shared if sharing else (None, "all"), "data")
     for stage in recipe.stages:
-        if stage.data is not None or stage.objective.train_on != train_on:
+        if stage.data is not None or _rows_of(stage) != shared:
             section = stage.data or recipe.data
-            session.stage_data[stage.name] = prepared(section, stage.objective.train_on, f"data/{stage.name}", session.data.test_records)
+            session.stage_data[stage.name] = prepared(section, _rows_of(stage), f"data/{stage.name}", session.data.test_records)
     if not sharing:
         session.data.notes.append("no stage trains on the rows of data.train: they serve as examples and for the classical candidate")
+
+
+def _rows_of(stage: Stage) -> tuple[Kind, TrainOn]:
+    """What a stage learns from, and which turns of a conversation carry its loss."""
+    return kind_of(stage.objective), getattr(stage.objective, "train_on", "all")
 
 
 def _derived_stages(session: Session) -> list[Stage]:
@@ -110,7 +119,7 @@ def _derived_stages(session: Session) -> list[Stage]:
         start = None if stage.start_from in done else locate_start(stage, session.run.path)
         if start is not None:
             require_unaltered(start)
-        rows = len(session.data_of(stage).train)
+        rows = len(session.data_of(stage).items)
         if stage.start_from in done:
             inherited = done[stage.start_from].method
         elif start is not None:
@@ -148,7 +157,8 @@ def _require_same_result(session: Session, stage: Stage) -> None:
     if not card:
         return
     start = locate_start(stage, session.run.path)
-    fingerprint = stage_fingerprint(stage, session.loaded, session.data_of(stage), session.template, start, session.recipe.seed)
+    seed = session.recipe.seed if stage.seed is None else stage.seed
+    fingerprint = stage_fingerprint(stage, session.loaded, session.data_of(stage), session.template, start, seed, session.run.path)
     if card.get("fingerprint") != fingerprint:
         raise RecipeError(
             f"the result of stage {stage.name} was trained with other settings or data",

@@ -106,7 +106,7 @@ def event_words(event: dict[str, Any]) -> str | None:
 
 
 def plan_words(plan: dict[str, Any]) -> str:
-    """The plan and the ledger in two or three lines."""
+    """The plan and the ledger in a few lines, what stands in the way of a verdict last."""
     ledger = plan.get("ledger")
     lines = []
     if ledger:
@@ -120,6 +120,7 @@ def plan_words(plan: dict[str, Any]) -> str:
     lines += [f"note: {note}" for note in plan.get("notes", [])]
     memory = plan["peak_memory_bytes"] / 1e9
     lines.append(f"plan: about {duration(plan['seconds'])}, {memory:.1f} GB of memory, bound by {plan['bound_by']}")
+    lines += [f"warning: {warning}" for warning in plan.get("warnings", [])]
     return "\n".join(lines)
 
 

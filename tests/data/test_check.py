@@ -10,6 +10,7 @@ import pytest
 from tunesmith.data.check import (
     check_data,
     conflicting_answers,
+    conflicting_judgements,
     drop_duplicates,
     find_test_overlap,
     length_finding,
@@ -17,6 +18,7 @@ from tunesmith.data.check import (
     near_duplicates,
     trainable_share,
 )
+from tunesmith.data.preference import make_pair, make_prompt, make_ranking, make_unpaired
 from tunesmith.data.records import Message, Source, make_conversation, make_document
 from tunesmith.data.similar import jaccard, near_pairs, nearest, normalise, shingles
 from tunesmith.errors import DataRefused
@@ -267,3 +269,69 @@ def test_the_share_of_trainable_tokens_names_rows_without_any():
     assert trainable_share([100], [50]).mend == "nothing to do"
     assert "nearly all tokens are prompt" in trainable_share([10_000], [5]).mend
     assert trainable_share([], []).row_ids == []
+
+
+# preferences
+
+
+def pair(asked: str, chosen: str, rejected: str, line: int = 1, margin: float | None = None):
+    return make_pair(
+        *([Message(role, text)] for role, text in (("user", asked), ("assistant", chosen), ("assistant", rejected))),
+        Source("train.jsonl", line),
+        margin=margin,
+    )
+
+
+def judged(asked: str, answer: str, label: bool, line: int = 1):
+    return make_unpaired([Message("user", asked)], [Message("assistant", answer)], label, Source("train.jsonl", line))
+
+
+def test_a_repeated_pair_is_dropped_and_one_of_another_answer_margin_or_order_stays():
+    rows = [pair("a b", "yes", "no", 1), pair(" a  b", "yes\n", "no", 2), pair("a b", "yes", "never", 3), pair("a b", "no", "yes", 4)]
+    kept, (finding,) = drop_duplicates([*rows, pair("a b", "yes", "no", 5, margin=2.0)])
+    assert [record.source.line for record in kept] == [1, 3, 4, 5]
+    assert finding.row_ids == [rows[1].row_id]
+
+
+def test_repeated_rankings_labels_and_prompts_are_dropped_by_all_that_they_hold():
+    answers = [[Message("assistant", word)] for word in "abc"]
+    asked, here = [Message("user", "q")], Source("train.jsonl", 1)
+    rankings = [make_ranking(asked, answers, here), make_ranking(asked, answers, here), make_ranking(asked, answers[::-1], here)]
+    labels = [judged("q", "a", True), judged("q", "a", True), judged("q", "a", False)]
+    prompts = [make_prompt(asked, {"gold": 1}, here), make_prompt(asked, {"gold": 1}, here), make_prompt(asked, {"gold": 2}, here)]
+    for rows in (rankings, labels, prompts):
+        assert drop_duplicates(rows)[0] == [rows[0], rows[2]]
+
+
+def test_answers_that_are_judged_both_ways_are_reported():
+    rows = [pair("q", "a", "b", 1), pair("q", "b", "a", 2), pair("q", "a ", "b", 3), pair("r", "b", "a", 4)]
+    (finding,) = conflicting_judgements(rows)
+    assert finding.row_ids == [rows[1].row_id]
+    assert finding.related_ids == [rows[0].row_id, rows[2].row_id]
+    assert "train.jsonl:1, train.jsonl:3 against train.jsonl:2" in finding.evidence
+    (finding,) = check_data([judged("q", "a", True, 1), judged("q", "a", False, 2), judged("q", "b", False, 3)], [], section()).findings
+    assert finding.check == "conflicting_judgements"
+
+
+def test_pairs_of_one_prompt_are_no_near_duplicates_and_near_ones_of_another_are():
+    asked, other = sentences(2, 21, least=19)
+    rows = [
+        pair(asked, "yes", "no", 1),
+        pair(asked, "yes", "never", 2),
+        pair(other, "yes", "no", 3),
+        pair(asked + " thanks", "yes", "no", 4),
+    ]
+    found = near_duplicates(rows, 0.5)
+    assert {row_id for finding in found for row_id in [*finding.row_ids, *finding.related_ids]} == {
+        r.row_id for r in rows if r is not rows[2]
+    }
+    assert near_duplicates(rows[:3], 0.5) == []
+
+
+def test_a_pair_whose_question_is_a_test_row_s_is_found_whatever_kind_the_test_row_is():
+    train = [pair(text, "yes", "no", line) for line, text in enumerate(sentences(10, 22), 1)]
+    asked = train[3].prompt[0].content.upper()
+    for test in (row(asked), pair(asked, "a", "b"), make_prompt([Message("user", asked)], {}, Source("test.jsonl", 1))):
+        assert find_test_overlap(train, [test], 0.9) == {3: (0, 1.0)}
+    with pytest.raises(DataRefused, match="1 of 10 training rows are also test rows"):
+        check_data(train, [row(asked)], section())

@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 from pyarrow import parquet
 
 from tunesmith.data.check import check_data
-from tunesmith.data.guess import answer_kind, derive_schema, guess_columns
+from tunesmith.data.guess import answer_kind, derive_schema, guess_columns, lacks_header
 from tunesmith.data.inspect import _block, _quoted, _scalar, find_test, inspect_file, propose_recipe, recipe_name
 from tunesmith.data.read import read_records
 from tunesmith.errors import DataRefused, MissingFile
@@ -204,6 +204,24 @@ def test_a_sibling_named_for_the_test_set_is_found(tmp_path, name, sibling):
     assert find_test(path) is None
     assert find_test(write(tmp_path / sibling, "x")) is None or sibling != "test.csv"
     assert find_test(path) == str(tmp_path / sibling)
+
+
+def test_a_file_of_the_training_files_own_stem_is_not_taken_for_the_test_set(tmp_path):
+    path = write(tmp_path / "test.csv", classified(30, 1))
+    for suffix in (".jsonl", ".tsv", ".parquet"):
+        write(tmp_path / f"test{suffix}", "x")
+    assert find_test(path) is None
+    recipe, _ = accepted(tmp_path, propose_recipe(path, folder=tmp_path))
+    assert recipe.data.test is None
+
+
+def test_a_table_whose_first_line_is_a_row_is_refused_and_one_with_names_is_not(tmp_path):
+    rows = "the lamp is broken,defect\nwhere is it,delivery\nit smells,defect\n"
+    with pytest.raises(DataRefused, match="no header"):
+        inspect_file(write(tmp_path / "bare.csv", rows))
+    assert inspect_file(write(tmp_path / "named.csv", "what,why\n" + rows)).columns == {"prompt": "what", "completion": "why"}
+    assert not lacks_header([{"message": "label", "label": "label"}])
+    assert lacks_header([{"a sentence of five words or more": "b", "x": "y"}])
 
 
 @pytest.mark.parametrize(

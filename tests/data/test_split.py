@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from tunesmith.data.records import Source, make_document
+from tunesmith.data.preference import make_pair
+from tunesmith.data.records import Message, Source, make_document
 from tunesmith.data.split import split_validation
 
 
@@ -50,3 +51,15 @@ def test_identical_rows_fall_on_the_same_side():
 def test_few_rows_change_sides_when_rows_are_added():
     before, after = split_validation(rows(200), 0.1, 0)[1], split_validation(rows(210), 0.1, 0)[1]
     assert len(set(before) - set(after)) <= 3
+
+
+def test_a_held_out_pair_is_of_a_prompt_that_no_training_pair_has():
+    said = {name: Message("assistant", name) for name in "abc"}
+    pairs = [
+        make_pair([Message("user", f"question {number // 4}")], [said[one]], [said[other]], Source("a.jsonl", number))
+        for number, (one, other) in enumerate(["ab", "bc", "ac", "ca"] * 25)
+    ]
+    train, held = split_validation(pairs, 0.1, seed=0)
+    assert len(train) + len(held) == 100
+    assert 10 <= len(held) < 14
+    assert {record.prompt for record in train}.isdisjoint(record.prompt for record in held)

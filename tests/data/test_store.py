@@ -38,7 +38,7 @@ def test_every_example_comes_back_as_a_view_of_the_file(tmp_path):
             assert ids.tolist() == rendered.ids.tolist()
             assert weights.tolist() == rendered.weights.tolist()
             assert (ids.dtype, weights.dtype) == (np.int32, np.float32)
-            assert (one.row_ids[number], one.lengths[number], one.prompt_lengths[number]) == (row_id, len(ids), rendered.prompt_length)
+            assert (one.row_ids[number], one.lengths[number]) == (row_id, len(ids))
         ids, weights = one[-1]
         assert ids.tolist() == example(99)[1].ids.tolist()
         assert isinstance(ids, np.memmap)
@@ -89,7 +89,7 @@ def test_a_full_disk_is_a_named_error_and_leaves_the_old_store(tmp_path, monkeyp
     assert TokenStore.open(tmp_path / "store", KEY).row_ids == [example(1)[0]]
 
 
-@pytest.mark.parametrize("name", ["tokens.int32.bin", "weights.float32.bin", "offsets.npy", "prompts.npy", "rows.json", "key.json"])
+@pytest.mark.parametrize("name", ["tokens.int32.bin", "weights.float32.bin", "offsets.npy", "rows.json", "key.json"])
 @pytest.mark.parametrize("damage", ["deleted", "truncated", "one bit flipped"])
 def test_a_damaged_store_is_found_out_and_built_anew(name, damage, tmp_path):
     TokenStore.build((example(number) for number in range(20)), tmp_path / "store", KEY)
@@ -172,4 +172,3 @@ def test_rendered_records_go_through_the_store_unchanged(made_from, tmp_path):
     for number, rendered in enumerate(render_records(rows, template, tokenizer)):
         assert store[number][0].tolist() == rendered.ids.tolist()
         assert store[number][1].tolist() == rendered.weights.tolist()
-        assert store.prompt_lengths[number] == rendered.prompt_length

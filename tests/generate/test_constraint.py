@@ -153,3 +153,15 @@ def test_unconstrained_rows_of_the_random_model_are_not_json(generator):
         with pytest.raises(json.JSONDecodeError):
             json.loads(generation.text)
     assert np.isfinite(generator.logprobs(PROMPTS[:1], [[1, 2]])[0]).all()
+
+
+def test_a_json_string_with_a_length_limit_holds_no_control_character(smollm2_tokenizer):
+    schema = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 5}}, "required": ["a"], "additionalProperties": False}
+    matcher = json_schema_constraint(schema, smollm2_tokenizer).matcher()
+    for token in smollm2_tokenizer('{"a": "b').input_ids:
+        matcher.accept(token)
+    logits = torch.zeros(len(smollm2_tokenizer))
+    matcher.mask_(logits)
+    allowed = [smollm2_tokenizer.decode([token]) for token in logits.isfinite().nonzero().flatten().tolist()]
+    assert len(allowed) > 1000
+    assert not [text for text in allowed if any(ord(character) < 0x20 for character in text)]

@@ -21,8 +21,9 @@ from tunesmith.data.template import load_template
 from tunesmith.errors import AdapterError, RecipeError
 from tunesmith.models import methods
 from tunesmith.models.load import LoadedModel, load_model
-from tunesmith.models.methods import CARD, attach, load_adapter, save_result, target_modules
+from tunesmith.models.methods import attach, load_adapter, save_result, target_modules
 from tunesmith.models.policy import Policy
+from tunesmith.models.result import CARD
 from tunesmith.objectives import SFT
 from tunesmith.recipe import FullMethod, LoraMethod, ModelSection
 from tunesmith.rundir import RunDirectory, verify_folder

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.toys import loaded, make_stage, tiny_model
+from tests.toys import batch_of, loaded, make_rows, make_stage, tiny_model
 
 from tunesmith.errors import DoesNotFit
 from tunesmith.models import plan
@@ -16,14 +17,19 @@ from tunesmith.models.plan import (
     Shape,
     available_memory,
     decode_phase,
+    evaluation_memory,
     forward_phase,
     measure_machine,
     model_shape,
     train_memory,
     train_phase,
 )
+from tunesmith.models.policy import Policy
+from tunesmith.objectives import SFT
+from tunesmith.train.optimiser import FlatAdamW
+from tunesmith.train.window import run_window
 
-SHAPE = Shape(parameters=134_515_008, linear=106_168_320, layers=30, hidden=576, inner=1536, vocabulary=49152, itemsize=2)
+SHAPE = Shape(parameters=134_515_008, linear=106_168_320, layers=30, hidden=576, inner=1536, vocabulary=49152, itemsize=2, cached=11_520)
 MACHINE = Machine(2e11, 2e10)
 LORA, FULL = make_stage(method="lora", max_steps=10), make_stage(method="full", max_steps=10)
 GIB = 2**30
@@ -39,9 +45,46 @@ def test_memory_grows_with_tokens_trained_weights_and_what_is_resident():
     assert memory(resident=2 * GIB) - memory(resident=GIB) == GIB
 
 
-def test_full_tuning_needs_weights_gradients_and_two_moments_in_fp32_more_than_lora():
-    difference = memory(FULL, trainable=SHAPE.parameters) - memory(LORA, trainable=5_000_000)
-    assert difference > 16 * (SHAPE.parameters - 5_000_000) * 0.95
+def test_full_tuning_in_bf16_needs_moments_rests_and_gradients_beside_the_weights_that_are_there():
+    def beyond(stage):
+        return memory(stage, trainable=SHAPE.parameters) - memory(stage, trainable=0)
+
+    assert beyond(FULL) == 12 * SHAPE.parameters
+    assert beyond(FULL.model_copy(update={"gradient_accumulation_steps": 4})) == 14 * SHAPE.parameters
+    assert beyond(LORA) == 16 * SHAPE.parameters
+
+
+@pytest.mark.parametrize("dtype, accumulation", [(torch.bfloat16, 1), (torch.bfloat16, 2), (torch.float32, 1), (torch.float32, 2)])
+def test_the_state_of_full_tuning_is_what_the_optimiser_holds(dtype, accumulation):
+    model = tiny_model("llama", dtype=dtype)
+    stage = make_stage(method="full", max_steps=2, gradient_accumulation_steps=accumulation)
+    policy = Policy(model)
+    optimiser = FlatAdamW(policy.named_parameters(), stage)
+    batches = [batch_of(make_rows(2, seed=seed)) for seed in range(accumulation)]
+    run_window(policy, SFT(), batches)
+    held = [optimiser.first, optimiser.second, optimiser.rest, *(g for g in optimiser.gradients if g is not None)]
+    trained = sum(p.numel() for p in model.parameters())
+    size = replace(SHAPE, itemsize=dtype.itemsize)
+
+    def planned(trainable):
+        return train_memory(size, stage, resident=0, batch_tokens=0, trainable=trainable)
+
+    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == planned(trained) - planned(0)
+
+
+def test_evaluation_needs_more_memory_for_longer_prompts_answers_and_batches_up_to_the_engines_limits():
+    def need(**changed):
+        given = {"items": 1000, "batch_size": 50, "prompt_tokens": 200, "new_tokens": 60, "batch_tokens": 16384, "logit_elements": 1 << 25}
+        return evaluation_memory(SHAPE, resident=GIB, **(given | changed))
+
+    assert need(batch_size=10) < need(batch_size=20) < need(batch_size=50)
+    assert need(prompt_tokens=100) < need() < need(prompt_tokens=260)
+    assert need(new_tokens=10, prompt_tokens=100) < need(new_tokens=60, prompt_tokens=100)
+    assert need(batch_size=1000) == need(batch_size=2000)
+    assert need(items=1) < need(items=50) == need(items=51)
+    cache = 50 * 260 * SHAPE.cached * SHAPE.itemsize
+    assert need() > GIB + cache
+    assert need() - need(batch_size=1) < 3 * GIB
 
 
 def test_checkpointing_needs_less_memory_and_more_time():
@@ -76,13 +119,14 @@ def test_what_binds_a_phase_is_the_slower_of_the_two():
     assert phase(Machine(1e14, 1e9)).bound_by == "memory bandwidth"
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt"])
-def test_a_models_shape_is_counted_from_its_weights(family):
+@pytest.mark.parametrize("family, cached", [("llama", 64), ("gpt2", 128), ("gemma3", 64), ("opt", 128)])
+def test_a_models_shape_is_counted_from_its_weights(family, cached):
     model = tiny_model(family)
     shape = model_shape(loaded(model))
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert (shape.layers, shape.hidden, shape.vocabulary, shape.itemsize) == (2, 32, 97, 4)
     assert 0 < shape.linear < shape.parameters
+    assert shape.cached == cached
     if family == "llama":
         assert shape.linear == 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
 
@@ -123,8 +167,6 @@ def test_available_memory_is_positive_and_no_more_than_the_machine_has():
 
 
 def test_a_plan_that_needs_more_memory_than_there_is_is_refused_with_what_would_help(monkeypatch):
-    from tests.toys import make_rows
-
     from tunesmith import planning
 
     rows = make_rows(12)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.toys import batch_of, loaded, make_job, make_rows, make_stage, tiny_model
+from tests.toys import batch_of, items_of, loaded, make_job, make_rows, make_stage, tiny_model
 from torch import nn
 
 from tunesmith.data.batching import Batch, DatasetSource
@@ -72,10 +72,10 @@ def updated(objective: Any, *, batch_size: int, accumulation: int, rows: Any = R
     policy = Policy(attach(loaded(model), LoraMethod(r=4), seed=0) if method == "lora" else model)
     optimiser = FlatAdamW(policy.named_parameters(), stage.model_copy(update={"adam_epsilon": 1e-3}))
     began = optimiser.flat.clone()
-    source = DatasetSource(rows, batch_size=batch_size, accumulation=accumulation, seed=0)
+    source = DatasetSource(items_of(rows), batch_size=batch_size, accumulation=accumulation, seed=0)
     for step in range(2):
         optimiser.zero_grad()
-        run_window(policy, objective, source.window(step))
+        run_window(policy, objective, source.window(step).batches)
         optimiser.step(1e-2, optimiser.grad_norm())
     return optimiser.flat - began
 
@@ -151,7 +151,7 @@ def test_the_loop_trains_two_terms_and_logs_each_with_the_metrics(tmp_path):
 
 
 def test_value_and_score_heads_train_through_the_same_loop(tmp_path):
-    policy = Policy(attach(loaded(tiny_model("llama")), LoraMethod(r=4), seed=0))
+    policy = Policy(attach(loaded(tiny_model("llama")), LoraMethod(r=4), seed=0), detach_values=False)
     torch.manual_seed(0)
     policy.heads["value"], policy.heads["score"] = nn.Linear(32, 1), nn.Linear(32, 1)
     with RunDirectory.open(tmp_path / "run", resume=False) as run:
@@ -183,7 +183,7 @@ def test_values_and_scores_are_read_at_each_tokens_source_and_each_rows_last_tok
 def test_the_validation_loss_does_not_depend_on_the_batch_size(name):
     policy = Policy(tiny_model("llama"))
     losses = [
-        evaluate_loss(policy, OBJECTIVES[name](), DatasetSource(ROWS, batch_size=n, accumulation=1, seed=0).once()).loss
+        evaluate_loss(policy, OBJECTIVES[name](), DatasetSource(items_of(ROWS), batch_size=n, accumulation=1, seed=0).once()).loss
         for n in (1, 2, 3, 8)
     ]
     assert max(losses) - min(losses) <= 1e-6 * max(losses)
@@ -191,13 +191,13 @@ def test_the_validation_loss_does_not_depend_on_the_batch_size(name):
 
 def test_every_row_is_trained_on_once_an_epoch_in_an_order_of_the_seed_alone():
     for batch_size, accumulation in ((1, 1), (2, 3), (4, 2), (16, 1)):
-        source = DatasetSource(ROWS, batch_size=batch_size, accumulation=accumulation, seed=3)
+        source = DatasetSource(items_of(ROWS), batch_size=batch_size, accumulation=accumulation, seed=3)
         epochs = []
         for epoch in range(2):
             steps = range(epoch * source.steps_per_epoch, (epoch + 1) * source.steps_per_epoch)
-            epochs.append([i for step in steps for batch in source.window(step) for i in batch.rows])
+            epochs.append([i for step in steps for batch in source.window(step).batches for i in batch.items])
             assert sorted(epochs[-1]) == list(range(len(ROWS)))
         assert epochs[0] != epochs[1]
-        again = DatasetSource(ROWS, batch_size=batch_size, accumulation=accumulation, seed=3)
+        again = DatasetSource(items_of(ROWS), batch_size=batch_size, accumulation=accumulation, seed=3)
         last = source.steps_per_epoch - 1
-        assert [b.rows for b in again.window(last)] == [b.rows for b in source.window(last)]
+        assert [b.items for b in again.window(last).batches] == [b.items for b in source.window(last).batches]

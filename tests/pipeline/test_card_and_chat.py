@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,15 @@ def test_chat_begins_with_the_training_rows_system_message_and_goes_on_until_res
     assert chat.ask("what is it?") == first
     other = tunesmith.Chat(result.path, system="Be brief.", max_new_tokens=3)
     assert other.messages[0].content == "Be brief."
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_no_warning_of_one_library_about_another_reaches_a_caller_from_python(tiny, method, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = tunesmith.run(recipe(tmp_path, tiny, stages=[stage(method=method, gradient_checkpointing=True)]), out=tmp_path / "run")
+        tunesmith.Chat(run.path, max_new_tokens=2).ask("what is it?")
+    assert [str(one.message) for one in caught if issubclass(one.category, FutureWarning | DeprecationWarning)] == []
 
 
 def test_an_answer_that_cannot_be_given_leaves_the_conversation_as_it_was(made):

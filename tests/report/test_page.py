@@ -83,9 +83,12 @@ def test_a_full_disk_is_a_named_error_and_leaves_the_old_report(run_path, monkey
     assert (run_path / "report.html").read_bytes() == old
 
 
-def test_a_folder_that_is_not_there_is_a_named_error(tmp_path):
+def test_a_folder_that_is_not_there_or_holds_no_run_is_a_named_error_and_gets_no_page(tmp_path):
     with pytest.raises(MissingFile):
         write_report(tmp_path / "nothing")
+    with pytest.raises(MissingFile, match="no run directory"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_page_refers_to_nothing_outside_itself_and_holds_no_script(run_path):

@@ -102,7 +102,26 @@ def test_the_validation_loss_is_read_from_its_own_events(run_path):
     lines = [{"stage": "sft", "step": 4, "loss": 1.0}, {"event": "evaluated", "stage": "sft", "step": 4, "eval_loss": 0.5}]
     (run_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (stage,) = learning_view(read_run(run_path), LIMITS)["stages"]
-    assert stage["caption"].startswith("Training loss 1.00 at step 4, 1.00 at step 4; validation loss 0.50 at step 4, 0.50 at step 4;")
+    assert stage["caption"] == "Training loss 1.00 at step 4; validation loss 0.50 at step 4."
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([0.5], "validation loss 0.50 at step 1."),
+        ([0.9, 0.5], "validation loss 0.90 at step 1, 0.50 at step 2, the last the lowest."),
+        ([0.5, 0.9], "validation loss 0.50 at step 1, 0.90 at step 2, the first the lowest."),
+        ([0.9, 0.4, 0.6], "validation loss 0.90 at step 1, 0.60 at step 3; lowest validation loss 0.40 at step 2."),
+    ],
+)
+def test_no_validation_loss_is_listed_twice(run_path, losses, said):
+    lines = [{"event": "evaluated", "stage": "sft", "step": step, "eval_loss": loss} for step, loss in enumerate(losses, 1)]
+    (run_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (stage,) = learning_view(read_run(run_path), LIMITS)["stages"]
+    assert stage["caption"] == f"Training loss: NOT MEASURED; {said}"
+    points = "1 point" if len(losses) == 1 else f"{len(losses)} points"
+    assert stage["loss"].count(f"{losses[0]:.2f} at ") == 1
+    assert points in stage["loss"]
 
 
 def test_tokens_computed_once_are_counted_over_the_steps_that_were_logged(run_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import numpy as np
@@ -17,6 +18,7 @@ from tunesmith.models.policy import Policy
 from tunesmith.objectives import SFT
 from tunesmith.recipe import LoraMethod
 from tunesmith.rundir import read_events
+from tunesmith.train import invariants
 from tunesmith.train.invariants import (
     every_answer_ends_with_a_stop,
     every_row_carries_loss,
@@ -174,6 +176,31 @@ def test_a_fast_path_that_disagrees_is_taken_out_and_the_plain_layers_compute(br
     assert set(policy.fast_paths.refused) == {"lora", "rms_norm", "swiglu"}
     plain = Policy(attach(loaded(tiny_model("llama")), LORA, seed=0), fast=False)
     torch.testing.assert_close(policy(batch_of(ROWS).forest).logprobs, plain(batch_of(ROWS).forest).logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_of_few_tokens_may_differ_by_more_since_rounding_cancels_less(monkeypatch):
+    real, calls = invariants._loss_and_gradients, []
+
+    def apart(*args):
+        loss, gradients = real(*args)
+        calls.append(loss)
+        return loss * (1.0002 if len(calls) % 2 else 1.0), gradients
+
+    monkeypatch.setattr(invariants, "_loss_and_gradients", apart)
+    few, many = batch_of(make_rows(1)), batch_of(make_rows(30))
+    assert len(few.forest.target_S) < 16 < 64 < len(many.forest.target_S)
+    assert fast_paths_agree(lora_policy(), SFT(), few) == []
+    assert fast_paths_agree(lora_policy(), SFT(), many) == ["lora", "rms_norm", "swiglu"]
+
+
+def test_what_must_hold_at_step_0_is_tried_on_the_first_two_rows_of_training(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        sys.modules["tunesmith.train.stage"], "fast_paths_agree", lambda policy, objective, batch: seen.append(len(batch.forest.lengths_B)) or []
+    )
+    stage = make_stage(method="lora", max_steps=1, per_device_train_batch_size=4)
+    train_stage(loaded(tiny_model("llama")), stage, tmp_path / "run", ROWS)
+    assert seen == [2]
 
 
 def test_dropout_in_the_adapter_does_not_make_fast_paths_disagree():

@@ -1,10 +1,15 @@
-"""Which rows make which update: a pure function of (seed, epoch, position), so that a resumed run continues at the exact row."""
+"""Which items make which update: a pure function of (seed, epoch, position), so that a resumed run continues at the exact item.
+
+An item is one or more rows that belong together: a conversation is one, a pair two, a ranking one for each answer. An item's rows are
+always in one batch, next to one another.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -15,10 +20,28 @@ Row = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass of SFT: a forest and the rows' indices in the store."""
+    """One forward pass: a forest, whose items its rows are, and what the objective needs to know of them.
+
+    items: the items' indices in the source. item_B: each row's place in `items`. columns: arrays by name, whose suffix says what they
+    count: _B rows, _I items, _S supervised tokens in the forest's order.
+    """
 
     forest: Forest
-    rows: tuple[int, ...]
+    items: tuple[int, ...]
+    item_B: np.ndarray
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one update is made from.
+
+    metrics: what the source knows of it, for the log. stop: the rule by which the stage ends here in place of an update, and why.
+    """
+
+    batches: Sequence[Batch]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    stop: Mapping[str, Any] | None = None
 
 
 def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
@@ -27,36 +50,66 @@ def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
 
 
 class DatasetSource:
-    """Accumulation windows from a store of rows, each row once an epoch; the last window of an epoch may be smaller.
+    """Accumulation windows from items, each once an epoch; the last window of an epoch may be smaller.
 
-    store: `store[i]` gives (ids, weights). window(step) is a pure function of step.
+    items: `items[i]` gives the item's rows, each (ids, weights). columns: for the batches, one value an item where the name ends in _I, one
+    a row where it ends in _B, in the order of the items. trim: rows end with their last supervised token, where a score is read.
+    window(step) is a pure function of step.
     """
 
     def __init__(
         self,
-        store: Sequence[Row],
+        items: Sequence[Sequence[Row]],
         *,
         batch_size: int,
         accumulation: int,
         seed: int,
-        make: Callable[[list[Row], tuple[int, ...]], Batch] | None = None,
+        columns: Mapping[str, np.ndarray] | None = None,
+        trim: bool = False,
     ):
-        self.store, self.batch_size, self.accumulation, self.seed = store, batch_size, accumulation, seed
-        self.make = make or (lambda rows, indices: Batch(build_forest(rows), indices))
-        self.steps_per_epoch = math.ceil(len(store) / (batch_size * accumulation))
+        self.items, self.batch_size, self.accumulation, self.seed = items, batch_size, accumulation, seed
+        self.columns, self.trim = dict(columns or {}), trim
+        self.steps_per_epoch = math.ceil(len(items) / (batch_size * accumulation))
+        sizes = [len(items[i]) for i in range(len(items))] if any(name.endswith("_B") for name in self.columns) else []
+        self._first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
-    def window(self, step: int) -> list[Batch]:
-        """The micro-batches of update `step`, counted from 0 over all epochs."""
+    def window(self, step: int) -> Window:
+        """The batches of update `step`, counted from 0 over all epochs."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.seed, epoch, len(self.store))
+        order = epoch_order(self.seed, epoch, len(self.items))
         size = self.batch_size * self.accumulation
-        return list(self._batches(order[within * size : (within + 1) * size]))
+        return Window(list(self._batches(order[within * size : (within + 1) * size])))
 
     def once(self) -> Iterator[Batch]:
-        """Every row once, in the store's order: for validation."""
-        return self._batches(np.arange(len(self.store)))
+        """Every item once, in its order: for validation."""
+        return self._batches(np.arange(len(self.items)))
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: a window depends on its number alone."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Takes nothing."""
 
     def _batches(self, indices: np.ndarray) -> Iterator[Batch]:
         for start in range(0, len(indices), self.batch_size):
             chosen = tuple(int(i) for i in indices[start : start + self.batch_size])
-            yield self.make([self.store[i] for i in chosen], chosen)
+            yield self._batch(chosen)
+
+    def _batch(self, chosen: tuple[int, ...]) -> Batch:
+        groups = [self.items[i] for i in chosen]
+        rows = [_trimmed(row) if self.trim else row for group in groups for row in group]
+        item_B = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+        return Batch(build_forest(rows), chosen, item_B, {name: self._column(name, chosen) for name in self.columns})
+
+    def _column(self, name: str, chosen: tuple[int, ...]) -> np.ndarray:
+        values = self.columns[name]
+        if name.endswith("_I"):
+            return values[list(chosen)]
+        return np.concatenate([values[self._first[i] : self._first[i + 1]] for i in chosen])
+
+
+def _trimmed(row: Row) -> Row:
+    ids, weights = row
+    end = int(np.flatnonzero(weights)[-1]) + 1
+    return ids[:end], weights[:end]

@@ -1,4 +1,4 @@
-"""The data checks: what is wrong with rows that can be read.
+"""The data checks: what is wrong with rows that can be read, whatever their kind.
 
 `check_data` drops exact duplicates, reports conflicting answers and near duplicates, and keeps test rows out of the training
 rows. Each finding names rows, evidence and the mend, in the shape of data/health.json; lengths and the share of trainable
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DataRefused
-from .records import Conversation, Document, Message, Record, canonical
+from .preference import Answer, AnyRecord, PreferencePair, PromptOnly, Unpaired, kind_of_record, prompt_of
+from .records import Conversation, Document, Message, canonical
 from .similar import near_pairs, nearest, normalise, squeeze, words
 
 if TYPE_CHECKING:
@@ -45,12 +46,14 @@ class Finding:
 class CheckResult:
     """The rows that remain, in order, the findings, and the number of rows dropped by the ledger's reasons."""
 
-    records: list[Record]
+    records: list[AnyRecord]
     findings: list[Finding]
     dropped: dict[str, int]
 
 
-def check_data(train: Sequence[Record], test: Sequence[Record], section: DataSection, findings: list[Finding] | None = None) -> CheckResult:
+def check_data(
+    train: Sequence[AnyRecord], test: Sequence[AnyRecord], section: DataSection, findings: list[Finding] | None = None
+) -> CheckResult:
     """Every check of training rows, alone and against the test rows.
 
     findings: a list that takes each finding as it is made, so that it holds them also where the rows are refused. Raises DataRefused
@@ -61,6 +64,7 @@ def check_data(train: Sequence[Record], test: Sequence[Record], section: DataSec
     dropped = {"duplicate": len(train) - len(kept)}
     findings += repeats
     findings += conflicting_answers(kept)
+    findings += conflicting_judgements(kept)
     findings += near_duplicates(kept, section.near_duplicate_threshold)
     findings += _repeated_test_rows(test)
     before = len(kept)
@@ -69,10 +73,10 @@ def check_data(train: Sequence[Record], test: Sequence[Record], section: DataSec
     return CheckResult(kept, findings, {reason: n for reason, n in dropped.items() if n})
 
 
-def drop_duplicates(records: Sequence[Record]) -> tuple[list[Record], list[Finding]]:
+def drop_duplicates(records: Sequence[AnyRecord]) -> tuple[list[AnyRecord], list[Finding]]:
     """(rows without exact duplicates, a finding for each row that has some). Whitespace does not tell rows apart."""
-    first: dict[str, Record] = {}
-    later: dict[str, list[Record]] = defaultdict(list)
+    first: dict[str, AnyRecord] = {}
+    later: dict[str, list[AnyRecord]] = defaultdict(list)
     for record in records:
         key = _whole_key(record)
         if first.setdefault(key, record) is not record:
@@ -90,7 +94,7 @@ def drop_duplicates(records: Sequence[Record]) -> tuple[list[Record], list[Findi
     return list(first.values()), findings
 
 
-def conflicting_answers(records: Sequence[Record]) -> list[Finding]:
+def conflicting_answers(records: Sequence[AnyRecord]) -> list[Finding]:
     """Rows with one prompt and different answers; reported, since both may be right where an answer is free text."""
     groups: dict[str, list[Conversation]] = defaultdict(list)
     for record in records:
@@ -110,7 +114,27 @@ def conflicting_answers(records: Sequence[Record]) -> list[Finding]:
     return findings
 
 
-def near_duplicates(records: Sequence[Record], threshold: float) -> list[Finding]:
+def conflicting_judgements(records: Sequence[AnyRecord]) -> list[Finding]:
+    """Pairs of the same two answers in both orders, and answers with both labels; reported, since people do disagree."""
+    groups: dict[str, dict[str, list[AnyRecord]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        if isinstance(record, PreferencePair):
+            chosen, rejected = _text_key(record.chosen), _text_key(record.rejected)
+            groups[canonical([_prompt_key(record), sorted((chosen, rejected))])][chosen].append(record)
+        elif isinstance(record, Unpaired):
+            groups[canonical([_prompt_key(record), _text_key(record.completion)])][str(record.label)].append(record)
+    findings = []
+    for judgements in groups.values():
+        if len(judgements) > 1:
+            first, other = judgements.values()
+            usual, odd = (first, other) if len(first) >= len(other) else (other, first)
+            shown = f"{_places(usual)} against {_places(odd)}"
+            mend = "look at them and keep the right judgement, if only one can be right"
+            findings.append(Finding("conflicting_judgements", _ids(odd), _ids(usual), f"the same answers, judged both ways: {shown}", mend))
+    return findings
+
+
+def near_duplicates(records: Sequence[AnyRecord], threshold: float) -> list[Finding]:
     """Groups of rows whose word 3-grams overlap by at least `threshold`; reported only. Rows of one prompt conflict, and are not near."""
     parent = list(range(len(records)))
 
@@ -120,10 +144,10 @@ def near_duplicates(records: Sequence[Record], threshold: float) -> list[Finding
             index = parent[index]
         return index
 
-    prompts = [_prompt_key(record) if isinstance(record, Conversation) else None for record in records]
+    prompts = [None if isinstance(record, Document) else _prompt_key(record) for record in records]
     pairs = [
         pair
-        for pair in near_pairs([_whole_text(record) for record in records], threshold)
+        for pair in near_pairs([text_of_record(record) for record in records], threshold)
         if prompts[pair[0]] is None or prompts[pair[0]] != prompts[pair[1]]
     ]
     for earlier, later, _ in pairs:
@@ -143,7 +167,9 @@ def near_duplicates(records: Sequence[Record], threshold: float) -> list[Finding
     return findings
 
 
-def drop_test_overlap(train: Sequence[Record], test: Sequence[Record], section: DataSection, findings: list[Finding]) -> list[Record]:
+def drop_test_overlap(
+    train: Sequence[AnyRecord], test: Sequence[AnyRecord], section: DataSection, findings: list[Finding]
+) -> list[AnyRecord]:
     """The training rows that are like no test row: by the last user text, but for case, whitespace and punctuation, or nearly.
 
     What overlaps is added to `findings`, then DataRefused is raised by data.test_overlap, and where nothing would remain.
@@ -171,7 +197,7 @@ def drop_test_overlap(train: Sequence[Record], test: Sequence[Record], section: 
     return kept
 
 
-def find_test_overlap(train: Sequence[Record], test: Sequence[Record], threshold: float) -> dict[int, tuple[int, float]]:
+def find_test_overlap(train: Sequence[AnyRecord], test: Sequence[AnyRecord], threshold: float) -> dict[int, tuple[int, float]]:
     """{index of a training row: (index of the test row it is like, similarity)}; similarity 1.0 for an exact one."""
     by_text: dict[str, int] = {}
     for index, record in enumerate(test):
@@ -183,11 +209,12 @@ def find_test_overlap(train: Sequence[Record], test: Sequence[Record], threshold
     return dict(sorted({**near, **found}.items()))
 
 
-def asked_text(record: Record) -> str:
+def asked_text(record: AnyRecord) -> str:
     """What tells a prompt apart: the last user turn; with the earlier ones where it is too short to say anything by itself."""
     if isinstance(record, Document):
         return record.text
-    asked = [message.content for message in record.prompt() if message.role == "user"] or [message.content for message in record.prompt()]
+    prompt = prompt_of(record)
+    asked = [message.content for message in prompt if message.role == "user"] or [message.content for message in prompt]
     return asked[-1] if len(words(asked[-1])) >= IDENTIFYING_WORDS else "\n".join(asked)
 
 
@@ -226,20 +253,34 @@ def trainable_share(total: Sequence[int] | np.ndarray, supervised: Sequence[int]
     return Finding("trainable_tokens", named, [], evidence, mend)
 
 
-def _repeated_test_rows(test: Sequence[Record]) -> list[Finding]:
+def _repeated_test_rows(test: Sequence[AnyRecord]) -> list[Finding]:
     _, findings = drop_duplicates(test)
     mend = "remove the copies from the test file: each counts as an item of its own"
     return [Finding("repeated_test_row", found.row_ids, found.related_ids, found.evidence, mend) for found in findings]
 
 
-def _whole_key(record: Record) -> str:
+def _whole_key(record: AnyRecord) -> str:
     if isinstance(record, Document):
         return squeeze(record.text)
-    return canonical([_squeezed(record.messages), list(record.tools or ())])
+    if isinstance(record, Conversation):
+        return canonical([_squeezed(record.messages), list(record.tools or ())])
+    more: Any = None
+    if isinstance(record, PromptOnly):
+        more = record.columns
+    elif isinstance(record, PreferencePair):
+        more = record.margin
+    elif isinstance(record, Unpaired):
+        more = record.label
+    return canonical([kind_of_record(record), _prompt_key(record), [_squeezed(answer) for answer in record.answers], more])
 
 
-def _prompt_key(record: Conversation) -> str:
-    return canonical([_squeezed(record.prompt()), list(record.tools or ())])
+def _prompt_key(record: AnyRecord) -> str:
+    tools = () if isinstance(record, Document) else record.tools or ()
+    return canonical([_squeezed(prompt_of(record)), list(tools)])
+
+
+def _text_key(answer: Answer) -> str:
+    return canonical(_squeezed(answer))
 
 
 def _answer_key(record: Conversation) -> str:
@@ -252,17 +293,22 @@ def _squeezed(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [{key: squeeze(value) if isinstance(value, str) else value for key, value in message.items()} for message in given]
 
 
-def _whole_text(record: Record) -> str:
+def text_of_record(record: AnyRecord) -> str:
+    """All that was said, without system messages: what near copies are told by."""
     if isinstance(record, Document):
         return record.text
-    return "\n".join(message.content for message in record.messages if message.role != "system")
+    if isinstance(record, Conversation):
+        messages = [*record.messages]
+    else:
+        messages = [*record.prompt, *(message for answer in record.answers for message in answer)]
+    return "\n".join(message.content for message in messages if message.role != "system")
 
 
-def _ids(records: Sequence[Record]) -> list[str]:
+def _ids(records: Sequence[AnyRecord]) -> list[str]:
     return [record.row_id for record in records]
 
 
-def _places(records: Sequence[Record]) -> str:
+def _places(records: Sequence[AnyRecord]) -> str:
     more = f" and {len(records) - SHOWN} more" if len(records) > SHOWN else ""
     return ", ".join(str(record.source) for record in records[:SHOWN]) + more
 

@@ -27,7 +27,10 @@ _HEAD_BYTES = 65_536  # bytes looked at to tell text from binary
 _CONTROL_SHARE = 0.05  # of the head; compressed data has a tenth, UTF-16 a half, text none
 _CHUNK_BYTES = 1 << 20
 
+NOT_UTF8 = "not UTF-8"  # how the reason of such a row begins
+TO_UTF8 = "save the file as UTF-8; if it is Latin-1 (Windows), by `iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW`"
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_TEXT_SUFFIXES = (".txt", ".text", ".md")
 _BINARY = {
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "a zip archive",
@@ -120,8 +123,10 @@ def _refuse_unusable(head: bytes, suffix: str, shown: str) -> None:
     if suffix == ".parquet":
         raise DataRefused("the file is no Parquet file", where=shown, mend="give it the suffix of what it holds")
     if suffix not in SUFFIXES:
-        known = ", ".join(SUFFIXES)
-        raise DataRefused(f"the suffix {suffix or '(none)'} does not say how to read it", where=shown, mend=f"rename it to one of {known}")
+        mend = f"rename it to one of {', '.join(SUFFIXES)}"
+        if suffix in _TEXT_SUFFIXES:
+            mend = 'write each document as a line {"text": "..."} of a .jsonl file; JSON lines or a table only need the suffix of such'
+        raise DataRefused(f"the suffix {suffix or '(none)'} does not say how to read it", where=shown, mend=mend)
 
 
 def _lines(stream: IO[bytes], hasher: Any, observe: Callable[[bytes], None] | None = None) -> Iterator[tuple[int, bytes | Oversized]]:
@@ -164,7 +169,7 @@ def _parse_json(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
     try:
         value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_twice)
     except UnicodeDecodeError as error:
-        return None, f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1} of the row"
+        return None, f"{NOT_UTF8}: byte 0x{raw[error.start]:02x} at position {error.start + 1} of the row"
     except json.JSONDecodeError as error:
         return None, f"broken JSON: {error.msg} (column {error.colno})"
     except RecursionError:
@@ -287,7 +292,8 @@ def _delimiter(stream: IO[bytes], shown: str, notes: Counter[str]) -> bytes:
 
 def _header(fields: list[str] | None, reason: str | None, where: str) -> list[str]:
     if fields is None:
-        raise DataRefused(f"the header cannot be read: {reason}", where=where, mend="the first line must name the columns, as UTF-8")
+        mend = TO_UTF8 if (reason or "").startswith(NOT_UTF8) else "the first line must name the columns, as UTF-8"
+        raise DataRefused(f"the header cannot be read: {reason}", where=where, mend=mend)
     names = [name.strip() for name in fields]
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
@@ -330,7 +336,7 @@ def _parse_csv(raw: bytes, delimiter: bytes) -> tuple[list[str] | None, str | No
     try:
         records = list(csv.reader(io.StringIO(raw.decode("utf-8"), newline=""), delimiter=delimiter.decode(), strict=True))
     except UnicodeDecodeError as error:
-        return None, f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1} of the row"
+        return None, f"{NOT_UTF8}: byte 0x{raw[error.start]:02x} at position {error.start + 1} of the row"
     except csv.Error as error:
         return None, f"broken CSV: {error}"
     return (records[0], None) if len(records) == 1 else (None, f"broken CSV: {len(records)} records where one was expected")

@@ -26,6 +26,7 @@ LABEL_CHARACTERS = 80
 MOST_ENUM = 50  # distinct values of a JSON field that is proposed as an enum
 ROWS_A_LABEL = 2  # on average, at least; fewer, and the answers are texts of their own
 ROWS_AN_ENUM_VALUE = 3
+WORDS_OF_A_TEXT = 5  # of a CSV header's field, from which it is no column's name
 
 Kind = Literal["classification", "json", "free", "documents"]
 
@@ -36,7 +37,7 @@ def guess_columns(rows: Sequence[dict[str, Any]]) -> dict[str, str] | None:
     By the values for lists of messages, else by the names, else, of two columns, by length: the longer is the prompt.
     """
     forms = {form for row in rows for form in detect(row)[0]}
-    if not rows or forms - {"text"}:
+    if not rows or forms - {"text", "prompt"}:
         return None
     counts = Counter(key for row in rows for key, value in row.items() if value not in (None, ""))
     common = [key for key, count in counts.items() if count >= _COMMON * len(rows) and key.lower() not in _IDENTIFIERS]
@@ -59,7 +60,7 @@ def guess_columns(rows: Sequence[dict[str, Any]]) -> dict[str, str] | None:
         }[prompt is not None, answer is not None]
     if not prompt or not answer or prompt == answer:
         return None
-    if forms and (answer.lower() in _ABOUT_A_TEXT or answer_kind([str(row.get(answer, "")) for row in rows]) != "classification"):
+    if "text" in forms and (answer.lower() in _ABOUT_A_TEXT or answer_kind([str(row.get(answer, "")) for row in rows]) != "classification"):
         return None  # rows that read as documents are only a classification where the other column looks like its labels
     return {"prompt": prompt, "completion": answer}
 
@@ -71,6 +72,18 @@ def _named(keys: Sequence[str], names: Sequence[str]) -> str | None:
 
 def _is_list_of(value: Any, wanted: set[str]) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(entry, dict) and wanted <= entry.keys() for entry in value)
+
+
+def lacks_header(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether the keys of a table's rows are themselves a row: none is a usual column's name, and one is long or a value of its own column.
+
+    >>> lacks_header([{"the lamp is broken": "it smells", "defect": "defect"}])
+    True
+    """
+    keys = [key for key in rows[0] if key] if rows else []
+    if any(key.lower() in {*PROMPT_NAMES, *_ANSWERS, *_IDENTIFIERS, *_ABOUT_A_TEXT} for key in keys):
+        return False
+    return any(len(key.split()) >= WORDS_OF_A_TEXT or any(row.get(key) == key for row in rows) for key in keys)
 
 
 def answer_kind(answers: Sequence[str]) -> Kind:

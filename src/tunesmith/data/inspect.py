@@ -21,11 +21,13 @@ from jsonschema import Draft202012Validator
 from ..errors import DataRefused, MissingFile
 from ..recipe import DataSection
 from . import hub
-from .check import find_test_overlap
+from .check import find_test_overlap, text_of_record
 from .files import SUFFIXES
-from .guess import Kind, answer_kind, derive_schema, guess_columns, json_object
+from .guess import Kind, answer_kind, derive_schema, guess_columns, json_object, lacks_header
+from .preference import Kind as RowKind
+from .preference import kind_of_record
 from .read import ReadResult, locate, open_rows, read_records
-from .records import Conversation, Document
+from .records import Conversation
 
 MODEL = "smollm2-135m-instruct"
 CONTEXT_BYTES = 20_000  # of a row, from which it may pass a context of 8,192 tokens
@@ -35,6 +37,13 @@ _VALUES_SHOWN = 1_500  # characters of a description that lists the allowed valu
 _GENERIC = {"train", "training", "data", "dataset", "rows", "test", "all", "messages"}
 _RESERVED = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
 _COMMENT_COLUMN = 58
+
+
+_PREFERENCE_STAGES: dict[RowKind, tuple[str, str]] = {
+    "pair": ("dpo", "direct preference optimisation: the chosen answer gains on the rejected one"),
+    "ranking": ("ranking", "as dpo, on the whole order of the answers"),
+    "unpaired": ("kto", "good answers gain, bad ones lose, each for itself"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +59,11 @@ class Inspection:
     longest: int
 
     @property
+    def rows_are(self) -> RowKind:
+        """The kind of its rows."""
+        return kind_of_record(self.read.records[0])
+
+    @property
     def answers(self) -> list[str]:
         """The answers of its conversations, in order."""
         return [record.answer for record in self.read.records if isinstance(record, Conversation)]
@@ -62,9 +76,11 @@ def inspect_file(source: str, columns: dict[str, str] | None = None, *, default_
     """
     try:
         read = read_records(source, DataSection(train=source, columns=columns or {}), default_split=default_split)
-        guessed = guess_columns(_raw_rows(source, default_split)) if columns is None and read.format == "text" else None
+        guessed = guess_columns(_raw_rows(source, default_split)) if columns is None and read.format in ("text", "prompt") else None
     except DataRefused:
-        guessed = guess_columns(_raw_rows(source, default_split)) if columns is None else None
+        rows = _raw_rows(source, default_split) if columns is None else []
+        _require_header(source, rows)
+        guessed = guess_columns(rows)
         if guessed is None:
             raise
     if guessed is not None:
@@ -75,10 +91,7 @@ def inspect_file(source: str, columns: dict[str, str] | None = None, *, default_
     kind: Kind = answer_kind(answers) if talks else "documents"
     labels = [label for label, _ in Counter(answers).most_common()] if kind == "classification" else []
     has_system = any(message.role == "system" for record in talks for message in record.messages)
-    sizes = [
-        len((record.text if isinstance(record, Document) else "".join(m.content for m in record.messages)).encode())
-        for record in read.records
-    ]
+    sizes = [len(text_of_record(record).encode()) for record in read.records]
     return Inspection(source, read, dict(columns or {}), kind, sorted(labels), has_system, max(sizes))
 
 
@@ -86,9 +99,15 @@ def propose_recipe(path: str, test: str | None = None, *, folder: str | Path = "
     """{file name: text}: a commented recipe NAME.yaml for `path`, and NAME.schema.json where the answers are JSON.
 
     folder: where the files will lie; the recipe's paths start there. test: the test file, else a sibling named for it.
-    The schema and the labels come from the training rows only. Raises MissingFile or DataRefused.
+    The schema and the labels come from the training rows only. Raises MissingFile or DataRefused, also for prompts without answers.
     """
     train = inspect_file(path)
+    if train.rows_are == "prompt":
+        raise DataRefused(
+            "the rows are prompts without answers, and what rewards an answer cannot be guessed",
+            where=path,
+            mend="write a stage with rewards (grpo, ppo; recipes/grpo.yaml is an example), or name the answers' column in data.columns",
+        )
     tested, doubt = _inspect_test(path, test, train)
     name = recipe_name(path)
     files: dict[str, str] = {}
@@ -137,6 +156,17 @@ def find_test(source: str) -> str | None:
     return None
 
 
+def _require_header(source: str, rows: list[dict[str, Any]]) -> None:
+    """Raises DataRefused for a table whose first line is a row: taken as a header it would be lost, and name the columns."""
+    if Path(source).suffix.lower() in (".csv", ".tsv") and lacks_header(rows):
+        first = ", ".join(repr(key if len(key) <= 40 else key[:39] + "…") for key in rows[0])
+        raise DataRefused(
+            f"the file has no header: its first line reads {first}",
+            where=f"{source}:1",
+            mend="put a first line above it that names the columns, such as text,label",
+        )
+
+
 def _raw_rows(source: str, default_split: str) -> list[dict[str, Any]]:
     files, _ = locate(source, default_split)
     return [raw.row for file in files for raw in open_rows(file, Counter(), hashlib.sha256()) if raw.row is not None]
@@ -157,6 +187,9 @@ def _inspect_test(path: str, test: str | None, train: Inspection) -> tuple[Inspe
 
 def _task_lines(train: Inspection, tested: Inspection | None, schema: dict[str, Any] | None, name: str) -> list[str]:
     lines = ["task:"]
+    if train.rows_are != "conversation":
+        metrics = ["preference_accuracy"] if _judged_alike(train, tested) else []
+        return [*lines, _line(f"  metrics: [{', '.join(metrics)}]", "measured on the test rows")]
     if train.kind in ("classification", "json"):
         whose = "rows bring their own system message; this one heads the report" if train.has_system else "the system message of every row"
         lines += [_comment(f"what the model is to do: {whose}"), *_block("  description", _description(train, schema))]
@@ -221,6 +254,16 @@ def _data_lines(train: Inspection, tested: Inspection | None, doubt: str | None,
 
 def _stage_lines(train: Inspection) -> list[str]:
     epochs = 3 if len(train.read.records) < MANY_ROWS else 1
+    if train.rows_are != "conversation":
+        objective, what = _PREFERENCE_STAGES[train.rows_are]
+        return [
+            "stages:",
+            _line(f"  - name: {objective}", f"its result lies in stages/{objective}/model"),
+            _line(f"    objective: {{type: {objective}, beta: 0.1}}", what),
+            _line("    method: {type: lora, r: 16}", "an adapter of rank 16; `full` trains every weight"),
+            _line("    learning_rate: 2.0e-4", "peak; a tenth of it or less suits `full`"),
+            _line("    num_train_epochs: 1", "passes over the training rows; preferences are soon learned by heart"),
+        ]
     return [
         "stages:",
         _line("  - name: sft", "its result lies in stages/sft/model"),
@@ -231,7 +274,18 @@ def _stage_lines(train: Inspection) -> list[str]:
     ]
 
 
+def _judged_alike(train: Inspection, tested: Inspection | None) -> bool:
+    """Whether there are held-out pairs, on which preference_accuracy can be measured."""
+    return tested is not None and train.rows_are == tested.rows_are == "pair"
+
+
 def _evaluate_lines(train: Inspection, tested: Inspection | None, schema: dict[str, Any] | None) -> list[str]:
+    if train.rows_are != "conversation":
+        lines = ["evaluate:", _line("  candidates: [zero_shot, tuned]", "compared on the same test rows")]
+        if not _judged_alike(train, tested):
+            return [*lines, _comment("gates need test rows that are pairs; without them the verdict is NOT MEASURED")]
+        gate = "    - {metric: preference_accuracy, candidate: tuned, better_than: zero_shot}"
+        return [*lines, _line("  gates:", "what PASS means: the whole interval of the difference above zero"), gate]
     metric = (_metrics(train, schema) or ["perplexity"])[0]
     labelled = train.kind == "classification" or (schema is not None and "macro_f1" in _metrics(train, schema))
     candidates = ["zero_shot", *([] if train.kind == "documents" else ["few_shot"]), *(["classical"] if labelled else []), "tuned"]

@@ -10,16 +10,17 @@ import difflib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataRefused, MissingFile, RecipeError
 from . import hub
-from .files import MAX_ROW_BYTES, RawRow, kept, read_rows, too_long
-from .formats import FIELDS, REQUIRED, USED, RowRefused, detect, short, to_record
-from .records import Record, Source
+from .files import MAX_ROW_BYTES, NOT_UTF8, TO_UTF8, RawRow, kept, read_rows, too_long
+from .formats import ANSWER_NAMES, FIELDS, REQUIRED, USED, RowRefused, a_row, detect, required, short, to_record
+from .preference import FORMATS_OF, KIND_OF_FORMAT, AnyRecord, Kind, kind_of_record
+from .records import Source
 
 if TYPE_CHECKING:
     from ..recipe import DataSection
@@ -58,7 +59,7 @@ class ReadResult:
     revision: the commit of a hub data set. notes: what was found and decided on the way, as sentences.
     """
 
-    records: list[Record]
+    records: list[AnyRecord]
     format: str
     rows_in: int
     rejected: list[Quarantined]
@@ -72,7 +73,8 @@ class ReadResult:
 class _Reading:
     """What accumulates while the files of one source are read."""
 
-    records: list[Record] = field(default_factory=list)
+    records: list[AnyRecord] = field(default_factory=list)
+    unsure: dict[int, RawRow] = field(default_factory=dict)  # by place in records: rows that may lack a key of the others' format
     rejected: list[Quarantined] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     formats: dict[str, tuple[int, str]] = field(default_factory=dict)  # format -> (rows, where the first one stands)
@@ -87,13 +89,15 @@ def read_records(
     system: str | None = None,
     quarantine: list[dict[str, Any]] | None = None,
     default_split: str = "train",
+    kinds: Sequence[Kind] = (),
 ) -> ReadResult:
     """Reads `source`: a file's path, or a hub data set where no such path exists (`default_split` where it names none).
 
     `system` (the task's description) becomes the system message of rows that bring none. Rejected rows are appended to
-    `quarantine` as they are met, so it is complete even when the data are refused. Raises MissingFile; RecipeError for
-    a wrong data.columns; DataRefused for a file that is empty, no text or a mixture of formats, without one usable
-    row, or with more than data.max_rejected of its rows rejected.
+    `quarantine` as they are met, so it is complete even when the data are refused. `kinds`: what is wanted, where not
+    anything will do; of a row with the keys of several formats it decides which is taken. Raises MissingFile; RecipeError
+    for a wrong data.columns; DataRefused for a file that is empty, no text or a mixture of formats, of another kind than
+    those wanted, without one usable row, or with more than data.max_rejected of its rows rejected.
     """
     _check_columns_setting(section)
     files, revision = locate(source, default_split)
@@ -102,9 +106,11 @@ def read_records(
     for file in files:
         hasher = hashlib.sha256()
         for raw in open_rows(file, reading.notes, hasher, section.columns):
-            _take(raw, file, section, system, reading, quarantine)
+            _take(raw, file, section, system, reading, quarantine, kinds)
         hashes[file.shown] = hasher.hexdigest()
+    _reject_incomplete(reading, section, quarantine)
     form = _agreed_format(reading, section, source)
+    _require_kind(form, kinds, source)
     _refuse_bad_shares(reading, section, source)
     _note_keys(reading, form, section)
     notes = [f"{source}: {len(reading.records)} of {reading.rows_in} rows are {form}"]
@@ -160,28 +166,38 @@ def _check_columns_setting(section: DataSection) -> None:
 
 
 def _take(
-    raw: RawRow, file: DataFile, section: DataSection, system: str | None, reading: _Reading, quarantine: list[dict[str, Any]] | None
+    raw: RawRow,
+    file: DataFile,
+    section: DataSection,
+    system: str | None,
+    reading: _Reading,
+    quarantine: list[dict[str, Any]] | None,
+    kinds: Sequence[Kind],
 ) -> None:
     """Keeps one row as a record, or quarantines it."""
     reading.rows_in += 1
     source = Source(file.shown, raw.line)
     try:
-        reading.records.append(_record(raw, source, section, system, reading))
+        reading.records.append(_record(raw, source, section, system, reading, kinds))
     except RowRefused as error:
-        stood = raw.raw if raw.raw is not None else json.dumps(raw.row, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace")
-        rejected = Quarantined(source.path, source.line, str(error), kept(stood))
-        reading.rejected.append(rejected)
-        if quarantine is not None:
-            quarantine.append(rejected.to_json())
+        _reject(raw, source, str(error), reading, quarantine)
 
 
-def _record(raw: RawRow, source: Source, section: DataSection, system: str | None, reading: _Reading) -> Record:
+def _reject(raw: RawRow, source: Source, reason: str, reading: _Reading, quarantine: list[dict[str, Any]] | None) -> None:
+    stood = raw.raw if raw.raw is not None else json.dumps(raw.row, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace")
+    rejected = Quarantined(source.path, source.line, reason, kept(stood))
+    reading.rejected.append(rejected)
+    if quarantine is not None:
+        quarantine.append(rejected.to_json())
+
+
+def _record(raw: RawRow, source: Source, section: DataSection, system: str | None, reading: _Reading, kinds: Sequence[Kind]) -> AnyRecord:
     if raw.row is None:
         raise RowRefused(raw.reason)
     row = _mapped(raw.row, section.columns, reading.notes)
     reading.keys.update(key for key, value in row.items() if value is not None)
     if section.format == "auto":
-        found, why = detect(row)
+        found, why = detect(row, kinds)
         if not found:
             raise RowRefused(why)
         form = found[0]
@@ -193,7 +209,33 @@ def _record(raw: RawRow, source: Source, section: DataSection, system: str | Non
         raise RowRefused(too_long(size))
     rows, first = reading.formats.get(form, (0, str(source)))
     reading.formats[form] = (rows + 1, first)
-    return to_record(row, form, source, system, reading.notes)
+    record = to_record(row, form, source, system, reading.notes)
+    labelled = form == "prompt_completion" and ("unpaired" in kinds or row.get("label") is not None)
+    if section.format == "auto" and (form == "prompt" or labelled):
+        reading.unsure[len(reading.records)] = raw
+    return record
+
+
+def _reject_incomplete(reading: _Reading, section: DataSection, quarantine: list[dict[str, Any]] | None) -> None:
+    """Quarantines rows that were read in a format of fewer keys where all others show what they lack: a pair without its answers is no
+    prompt, and an answer without a usable label among labelled ones is no conversation."""
+    incomplete = {"prompt": ("preference", "prompt_completion", "ranking", "unpaired"), "prompt_completion": ("unpaired",)}
+    for form, whole in incomplete.items():
+        others = [other for other in reading.formats if other != form]
+        kind = KIND_OF_FORMAT[form]
+        places = [place for place, record in enumerate(reading.records) if kind_of_record(record) == kind]
+        if form not in reading.formats or len(others) != 1 or others[0] not in whole or not reading.unsure.keys() >= set(places):
+            continue
+        for place in places:
+            raw = reading.unsure[place]
+            row = _mapped(raw.row or {}, section.columns, Counter())
+            absent = ", ".join(f"`{key}`" for key in required(others[0], row) if row.get(key) is None)
+            reason = f"missing key {absent} of {a_row(others[0])}" if absent else f"label is {short(row.get('label'))}, not true or false"
+            _reject(raw, reading.records[place].source, reason, reading, quarantine)
+        gone = set(places)
+        reading.records = [record for place, record in enumerate(reading.records) if place not in gone]
+        del reading.formats[form]
+        return
 
 
 def _mapped(row: dict[str, Any], columns: dict[str, str], notes: Counter[str]) -> dict[str, Any]:
@@ -215,7 +257,7 @@ def _mapped(row: dict[str, Any], columns: dict[str, str], notes: Counter[str]) -
 
 def _size(row: dict[str, Any], form: str) -> int:
     """Bytes of the values that the format uses, as JSON; a Parquet row has no text of its own to measure."""
-    used = {key: value for key, value in row.items() if key in USED[form]}
+    used = {key: value for key, value in row.items() if key in USED[form] or form == "prompt"}
     return len(json.dumps(used, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace"))
 
 
@@ -226,9 +268,21 @@ def _agreed_format(reading: _Reading, section: DataSection, source: str) -> str:
     if len(reading.formats) > 1:
         parts = [f"{rows} {form} (first at {first})" for form, (rows, first) in reading.formats.items()]
         most = max(reading.formats, key=lambda form: reading.formats[form][0])
-        mend = f"split the file by format, or set data.format: {most} to quarantine the other rows"
+        mend = f"split the file by format, or set data.format: {most} to quarantine the other rows (in `data check`: --format {most})"
         raise DataRefused(f"the rows are a mixture of formats: {', '.join(parts)}", where=source, mend=mend)
     return next(iter(reading.formats), "auto")
+
+
+def _require_kind(form: str, kinds: Sequence[Kind], source: str) -> None:
+    """Raises DataRefused where the rows are of a kind that is not wanted."""
+    if not kinds or form == "auto" or KIND_OF_FORMAT[form] in kinds:
+        return
+    wanted = [name for kind in kinds for name in FORMATS_OF[kind]]
+    shown = ", ".join(f"{name} ({', '.join(REQUIRED[name])})" for name in wanted)
+    mend = f"name a file of such rows, or map its columns by data.columns: {shown}"
+    if "prompt" in kinds and "prompt" in USED[form]:
+        mend += "; data.format: prompt asks the prompts of these rows and ignores their answers"
+    raise DataRefused(f"the rows are {form}, and the stage's objective wants {' or '.join(wanted)}", where=source, mend=mend)
 
 
 def _refuse_bad_shares(reading: _Reading, section: DataSection, source: str) -> None:
@@ -238,23 +292,52 @@ def _refuse_bad_shares(reading: _Reading, section: DataSection, source: str) -> 
         what = (
             f"no row is usable; {rejected} of {rows_in} were rejected, the first of them:{first}" if rejected else "the file holds no rows"
         )
-        formats = ", ".join(f"{name} ({', '.join(keys)})" for name, keys in REQUIRED.items())
-        raise DataRefused(what, where=source, mend=f"give rows in one of the formats {formats}, or map them by data.columns")
+        raise DataRefused(what, where=source, mend=_mend_unusable(reading, source))
     if rejected > section.max_rejected * rows_in:
         raise DataRefused(
             f"{rejected} of {rows_in} rows were rejected, and data.max_rejected is {section.max_rejected:g}; the first of them:{first}",
             where=source,
-            mend="mend the rows, or raise data.max_rejected to train without them",
+            mend=TO_UTF8 if _mostly_not_utf8(reading) else "mend the rows, or raise data.max_rejected to train without them",
         )
+
+
+def _mostly_not_utf8(reading: _Reading) -> bool:
+    return 2 * sum(entry.reason.startswith(NOT_UTF8) for entry in reading.rejected) > len(reading.rejected)
+
+
+def _mend_unusable(reading: _Reading, source: str) -> str:
+    """What to do with a file of which no row is usable: its encoding, its header, or the formats and how columns are mapped to them."""
+    if _mostly_not_utf8(reading):
+        return TO_UTF8
+    formats = ", ".join(f"{name} ({', '.join(keys)})" for name, keys in REQUIRED.items())
+    mend = f"give rows in one of the formats {formats}, or map them by data.columns"
+    keys = list(reading.keys)
+    answer = next((name for name in ANSWER_NAMES if name in keys), None)
+    pair = ["text", answer] if answer and "text" in keys else keys if len(keys) == 2 else ["COLUMN", "COLUMN"]
+    if keys:
+        mend += f"; for `tunesmith data check` that is --columns prompt={pair[0]},completion={pair[1]}, or --format NAME"
+    if keys and not answer and Path(source).suffix.lower() in (".csv", ".tsv"):
+        mend += "; where the first line is a row already, put a header above it, such as text,label"
+    return mend
 
 
 def _note_keys(reading: _Reading, form: str, section: DataSection) -> None:
     for ours, theirs in section.columns.items():
         reading.notes[f"`{ours}` is taken from `{theirs}`"] += 1
     unused = sorted(key for key in reading.keys if key not in USED[form])
-    if unused:
+    if form == "prompt":
+        reading.notes.update(_notes_of_columns(unused))
+    elif unused:
         names = ", ".join(short(key) for key in unused[:10]) + (f" and {len(unused) - 10} more" if len(unused) > 10 else "")
         reading.notes[f"keys that are not used: {names}"] += 1
+
+
+def _notes_of_columns(columns: Sequence[str]) -> list[str]:
+    """What becomes of a prompt row's other keys; a usual name of an answer may have been meant to be trained on."""
+    notes = [f"columns given to reward functions: {', '.join(map(short, columns))}"] if columns else []
+    if beside := [name for name in ANSWER_NAMES if name in columns]:
+        notes.append(f"`{beside[0]}` is not trained on; data.columns: {{completion: {beside[0]}}} would make it the answer")
+    return notes
 
 
 def _hash_of_hashes(hashes: dict[str, str]) -> str:

@@ -312,23 +312,45 @@ def encode_prompts(
     prompts: Sequence[Sequence[Message]], template: ChatTemplate, tokenizer: Any, tools: Sequence[dict[str, Any]] | None = None
 ) -> list[np.ndarray]:
     """`encode_prompt` of many, at once. Raises TemplateError for the first that cannot be rendered, naming its number."""
+    given = tuple(tools) if tools else None
+    results = prompt_results([(messages, given) for messages in prompts], template, tokenizer)
+    for number, result in enumerate(results):
+        if isinstance(result, TemplateError):
+            raise TemplateError(result.what, where=f"prompt {number}", mend=result.mend) from result
+    return [result for result in results if not isinstance(result, TemplateError)]
+
+
+def prompt_results(
+    prompts: Sequence[tuple[Sequence[Message], Sequence[dict[str, Any]] | None]], template: ChatTemplate, tokenizer: Any
+) -> list[np.ndarray | TemplateError]:
+    """`encode_prompt` of many (messages, tools), at once: the ids of each, or the reason it has none."""
     encoder = encoder_for(tokenizer)
     layout = layout_for(template, encoder)
-    tools = list(tools) if tools else None
-    given = [with_parts([message.to_hf() for message in messages], layout) for messages in prompts]
+    given = [with_parts([message.to_hf() for message in messages], layout) for messages, _ in prompts]
+    offered = [list(tools) if tools else None for _, tools in prompts]
     marked = [mark(messages) for messages in given]
-    jobs = [RenderJob(messages, tools, True) for pair in zip(given, marked, strict=True) for messages in (pair[0], pair[1].messages)]
+    jobs = [
+        RenderJob(one, tools, True)
+        for messages, with_marks, tools in zip(given, marked, offered, strict=True)
+        for one in (messages, with_marks.messages)
+    ]
     texts = template.render_many(jobs)
-    found: list[tuple[str, tuple[Rule, Rule]]] = []
+    results: list[np.ndarray | TemplateError] = []
+    found: list[tuple[int, str, tuple[Rule, Rule]]] = []
     for number, messages in enumerate(given):
         try:
-            _refuse_hidden_control(messages, tools, encoder)
+            _refuse_hidden_control(messages, offered[number], encoder)
             located = _checked(texts[2 * number], texts[2 * number + 1], marked[number])
-            found.append((located.text, _rules(located, messages, marked[number], layout, encoder)))
+            found.append((number, located.text, _rules(located, messages, marked[number], layout, encoder)))
+            results.append(np.empty(0, dtype=np.int32))
         except TemplateError as error:
-            raise TemplateError(error.what, where=f"prompt {number}", mend=error.mend) from error
-    encoded = encoder.encode_all([text for text, _ in found])
-    return [encoder.protect(text, one, rules).ids for (text, rules), one in zip(found, encoded, strict=True)]
+            results.append(error)
+    for (number, text, rules), one in zip(found, encoder.encode_all([text for _, text, _ in found]), strict=True):
+        try:
+            results[number] = encoder.protect(text, one, rules).ids
+        except TemplateError as error:
+            results[number] = error
+    return results
 
 
 def stop_tokens(template: ChatTemplate, tokenizer: Any) -> list[int]:

@@ -1,8 +1,8 @@
 """The token store: rendered examples on disk, memory-mapped, so that data may exceed memory and are rendered once.
 
 Takes (row id, rendered example) pairs as a stream; gives each example's ids and weights as views of the files. A store is a folder
-that is complete or absent (run.atomic_folder): tokens.int32.bin, weights.float32.bin, offsets.npy (int64[N + 1]), prompts.npy
-(int32[N]), rows.json and key.json. The key says what the store was made from: the data, the settings, the template, the tokenizer and the
+that is complete or absent (run.atomic_folder): tokens.int32.bin, weights.float32.bin, offsets.npy (int64[N + 1]),
+rows.json and key.json. The key says what the store was made from: the data, the settings, the template, the tokenizer and the
 renderer's own source; a store with another key is not opened but built anew.
 """
 
@@ -25,7 +25,10 @@ from ..rundir import atomic_folder, storage, verify_folder, write_bytes, write_j
 from .render import Rendered
 from .template import ChatTemplate
 
-RENDERER_FILES = ("_encode.py", "_marks.py", "_spans.py", "_template_child.py", "records.py", "render.py", "store.py", "template.py")
+RENDERER_FILES = (
+    *("_encode.py", "_marks.py", "_spans.py", "_template_child.py", "items.py", "preference.py", "records.py"),
+    *("render.py", "store.py", "template.py"),
+)
 RENDERER_LIBRARIES = ("jinja2", "tokenizers", "transformers")
 BUFFER_BYTES = 4 * 2**20  # of one file, between writes
 
@@ -48,12 +51,11 @@ def store_key(source_sha256: str, settings: dict[str, Any], template: ChatTempla
 
 
 class TokenStore:
-    """Rendered examples by position. row_ids: list of N. lengths: int64[N]. prompt_lengths: int32[N]."""
+    """Rendered examples by position. row_ids: list of N. lengths: int64[N]."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._offsets = _load(folder / "offsets.npy")
-        self.prompt_lengths = _load(folder / "prompts.npy")
         self.row_ids: list[str] = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
         self.lengths = np.diff(self._offsets)
         self._ids = _map(folder / "tokens.int32.bin", np.int32)
@@ -67,16 +69,14 @@ class TokenStore:
         """
         folder = Path(folder)
         with atomic_folder(folder) as temporary:
-            offsets, prompts, row_ids = array("q", [0]), array("i"), []
+            offsets, row_ids = array("q", [0]), []
             with _Writer(temporary / "tokens.int32.bin") as ids, _Writer(temporary / "weights.float32.bin") as weights:
                 for row_id, rendered in examples:
                     ids.add(np.ascontiguousarray(rendered.ids, dtype=np.int32))
                     weights.add(np.ascontiguousarray(rendered.weights, dtype=np.float32))
                     offsets.append(offsets[-1] + len(rendered.ids))
-                    prompts.append(rendered.prompt_length)
                     row_ids.append(row_id)
             _save(temporary / "offsets.npy", np.array(offsets, dtype=np.int64))
-            _save(temporary / "prompts.npy", np.array(prompts, dtype=np.int32))
             write_json(temporary / "rows.json", row_ids)
             write_json(temporary / "key.json", key)
         return cls(folder)

@@ -1,19 +1,21 @@
 """Batched generation and scoring from a shared prefix, on any transformers model whose attention and cache are the standard ones.
 
 Takes rows (rows.py), moves them to their end; takes prompts and answers, gives log-probabilities. The prefix common to all prompts of a
-call is computed once, for one row; the suffixes of a batch run together without padding; the head runs on the positions that need it.
+call is computed once, for one row, and what rows of one prompt share beyond it once for all of them; the suffixes of a batch run together
+without padding; the head runs on the positions that need it.
 Run it under `attention_implementation(model, attention.NAME)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
+from ..models.head import logit_shape, shape_logits
 from .attention import NAME, attending, attention_implementation
 from .cache import PrefixCache, PrefixKV
 from .protocol import Sampling
@@ -45,14 +47,7 @@ class Engine:
 
     def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
         """Logits [S, V] of hidden states, with the scaling and soft-capping that the model's config names."""
-        logits_SV = self.lm_head(hidden_SH)
-        if (scale := getattr(self.config, "logit_scale", None)) is not None:  # Cohere
-            logits_SV = logits_SV * scale
-        if (divisor := getattr(self.config, "logits_scaling", None)) is not None:  # Granite
-            logits_SV = logits_SV / divisor
-        if (softcap := getattr(self.config, "final_logit_softcapping", None)) is not None:  # Gemma
-            logits_SV = torch.tanh(logits_SV / softcap) * softcap
-        return logits_SV
+        return shape_logits(self.lm_head(hidden_SH), *logit_shape(self.config))
 
     def forward(self, cache: PrefixCache, ids: torch.Tensor) -> torch.Tensor:
         """Hidden states of one pass, [N, H] for rows [1, N], [B, H] for a step [B, 1]."""
@@ -73,16 +68,20 @@ class Engine:
         P = shared_prefix_length([row.prompt for row in rows])
         prefix = self.prefix(rows[0].prompt[:P])
         lengths = [len(row.prompt) - P + min(row.limit, FIRST_SLOTS) for row in rows]
-        for batch in batches(lengths, self.batch_size):
+        for batch in batches(lengths, self.batch_size, alike=[tuple(row.prompt) for row in rows]):
             self._generate_batch([rows[i] for i in batch], P, prefix, sampling, stop_ids)
 
     def _generate_batch(self, rows: list[Row], P: int, prefix: PrefixKV | None, sampling: Sampling, stop_ids: frozenset[int]) -> None:
-        suffixes = [row.prompt[P:] for row in rows]
+        of_prompt: dict[tuple[int, ...], int] = {}
+        prompt_B = [of_prompt.setdefault(tuple(row.prompt), len(of_prompt)) for row in rows]
+        suffixes = [prompt[P:] for prompt in of_prompt]
         extra = min(max(row.limit for row in rows), FIRST_SLOTS)
         cache = PrefixCache(self.layers, [len(s) for s in suffixes], extra_slots=extra, prefix=prefix, device=self.model.device)
         hidden_NH = self.forward(cache, self._tensor([[token for suffix in suffixes for token in suffix]]))
-        last_B = torch.tensor([len(s) for s in suffixes], device=hidden_NH.device).cumsum(0) - 1
-        hidden_BH = hidden_NH[last_B]
+        last_P = torch.tensor([len(s) for s in suffixes], device=hidden_NH.device).cumsum(0) - 1
+        hidden_BH = hidden_NH[last_P[prompt_B]]
+        if len(of_prompt) < len(rows):
+            cache.keep(prompt_B)
         while True:
             tokens_B = choose_next(self.logits(hidden_BH), rows, sampling, stop_ids)
             kept = [b for b, row in enumerate(rows) if row.finish_reason is None]
@@ -161,12 +160,26 @@ def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
     return common if common >= MIN_PREFIX else 0
 
 
-def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of rows of like length, longest first: at most batch_size rows and BATCH_TOKENS tokens (or one row) each."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    count = -(-len(order) // batch_size)
-    size = -(-len(order) // count) if count else 1
-    while order:
-        rows = max(1, min(size, BATCH_TOKENS // lengths[order[0]]))
-        yield order[:rows]
-        order = order[rows:]
+def batches(lengths: Sequence[int], batch_size: int, alike: Sequence[Hashable] | None = None) -> Iterator[list[int]]:
+    """Indices in batches of rows of like length, longest first: at most batch_size rows and BATCH_TOKENS tokens (or one row) each.
+
+    alike: a key a row; rows of equal key (and so of equal length) come in one batch, unless they alone are more than a batch holds.
+    """
+    units: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(range(len(lengths)) if alike is None else alike):
+        units.setdefault(key, []).append(i)
+    count = -(-len(lengths) // batch_size)
+    size = -(-len(lengths) // count) if count else 1  # batches of even size
+    batch: list[int] = []
+    limit = 0
+    for unit in sorted(units.values(), key=lambda unit: -lengths[unit[0]]):
+        while unit:
+            if batch and (len(batch) >= size or len(batch) + len(unit) > limit):
+                yield batch
+                batch = []
+            if not batch:
+                limit = max(1, min(batch_size, BATCH_TOKENS // lengths[unit[0]]))
+            taken = len(unit) if len(batch) + len(unit) <= limit else min(size, limit)
+            batch, unit = batch + unit[:taken], unit[taken:]
+    if batch:
+        yield batch

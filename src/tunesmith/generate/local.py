@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..models.layout import unpackable_reason
-from .adapter import merged_adapter
 from .attention import NAME, attention_implementation
 from .engine import CHECK_TOLERANCE, CHECK_TOLERANCE_HALF, Engine
 from .fallback import Fallback
@@ -28,8 +27,6 @@ from .rows import check_lengths, make_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["LocalGenerator", "batch_disagreement", "merged_adapter"]
 
 # Tokens of the first prompt that the fast way is checked on.
 CHECKED_TOKENS = 64
@@ -63,16 +60,24 @@ class LocalGenerator:
         self._max_positions: int | None = getattr(base.config.get_text_config(), "max_position_embeddings", None)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling = GREEDY, constraint: Constraint | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        constraint: Constraint | None = None,
+        seeds: Sequence[int] | None = None,
+        logprobs: bool = False,
     ) -> list[Generation]:
-        """One generation a prompt (token ids), in the asked order.
+        """One generation a prompt (token ids), in the asked order; a prompt that is given several times is computed once.
 
-        An answer ends at a stop token, when the constraint is complete, after max_new_tokens, or where the model's context ends. Raises
+        seeds: one a prompt, each of which fully decides its row's random stream. logprobs: whether the generations carry those of their
+        tokens. An answer ends at a stop token, when the constraint is complete, after max_new_tokens, or where the model's context ends. Raises
         ModelError for a prompt that is empty or does not fit the context.
         """
         if not len(prompts):
             return []
-        rows = make_rows(prompts, max_new_tokens, sampling, constraint, self._max_positions)
+        rows = make_rows(prompts, max_new_tokens, sampling, constraint, self._max_positions, seeds=seeds, logprobs=logprobs)
         stop_ids = self.stop_ids if constraint is None else self.stop_ids | constraint.stop_ids
         with self._ready(prompts) as way:
             way.generate(rows, sampling, stop_ids)

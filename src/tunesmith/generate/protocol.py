@@ -20,7 +20,8 @@ class Sampling:
     """How the next token is chosen. Nothing of a model's generation_config ever adds to it.
 
     temperature: 0 is greedy, else the logits are divided by it. top_p: the smallest set of tokens whose probability reaches it (1 is all).
-    top_k: the k most probable tokens (0 is all). seed: with the prompt's tokens and its occurrence it names each row's random stream.
+    top_k: the k most probable tokens (0 is all). seed: with the prompt's tokens and its occurrence it names each row's random stream,
+    unless `generate` is given a seed for each row.
     """
 
     temperature: float = 0.0
@@ -42,11 +43,14 @@ class Generation:
 
     token_ids: every token chosen, the ending stop token included. text: those without the stop token, special tokens skipped.
     finish_reason: "stop" where a stop token was chosen or the constraint is complete, "length" where the token limit cut it.
+    logprobs: where asked for, each token's natural log-probability, in nats, under softmax(logits / temperature) over the whole vocabulary,
+    before top-k, top-p or a constraint leave anything out (temperature 0 counts as 1); float32.
     """
 
     token_ids: list[int]
     text: str
     finish_reason: Literal["stop", "length"]
+    logprobs: list[float] | None = None
 
 
 class Matcher(Protocol):
@@ -72,9 +76,20 @@ class Generator(Protocol):
     """Anything that continues prompts and scores answers."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling = GREEDY, constraint: Constraint | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        constraint: Constraint | None = None,
+        seeds: Sequence[int] | None = None,
+        logprobs: bool = False,
     ) -> list[Generation]:
-        """One generation a prompt, in the asked order."""
+        """One generation a prompt, in the asked order.
+
+        seeds: one a prompt, each of which fully decides its row's random stream (`stream_seed` makes them). logprobs: whether the
+        generations carry those of their tokens.
+        """
 
     def logprobs(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """For each pair the natural log-probability of every answer token, float32 [len(answer)], at temperature 1."""

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import ModelError, NonFinite
 from .protocol import Constraint, Generation, Matcher, Sampling
-from .sampling import choose_tokens, row_streams
+from .sampling import choose_tokens, row_seeds, row_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Row:
-    """One prompt and its answer so far. limit: most tokens the answer may have."""
+    """One prompt and its answer so far. limit: most tokens the answer may have. logprobs: of its tokens, or None where not asked for."""
 
     prompt: list[int]
     limit: int
     stream: np.random.Generator | None
     matcher: Matcher | None
+    logprobs: list[float] | None = None
     token_ids: list[int] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
     stopped_by_token: bool = False
@@ -37,21 +38,34 @@ class Row:
         """The finished row, with its text."""
         said = self.token_ids[:-1] if self.stopped_by_token else self.token_ids
         text = tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Generation(self.token_ids, text, self.finish_reason or "length")
+        return Generation(self.token_ids, text, self.finish_reason or "length", self.logprobs)
 
 
 def make_rows(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, constraint: Constraint | None, max_positions: int | None
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    constraint: Constraint | None,
+    max_positions: int | None,
+    *,
+    seeds: Sequence[int] | None = None,
+    logprobs: bool = False,
 ) -> list[Row]:
-    """One row a prompt, in order. Raises ModelError, naming the prompt, where it leaves no room in the model's max_positions tokens."""
+    """One row a prompt, in order. seeds: what decides each row's stream, in place of the sampling's seed and the prompt.
+
+    Raises ModelError, naming the prompt, where it leaves no room in the model's max_positions tokens.
+    """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     check_lengths(prompts, max_positions, room=1)
-    streams = row_streams(prompts, sampling.seed) if sampling.temperature > 0 else [None] * len(prompts)
+    if seeds is not None and len(seeds) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds")
     rows = []
-    for prompt, stream in zip(prompts, streams, strict=True):
+    for prompt, seed in zip(prompts, row_seeds(prompts, sampling.seed) if seeds is None else seeds, strict=True):
         limit = max_new_tokens if max_positions is None else min(max_new_tokens, max_positions - len(prompt))
-        rows.append(Row([int(token) for token in prompt], limit, stream, constraint.matcher() if constraint else None))
+        stream = row_stream(seed) if sampling.temperature > 0 else None
+        matcher = constraint.matcher() if constraint else None
+        rows.append(Row([int(token) for token in prompt], limit, stream, matcher, [] if logprobs else None))
     return rows
 
 
@@ -71,18 +85,24 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_positions: int | None, *
 def choose_next(logits_BV: torch.Tensor, rows: Sequence[Row], sampling: Sampling, stop_ids: frozenset[int]) -> list[int]:
     """The next token of every row, which unfinished rows take; a finished row gets its last token again, to be ignored.
 
-    logits [B, V] of the rows in order; changed in place under a constraint. Raises NonFinite where they hold NaN.
+    logits [B, V] of the rows in order; changed in place under a constraint. Log-probabilities, for rows that want them, are the model's
+    own: of what a constraint, top-k or top-p leave out too. Raises NonFinite where the logits hold NaN.
     """
-    logits_BV = logits_BV.float()
-    refuse_nan(logits_BV.sum(dim=-1))  # a sum is NaN if a part is; far cheaper than looking at each
+    refuse_nan(logits_BV.amax(dim=-1))  # NaN if any of them is; far cheaper than looking at each
+    logprobs, normaliser_B = any(row.logprobs is not None for row in rows), None
+    if any(row.matcher is not None for row in rows):
+        logits_BV = logits_BV.float()
+        normaliser_B = (logits_BV / (sampling.temperature or 1.0)).logsumexp(dim=-1) if logprobs else None
     for row, logits_V in zip(rows, logits_BV, strict=True):
         if row.matcher is not None and row.finish_reason is None:
             row.matcher.mask_(logits_V)
     uniforms_B = [row.stream.random() if row.stream is not None and row.finish_reason is None else 0.0 for row in rows]
-    tokens_B = choose_tokens(logits_BV, sampling, uniforms_B)
+    tokens_B, logprobs_B = choose_tokens(logits_BV, sampling, uniforms_B, logprobs=logprobs, normaliser_B=normaliser_B)
     for b, row in enumerate(rows):
         if row.finish_reason is None:
             _take(row, tokens_B[b], stop_ids)
+            if row.logprobs is not None:
+                row.logprobs.append(logprobs_B[b])
         tokens_B[b] = row.token_ids[-1]
     return tokens_B
 

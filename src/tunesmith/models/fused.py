@@ -32,12 +32,13 @@ class FastPaths:
 
 
 class _LoraProduct(torch.autograd.Function):
-    """x[..., K], wide[N, K + r] = [W, B], A[r, K], B[N, r] -> x W^T + scale (x A^T) B^T; W is frozen."""
+    """x[..., K], wide[N, K + r or more] = [W, B], A[r, K], B[N, r] -> x W^T + scale (x A^T) B^T; W is frozen."""
 
     @staticmethod
     def forward(ctx, x, wide, bias, a, b, scale):  # noqa: ANN001
         flat = x.reshape(-1, x.shape[-1])
         small_a = (a * scale).to(x.dtype)
+        wide = wide[:, : flat.shape[1] + len(a)]
         wide[:, flat.shape[1] :].copy_(b)
         low = flat @ small_a.T
         y = F.linear(torch.cat([flat, low], 1), wide, bias)
@@ -120,7 +121,6 @@ def is_plain(layer: LoraLinear) -> bool:
     return (
         type(base) is nn.Linear
         and not base.weight.requires_grad
-        and len(layer.lora_A) == 1
         and not layer.lora_variant
         and all(isinstance(d, nn.Identity) for d in layer.lora_dropout.values())
         and all(m.bias is None for m in layer.lora_B.values())
@@ -137,7 +137,7 @@ def fuse_lora(model: nn.Module, paths: FastPaths) -> None:
             paths.refused.setdefault("lora", f"{name} is not a plain LoRA layer")
             continue
         base = layer.get_base_layer()
-        (rank,) = {m.weight.shape[0] for m in layer.lora_A.values()}
+        rank = max(m.weight.shape[0] for m in layer.lora_A.values())
         outputs, inputs = base.weight.shape
         wide = torch.empty(outputs, inputs + rank, dtype=base.weight.dtype, device=base.weight.device)
         wide[:, :inputs] = base.weight.data

@@ -8,6 +8,8 @@ backward pass. Log-sum-exp is fp32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,15 +39,23 @@ def _chunk(vocabulary: int) -> int:
     return max(1, CHUNK_BYTES // (4 * vocabulary))
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> tuple[Tensor, Tensor | None]:
-    """fp32 logits[S, V] and d logits / d raw, which is None where it is 1."""
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+def logit_shape(config: Any) -> tuple[float | None, float]:
+    """(softcap, scale) of a head's logits, as a model's text config names them: Gemma caps, Cohere multiplies, Granite divides."""
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return getattr(config, "final_logit_softcapping", None), scale
+
+
+def shape_logits(raw_SV: Tensor, softcap: float | None, scale: float) -> Tensor:
+    """The model's logits [S, V] from its head's products, which are overwritten: scaled, then capped."""
     if scale != 1.0:
-        logits.mul_(scale)
-    if softcap is None:
-        return logits, None
-    squashed = torch.tanh(logits.div_(softcap))
-    return squashed * softcap, 1 - squashed * squashed
+        raw_SV.mul_(scale)
+    return raw_SV if softcap is None else raw_SV.div_(softcap).tanh_().mul_(softcap)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> tuple[Tensor, Tensor | None]:
+    """fp32 logits[S, V] and d logits / d scaled products, which is None where it is 1."""
+    logits = shape_logits(torch.nn.functional.linear(hidden, weight, bias).float(), softcap, scale)
+    return logits, None if softcap is None else 1 - (logits / softcap).square_()
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -76,6 +76,16 @@ class LoadedModel:
     dtype: torch.dtype
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights lie."""
+        return self.model.device
+
+    @property
+    def width(self) -> int:
+        """Numbers in a hidden state."""
+        return self.model.config.get_text_config().hidden_size
+
+    @property
     def context(self) -> int:
         """The longest sequence in tokens that the model was made for."""
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20)

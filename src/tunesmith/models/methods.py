@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import AdapterError, ModelError, RecipeError
 from ..recipe import FullMethod, LoraMethod, Method
+from .adapters import POLICY, adapter_parameters, keeping_what_trains
+from .heads import save_heads
 from .layout import backbone_of
 from .load import LoadedModel, quiet
-
-POLICY = "default"  # the adapter that trains; PEFT's own default name, so that its folder is plain
-CARD = "tunesmith.json"
+from .result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, read_card
 
 
 def attach(loaded: LoadedModel, method: Method, *, seed: int, new_tokens: list[int] | None = None) -> nn.Module:
@@ -87,27 +89,28 @@ def target_modules(model: PreTrainedModel, wanted: list[str] | None) -> list[str
     return sorted(wanted)
 
 
-def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
+def trainable_state(model: nn.Module, adapter: str = POLICY) -> dict[str, torch.Tensor]:
     """The trained tensors by their names in the saved file: an adapter's, or the whole model's."""
     if isinstance(model, PeftModel):
-        state = get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
+        state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
         return {name: tensor.detach().contiguous() for name, tensor in state.items()}
     return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
 
 
-def save_result(model: nn.Module, loaded: LoadedModel, folder: Path, card: dict[str, Any]) -> None:
+def save_result(model: nn.Module, loaded: LoadedModel, folder: Path, card: dict[str, Any], heads: nn.ModuleDict | None = None) -> None:
     """Writes a result into a folder that exists (the caller makes it atomic), then reads it back: names, shapes, bytes."""
     if isinstance(model, PeftModel):
         state = trainable_state(model)
-        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         config = model.peft_config[POLICY].to_dict()
         config["inference_mode"], config["base_model_name_or_path"] = True, loaded.identity.folder
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=_plain))
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=_plain))
     else:
         state = trainable_state(model)
         with quiet():
             model.save_pretrained(folder)
     _reopen(folder, state)
+    save_heads(heads or nn.ModuleDict(), folder)
     loaded.tokenizer.save_pretrained(folder)
     (folder / CARD).write_text(json.dumps({"base": loaded.identity.public(), **card}, indent=2, sort_keys=True))
 
@@ -137,10 +140,40 @@ def load_adapter(loaded: LoadedModel, folder: Path, *, trainable: bool = False) 
 
     Raises AdapterError. PEFT itself accepts a file with missing keys and leaves those layers untrained.
     """
-    weights = folder / "adapter_model.safetensors"
+    config, have = _read_adapter(loaded, folder)
+    config.inference_mode = not trainable
+    with _fitting(folder):
+        model = _with_adapter(loaded.model, config)
+    _fill(model, POLICY, have, folder)
+    for parameter in adapter_parameters(model, POLICY).values():
+        parameter.requires_grad_(trainable)
+    return model.eval()
+
+
+def add_adapter(model: PeftModel, loaded: LoadedModel, folder: Path, name: str) -> None:
+    """Puts a saved adapter, frozen, beside a model's own, under a name; on the same conditions as `load_adapter`."""
+    config, have = _read_adapter(loaded, folder)
+    with keeping_what_trains(model):
+        with _fitting(folder):
+            model.add_adapter(name, config)
+        _fill(model, name, have, folder)
+
+
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, IndexError) as error:
+        mend = "load the base it was trained on"
+        raise AdapterError(f"the adapter does not fit the model: {error}", where=str(folder), mend=mend) from error
+
+
+def _read_adapter(loaded: LoadedModel, folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """A saved adapter's config and tensors, if it was trained on this base."""
+    weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
-        raise AdapterError("no adapter_model.safetensors", where=str(folder), mend="name a run, a stage's model folder or a PEFT adapter")
-    card = json.loads((folder / CARD).read_text()) if (folder / CARD).is_file() else {}
+        raise AdapterError(f"no {ADAPTER_WEIGHTS}", where=str(folder), mend="name a run, a stage's model folder or a PEFT adapter")
+    card = read_card(folder)
     expected = card.get("base", {}).get("sha256")
     if expected and expected != loaded.identity.sha256:
         raise AdapterError(
@@ -151,25 +184,23 @@ def load_adapter(loaded: LoadedModel, folder: Path, *, trainable: bool = False) 
     try:
         config, have = LoraConfig.from_pretrained(str(folder)), load_file(weights)
     except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
-        mend = "it needs a LoRA adapter_config.json and whole weights"
+        mend = f"it needs a LoRA {ADAPTER_CONFIG} and whole weights"
         raise AdapterError(f"the adapter cannot be read: {error}", where=str(folder), mend=mend) from error
-    config.inference_mode = not trainable
-    try:
-        model = _with_adapter(loaded.model, config)
-    except (ValueError, IndexError) as error:
-        mend = "load the base it was trained on"
-        raise AdapterError(f"the adapter does not fit the model: {error}", where=str(folder), mend=mend) from error
-    want = trainable_state(model)
+    return config, have
+
+
+def _fill(model: PeftModel, adapter: str, have: dict[str, torch.Tensor], folder: Path) -> None:
+    """Puts saved tensors into an adapter, in fp32; all of them, and no others."""
+    want = trainable_state(model, adapter)
     missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
     other = [name for name in want.keys() & have.keys() if want[name].shape != have[name].shape]
     if missing or extra or other:
         what = f"missing {missing[:2]}" if missing else f"unexpected {extra[:2]}" if extra else f"shape of {other[0]}"
         raise AdapterError(
-            f"the adapter's tensors do not match the model: {what}", where=str(weights), mend="the file is damaged or of another model"
+            f"the adapter's tensors do not match the model: {what}",
+            where=str(folder / ADAPTER_WEIGHTS),
+            mend="the file is damaged or of another model",
         )
-    set_peft_model_state_dict(model, have, adapter_name=POLICY)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or "trainable_tokens" in name:
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(trainable)
-    return model.eval()
+    set_peft_model_state_dict(model, have, adapter_name=adapter)
+    for parameter in adapter_parameters(model, adapter).values():
+        parameter.data = parameter.data.float()

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..recipe import FullMethod, Stage
 from ..rundir import write_json
+from .head import CHUNK_BYTES, CHUNKS_AT_ONCE
 from .layout import backbone_of
 from .load import LoadedModel, cache_folder
 
@@ -29,7 +30,10 @@ PASSES_HIDDEN, PASSES_INNER = (
 SAVED_HIDDEN, SAVED_INNER = 9, 3  # vectors of each width that the backward pass keeps, per token and layer
 FORWARD_SHARE = 0.35  # of those passes, what a forward alone takes
 STEP_OVERHEAD = 4e-4  # seconds a layer of one decoding step, whatever the batch
-HEAD_BYTES = 3 * 64 * 2**20  # fp32 logits of one chunk and their kin
+HEAD_CHUNKS = 4  # the head's logits of a chunk and what is made of them, each as large
+PASSED_HIDDEN, PASSED_INNER = 9, 4  # vectors of each width that a forward pass without gradients holds at once, per token, in one layer
+LOGIT_COPIES = 3  # fp32 logits and what is made of them, at once
+SCATTERED = 1.5  # what the process holds for each byte in use while generating: freed blocks that nothing of their size has taken again
 LIBRARIES = 150 * 2**20  # bytes that libraries take once they really work
 
 
@@ -53,6 +57,8 @@ class Shape:
     inner: int
     vocabulary: int
     itemsize: int
+    cached: int
+    """Numbers that one token leaves in the cache of keys and values, all layers together."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +125,18 @@ def model_shape(loaded: LoadedModel) -> Shape:
     )
     table = model.get_input_embeddings().weight
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    total = sum(p.numel() for p in model.parameters())
-    return Shape(total, linear - table.numel(), config.num_hidden_layers, config.hidden_size, inner, table.shape[0], table.element_size())
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Shape(
+        parameters=sum(p.numel() for p in model.parameters()),
+        linear=linear - table.numel(),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        inner=inner,
+        vocabulary=table.shape[0],
+        itemsize=table.element_size(),
+        cached=2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_size,
+    )
 
 
 def train_phase(shape: Shape, machine: Machine, stage: Stage, *, tokens: float, supervised: float) -> Phase:
@@ -160,13 +176,53 @@ def _phase(name: str, machine: Machine, flops: float, moved: float) -> Phase:
 
 
 def train_memory(shape: Shape, stage: Stage, *, resident: int, batch_tokens: int, trainable: int) -> int:
-    """Peak bytes of a stage: what is resident after loading, the trained state, and the largest batch's activations."""
-    state = trainable * (18 if isinstance(stage.method, FullMethod) and shape.itemsize == 2 else 16)
+    """Peak bytes of a stage: what is resident after loading, the trained state, and the largest batch's activations.
+
+    batch_tokens: computed tokens of the largest batch. trainable: weights that train.
+    """
+    full = isinstance(stage.method, FullMethod)
     layers = 2 if stage.gradient_checkpointing else shape.layers
     saved = batch_tokens * layers * (SAVED_HIDDEN * shape.hidden + SAVED_INNER * shape.inner) * shape.itemsize
     kept = batch_tokens * shape.layers * shape.hidden * shape.itemsize if stage.gradient_checkpointing else 0
-    wide = 0 if isinstance(stage.method, FullMethod) else shape.linear // shape.layers * shape.itemsize
-    return int(resident + LIBRARIES + state + saved + kept + wide + HEAD_BYTES)
+    wide = 0 if full else shape.linear // shape.layers * shape.itemsize
+    head = HEAD_CHUNKS * CHUNK_BYTES
+    if full:  # the logits' gradient of many chunks, in the model's dtype, and the head's own in fp32
+        head += CHUNKS_AT_ONCE * CHUNK_BYTES * shape.itemsize // 4 + shape.vocabulary * shape.hidden * 4
+    return int(resident + LIBRARIES + trainable * _state_bytes(shape, stage) + saved + kept + wide + head)
+
+
+def _state_bytes(shape: Shape, stage: Stage) -> int:
+    """Bytes that a trained weight takes beside what was resident: moments 8; a bf16 weight's other half 2, and its gradient 2, or 4 where
+    batches are added up; of a full fp32 model the gradient 4; of an adapter the weight itself besides."""
+    if not isinstance(stage.method, FullMethod):
+        return 16
+    if shape.itemsize == 4:
+        return 12
+    return 14 if stage.gradient_accumulation_steps > 1 else 12
+
+
+def evaluation_memory(
+    shape: Shape,
+    *,
+    resident: int,
+    items: int,
+    batch_size: int,
+    prompt_tokens: float,
+    new_tokens: int,
+    batch_tokens: int,
+    logit_elements: int,
+) -> int:
+    """Peak bytes of answering and scoring `items` prompts: the cache of a batch, one pass over its prompts, its logits.
+
+    resident: bytes held before it begins. prompt_tokens: of the longest prompt, without what all prompts begin with. new_tokens: of the
+    longest answer. batch_tokens, logit_elements: the engine's limits (generate.engine's BATCH_TOKENS and LOGIT_ELEMENTS).
+    """
+    row = prompt_tokens + new_tokens
+    rows = max(1, min(batch_size, items, int(batch_tokens // row)))
+    cache = rows * row * shape.cached * shape.itemsize
+    passed = rows * row * (PASSED_HIDDEN * shape.hidden + PASSED_INNER * shape.inner) * shape.itemsize
+    logits = max(rows, min(rows * new_tokens, logit_elements // shape.vocabulary)) * shape.vocabulary * (4 * LOGIT_COPIES + shape.itemsize)
+    return int(resident + LIBRARIES + SCATTERED * (cache + max(passed, logits)))
 
 
 def available_memory() -> int:

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 
 from ..data.forest import Forest
 from ..errors import ModelError
+from .adapters import active_adapter
 from .attention import FOREST, current_layout, forest_layout
 from .fused import FastPaths, fuse_layers, fuse_lora, plain_layers, remove_fast_forwards
-from .head import token_logprobs
+from .head import logit_shape, token_logprobs
 from .layout import backbone_of, unpackable_reason
 
 
@@ -44,12 +45,23 @@ class Policy(nn.Module):
     """A causal language model, with or without adapters, over forests.
 
     model: transformers' or PEFT's module; fast: whether layers may take their fast paths.
-    heads: linear heads on the hidden state by name, `value` and `score`, each giving one number.
+    heads: linear heads on the hidden state by name, `value` and `score`, each giving one number (`heads.py`).
+    temperature: what logits are divided by before log-probabilities and entropy are taken. detach_values: whether the value head's gradient
+    stays out of the model.
     """
 
-    def __init__(self, model: nn.Module, *, fast: bool = True, gradient_checkpointing: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        fast: bool = True,
+        gradient_checkpointing: bool = False,
+        temperature: float = 1.0,
+        detach_values: bool = True,
+    ):
         super().__init__()
         self.model = model
+        self.temperature, self.detach_values = temperature, detach_values
         self.heads = nn.ModuleDict()
         self.causal: PreTrainedModel
         object.__setattr__(self, "causal", model.get_base_model() if hasattr(model, "get_base_model") else model)
@@ -68,17 +80,30 @@ class Policy(nn.Module):
     def forward(self, forest: Forest, needs: Collection[str] = ("logprobs",), *, embeddings: Tensor | None = None) -> TokenOutputs:
         """Runs a batch. needs: any of logprobs, entropy, values, scores. embeddings: [1, T, H] in place of the tokens' own."""
         device = self.causal.device
-        if embeddings is None:
-            embeddings = self.backbone.get_input_embeddings()(torch.from_numpy(forest.tokens_T).to(device)[None])
-        hidden_TH = self.hidden(embeddings, forest)
+        hidden_TH = self.hidden(self._embed(forest) if embeddings is None else embeddings, forest)
         source = torch.from_numpy(forest.source_S).to(device)
         hidden_SH = hidden_TH[source]
-        logprobs = entropy = None
+        logprobs = entropy = values = scores = None
         if "logprobs" in needs or "entropy" in needs:
             logprobs, entropy = self._head(hidden_SH, torch.from_numpy(forest.target_S).to(device), "entropy" in needs)
-        values = self.heads["value"](hidden_SH.float())[:, 0] if "values" in needs else None
-        scores = self.heads["score"](hidden_TH[torch.from_numpy(forest.last_B).to(device)].float())[:, 0] if "scores" in needs else None
+        if "values" in needs:
+            values = self.heads["value"]((hidden_SH.detach() if self.detach_values else hidden_SH).float())[:, 0]
+        if "scores" in needs:
+            scores = self.heads["score"](hidden_TH[torch.from_numpy(forest.last_B).to(device)].float())[:, 0]
         return TokenOutputs(logprobs, entropy, values, scores)
+
+    def last_hidden(self, forest: Forest) -> Tensor:
+        """The hidden state [B, H] at each row's last token."""
+        return self.hidden(self._embed(forest), forest)[torch.from_numpy(forest.last_B).to(self.causal.device)]
+
+    def _embed(self, forest: Forest) -> Tensor:
+        return self.backbone.get_input_embeddings()(torch.from_numpy(forest.tokens_T).to(self.causal.device)[None])
+
+    @contextmanager
+    def using(self, adapter: str | None) -> Iterator[None]:
+        """For a while, without gradients or dropout, another of the model's adapters is active; None: the bare base."""
+        with torch.no_grad(), self.deterministic(), active_adapter(self.model, adapter):
+            yield
 
     @contextmanager
     def plain(self) -> Iterator[None]:
@@ -112,10 +137,10 @@ class Policy(nn.Module):
     def _head(self, hidden_SH: Tensor, target_S: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
         head, config = self.causal.get_output_embeddings(), self.causal.config.get_text_config()
         bias = getattr(head, "bias", None)  # PEFT's wrapper, whose head has none, does not know the name
-        scale = getattr(config, "logit_scale", None) or 1.0
-        divisor = getattr(config, "logits_scaling", None) or 1.0
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return token_logprobs(hidden_SH, head.weight, target_S, bias_V=bias, softcap=softcap, scale=scale / divisor, entropy=entropy)
+        softcap, scale = logit_shape(config)
+        scale /= self.temperature
+        softcap = None if softcap is None else softcap / self.temperature  # cap tanh(x / cap) / T is (cap / T) tanh((x / T) / (cap / T))
+        return token_logprobs(hidden_SH, head.weight, target_S, bias_V=bias, softcap=softcap, scale=scale, entropy=entropy)
 
 
 def _train_adapter_dropout(model: nn.Module) -> None:

@@ -8,26 +8,40 @@ from typing import Any
 
 from ..errors import AdapterError, CheckpointError
 from ..rundir import MANIFEST, verify_folder
-from .methods import CARD
+
+CARD = "tunesmith.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter, and not a whole model."""
-    return (folder / "adapter_config.json").is_file()
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a result: an adapter or a whole model."""
+    return is_adapter(folder) or (folder / "config.json").is_file()
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """An adapter's `adapter_config.json`. Raises AdapterError where it is damaged."""
+    return _read_object(folder, ADAPTER_CONFIG)
 
 
 def read_card(folder: Path) -> dict[str, Any]:
     """A result's `tunesmith.json`; empty for an adapter or model that another tool wrote. Raises AdapterError where it is damaged."""
-    path = folder / CARD
-    if not path.is_file():
-        return {}
+    return _read_object(folder, CARD) if (folder / CARD).is_file() else {}
+
+
+def _read_object(folder: Path, name: str) -> dict[str, Any]:
+    mend = "train it again, or take an intact copy"
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{CARD} is damaged: {error}", where=str(folder), mend="train it again, or take an intact copy") from error
-    if not isinstance(card, dict):
-        raise AdapterError(f"{CARD} is damaged: it is no JSON object", where=str(folder), mend="train it again, or take an intact copy")
-    return card
+        held = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{name} is damaged: {error}", where=str(folder), mend=mend) from error
+    if not isinstance(held, dict):
+        raise AdapterError(f"{name} is damaged: it is no JSON object", where=str(folder), mend=mend)
+    return held
 
 
 def require_unaltered(folder: Path) -> None:

@@ -1,6 +1,8 @@
 """Supervised fine-tuning: weighted cross-entropy on the answers' tokens (maximum likelihood; Wei et al. 2021, arXiv:2109.01652).
 
 loss = - sum_S w_S log p(token_S | before) / sum_S w_S
+
+Best-of-n tuning is the same on the best of n sampled answers, which its batches hold.
 """
 
 from __future__ import annotations
@@ -11,13 +13,20 @@ import torch
 
 from ..data.batching import Batch
 from ..models.policy import TokenOutputs
+from ..recipe.objective import BestOfNObjective, SFTObjective
 from ._base import Term
 
 
 class SFT:
-    """Cross-entropy of each supervised token, weighted, over the sum of weights."""
+    """Cross-entropy of each supervised token, weighted, over the sum of weights.
+
+    What its settings say of the tokens that carry weight, the batch holds already.
+    """
 
     needs = frozenset({"logprobs"})
+
+    def __init__(self, settings: SFTObjective | BestOfNObjective | None = None):
+        self.settings = settings or SFTObjective()
 
     def divisors(self, batch: Batch) -> Mapping[str, float]:
         """The sum of the batch's loss weights."""
@@ -31,3 +40,13 @@ class SFT:
     def metrics(self, outputs: TokenOutputs, batch: Batch) -> Mapping[str, tuple[float, float]]:
         """Nothing besides the loss."""
         return {}
+
+
+class BestOfN(SFT):
+    """Cross-entropy on the best of n sampled answers (Touvron et al. 2023, arXiv:2307.09288, section 3.2.3)."""
+
+    needs = frozenset({"logprobs", "entropy"})
+
+    def metrics(self, outputs: TokenOutputs, batch: Batch) -> Mapping[str, tuple[float, float]]:
+        """Entropy, in nats a token."""
+        return {"entropy": (float(outputs.entropy.sum()), float(len(outputs.entropy)))}

@@ -6,12 +6,58 @@ from .data import DataSection
 from .evaluate import EvaluateSection, Gate
 from .method import FullMethod, LoraMethod, Method
 from .model import ModelSection
-from .objective import Objective, SFTObjective
+from .objective import (
+    BestOfNObjective,
+    CPOObjective,
+    DPOObjective,
+    GRPOObjective,
+    KTOObjective,
+    Objective,
+    OnlineDPOObjective,
+    ORPOObjective,
+    PPOObjective,
+    RankingObjective,
+    RewardObjective,
+    RLOOObjective,
+    SFTObjective,
+    SimPOObjective,
+)
+from .rewards import (
+    ExactAnswerReward,
+    JSONSchemaReward,
+    ModelReward,
+    PythonReward,
+    RegexReward,
+    Reward,
+    UnitTestReward,
+)
+from .rollout import RolloutSection, WatchSection
 from .stage import Stage
 from .task import TaskSection
 from .tracking import OutputSection, TrackingSection
 
 __all__ = [
+    "BestOfNObjective",
+    "CPOObjective",
+    "DPOObjective",
+    "GRPOObjective",
+    "KTOObjective",
+    "OnlineDPOObjective",
+    "ORPOObjective",
+    "PPOObjective",
+    "RankingObjective",
+    "RewardObjective",
+    "RLOOObjective",
+    "SimPOObjective",
+    "ExactAnswerReward",
+    "JSONSchemaReward",
+    "ModelReward",
+    "PythonReward",
+    "RegexReward",
+    "Reward",
+    "UnitTestReward",
+    "RolloutSection",
+    "WatchSection",
     "DataSection",
     "EvaluateSection",
     "FullMethod",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,10 +35,29 @@ def explain(error: ValidationError, values: dict[str, Any], places: Places, wher
         return RecipeError(f"`{name}` is not given", where=place, mend=f"add `{path[-1]}`")
     if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return _wrong_type_name(item, name, place)
-    message = item["msg"].removeprefix("Value error, ")
     got = f" (got {json.dumps(item['input'], default=str)[:_SHOWN]})" if not isinstance(item["input"], dict) else ""
-    what = f"{message[0].lower()}{message[1:]}{got}"
-    return RecipeError(f"`{name}`: {what}" if path else what, where=place, mend=_describe(path, values))
+    what = f"{_words(item)}{got}"
+    mend = _describe(path, values)
+    if item["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", item["msg"])
+        near = difflib.get_close_matches(str(item["input"]), choices, n=1, cutoff=0.5)
+        mend = f"did you mean `{near[0]}`? {mend}" if near else mend
+    if path:
+        what = f"`{name}` {what}" if what.startswith("must ") else f"`{name}`: {what}"
+    return RecipeError(what, where=place, mend=mend)
+
+
+def _words(item: ErrorDetails) -> str:
+    """A problem in words of ours: what the value must be, and not what pydantic calls its types."""
+    if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return "must be a valid dictionary, with settings written as `key: value`"
+    if item["type"] == "bool_type":
+        return "must be true or false"
+    if item["type"] == "too_short":
+        return f"must hold at least {item['ctx']['min_length']} entries" if item["ctx"]["min_length"] > 1 else "must not be empty"
+    message = item["msg"].removeprefix("Value error, ")
+    message = re.sub(r"^(Input|String|List|Dictionary|Value) should ", "must ", message)
+    return f"{message[0].lower()}{message[1:]}"
 
 
 def dotted(path: KeyPath) -> str:

@@ -18,7 +18,8 @@ from ._explain import KeyPath, Places, dotted, explain, place_of
 from ._recipe import Recipe
 from ._yaml import MAX_BYTES, dump_yaml, parse_yaml
 
-_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gguf", ".jinja", ".yaml", ".safetensors"}
+NAMES_A_STAGE = {"start_from", "reward_model", "model", "reference"}
+_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gguf", ".jinja", ".yaml", ".safetensors", ".py"}
 
 
 def load_recipe(source: str | Path | dict[str, Any] | Recipe, sets: Sequence[str] = (), *, out: str | Path | None = None) -> Recipe:
@@ -91,24 +92,34 @@ def _make_absolute(values: dict[str, Any], folder: Path, *, below: KeyPath = ())
     """Makes relative paths absolute in place, where the setting holds a path and the thing looks like one. below: only this part."""
     for path, holder in _path_settings(Recipe, values, ()):
         key = str(path[-1])
-        text = holder[key]
-        if path[: len(below)] != below or not isinstance(text, str) or not text:
+        if path[: len(below)] != below:
             continue
-        if path[-1] == "start_from" and text in _stage_names(values):
-            continue
-        named = folder / os.path.expanduser(text)
-        if os.path.exists(named) or _looks_like_a_path(text):
-            holder[key] = str(named.absolute() if named.is_symlink() else named.resolve())
+        names = _stage_names(values) if key in NAMES_A_STAGE else set()
+        value = holder[key]
+        if isinstance(value, list):
+            holder[key] = [_absolute(text, folder, names) for text in value]
+        else:
+            holder[key] = _absolute(value, folder, names)
+
+
+def _absolute(text: Any, folder: Path, names: set[str]) -> Any:
+    """A path made absolute, or the value as it is where it is no path."""
+    if not isinstance(text, str) or not text or text in names:
+        return text
+    named = folder / os.path.expanduser(text)
+    if os.path.exists(named) or _looks_like_a_path(text):
+        return str(named.absolute() if named.is_symlink() else named.resolve())
+    return text
 
 
 def _stage_names(values: dict[str, Any]) -> set[str]:
-    """The names of the recipe's stages, which `start_from` means before any folder of that name."""
+    """The names of the recipe's stages, which a setting that may name one means before any folder of that name."""
     stages = values.get("stages")
     return {str(stage.get("name")) for stage in stages if isinstance(stage, dict)} if isinstance(stages, list) else set()
 
 
 def _looks_like_a_path(text: str) -> bool:
-    return text.startswith((".", "~", "/")) or text.count("/") > 1 or Path(text).suffix in _SUFFIXES
+    return text.startswith((".", "~", "/")) or text.count("/") > 1 or Path(text).suffix.split(":")[0] in _SUFFIXES
 
 
 def _path_settings(section: type[BaseModel], values: Any, path: KeyPath) -> Iterator[tuple[KeyPath, dict[str, Any]]]:

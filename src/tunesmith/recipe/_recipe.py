@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from ._base import Section
 from .data import DataSection
-from .evaluate import EvaluateSection
+from .evaluate import CANDIDATES, EvaluateSection
 from .model import ModelSection
 from .stage import Stage
 from .task import TaskSection
@@ -43,6 +44,24 @@ class Recipe(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"stage names must differ; {', '.join(twice)} occurs twice")
+        return self
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        known = (*CANDIDATES, *names)
+        wanted = [(f"evaluate.candidates.{i}", name) for i, name in enumerate(self.evaluate.candidates)]
+        for i, gate in enumerate(self.evaluate.gates):
+            wanted += [(f"evaluate.gates.{i}", name) for name in (gate.candidate, gate.better_than, gate.not_worse_than) if name]
+        for where, name in wanted:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise ValueError(
+                    f"{where}: no candidate or stage is called {name}; {'nearest' if near else 'known'}: {', '.join(near or known)}"
+                )
+        for i, stage in enumerate(self.stages):
+            if stage.start_from in names[i:]:
+                raise ValueError(f"stages.{i}.start_from: stage {stage.start_from} comes no earlier than {stage.name}; put it before")
         return self
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ._base import PathText, Section
 
-Format = Literal["auto", "messages", "alpaca", "sharegpt", "prompt_completion", "text"]
+Format = Literal["auto", "messages", "alpaca", "sharegpt", "prompt_completion", "text", "preference", "ranking", "unpaired", "prompt"]
 
 
 class DataSection(Section):

@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 
 from ._base import PathText, Section
 
-CandidateName = Literal["zero_shot", "few_shot", "classical", "tuned"]
+CANDIDATES = ("zero_shot", "few_shot", "classical", "tuned")
+CandidateName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
 class Gate(Section):
@@ -38,13 +39,15 @@ class EvaluateSection(Section):
     """What is compared, on the same frozen items."""
 
     candidates: list[CandidateName] = ["zero_shot", "few_shot", "classical", "tuned"]
-    """The systems under evaluation."""
+    """The systems under evaluation: zero_shot, few_shot, classical, tuned, or the name of a stage."""
     few_shot_k: list[Annotated[int, Field(ge=1)]] = [2, 4, 8]
     """Numbers of examples tried for few_shot; k and the examples are chosen on the validation rows."""
     few_shot_sets: Annotated[int, Field(ge=1)] = 2
     """Example sets tried for each k."""
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     """Longest answer in tokens; derived as half as much again as the longest training answer."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Sampling temperature of the answers; 0 is greedy."""
     batch_size: Annotated[int, Field(ge=1)] = 50
     """Prompts generated together."""
     general: PathText | None = None

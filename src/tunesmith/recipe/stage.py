@@ -10,6 +10,7 @@ from ._base import PathText, Section, type_names
 from .data import DataSection
 from .method import Method
 from .objective import Objective
+from .rollout import RolloutSection, WatchSection
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -32,6 +33,12 @@ class Stage(Section):
     """An earlier stage, an earlier run's folder, or an adapter's folder; else the base."""
     data: DataSection | None = None
     """This stage's own data; else the recipe's."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """This stage's own seed; else the recipe's. Reward models of an ensemble differ by it."""
+    rollout: RolloutSection = RolloutSection()
+    """How answers are sampled, for objectives that learn from their own."""
+    watch: WatchSection = WatchSection()
+    """When such a stage is stopped."""
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak learning rate."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0

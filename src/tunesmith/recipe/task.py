@@ -6,7 +6,7 @@ from typing import Literal
 
 from ._base import PathText, Section
 
-Metric = Literal["exact_match", "field_accuracy", "macro_f1", "rougeL", "json_validity"]
+Metric = Literal["exact_match", "field_accuracy", "macro_f1", "rougeL", "json_validity", "gold_reward", "preference_accuracy", "reward"]
 
 
 class TaskSection(Section):
@@ -18,5 +18,7 @@ class TaskSection(Section):
     """A JSON Schema that every answer must satisfy; its enum fields are the labels, its free strings are scored by ROUGE-L."""
     labels: list[str] | Literal["auto"] | None = None
     """For classification: the allowed answers, or auto for the distinct answers of the training rows."""
+    gold_reward: PathText | None = None
+    """A measure that training never sees, as file:function with `checks(prompt, answer) -> {name: 0 to 1}`; their mean counts."""
     metrics: list[Metric] = ["exact_match"]
     """What is measured on the test items; perplexity of the reference is always measured."""

@@ -65,10 +65,15 @@ def _loss_words(train: list[tuple[float, float | None]], validation: list[tuple[
         if not known:
             said.append(f"{label}: {words.NOT_MEASURED}")
         else:
-            first, last = (f"{words.plain(value)} at step {words.count(step)}" for step, value in (known[0], known[-1]))
-            said.append(f"{label} {first}, {last}")
-    best = min(((value, step) for step, value in validation if value is not None), default=None)
-    low = f"; lowest validation loss {words.plain(best[0])} at step {words.count(best[1])}" if best else ""
+            ends = known[:1] if len(known) == 1 else [known[0], known[-1]]
+            said.append(f"{label} " + ", ".join(f"{words.plain(value)} at step {words.count(step)}" for step, value in ends))
+    known = [(value, step) for step, value in validation if value is not None]
+    best = min(known, default=None)
+    low = ""
+    if best and best not in (known[0], known[-1]):
+        low = f"; lowest validation loss {words.plain(best[0])} at step {words.count(best[1])}"
+    elif len(known) > 1:
+        low = f", the {'first' if best == known[0] else 'last'} the lowest"
     return "; ".join(said) + low + "."
 
 

@@ -27,14 +27,18 @@ from ._words import Limits, mapping, text
 MAX_BYTES = 1_000_000
 # Each try holds a third of the one before; the last is a few kilobytes of text whatever the run holds.
 _TRIES = 6
+# What every run leaves within its first second or, copied in part, is worth a page; recipe.yaml alone may be anybody's.
+_OF_A_RUN = ("events.jsonl", "evaluation.json", "plan.json", "data/ledger.json")
 
 
 def write_report(run_path: Path) -> Path:
     """Writes `report.html` into the run directory `run_path` from the files it holds, and gives its path.
 
-    Files that are missing read NOT MEASURED. Raises MissingFile when there is no such folder, StorageFailed when the disk
-    refuses the write.
+    Files that are missing read NOT MEASURED. Raises MissingFile, with nothing written, when there is no such folder or nothing
+    in it is a run's, StorageFailed when the disk refuses the write.
     """
+    if Path(run_path).is_dir() and not any((Path(run_path) / name).is_file() for name in _OF_A_RUN):
+        raise MissingFile("this is no run directory", where=str(run_path), mend="give the folder that `tunesmith run` wrote")
     target = Path(run_path) / "report.html"
     write_text(target, render_report(Path(run_path)))
     return target

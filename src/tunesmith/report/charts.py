@@ -164,10 +164,8 @@ def _described(name: str, x_label: str, lines: Sequence[Line], lost: int) -> str
     for line in lines:
         known = [(x, y) for x, y in line.points if _finite(y)]
         if known:
-            said.append(
-                f"{line.label}: {plain(known[0][1])} at {x_label} {plain(known[0][0])}, {plain(known[-1][1])} at {plain(known[-1][0])}, "
-                f"{len(known)} points"
-            )
+            last = f"{plain(known[-1][1])} at {plain(known[-1][0])}, {len(known)} points" if len(known) > 1 else "1 point"
+            said.append(f"{line.label}: {plain(known[0][1])} at {x_label} {plain(known[0][0])}, {last}")
     missing = f". {lost} value{'' if lost == 1 else 's'} not finite and not drawn" if lost else ""
     return f"{name}. {'; '.join(said)}{missing}"
 

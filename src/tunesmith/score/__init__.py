@@ -1,6 +1,6 @@
 """Metrics and statistics: pure functions from outputs and references to numbers with intervals."""
 
-from .metrics import METRIC_DIRECTION, METRIC_UNIT, direction, improvement_sign, is_better
+from .metrics import METRIC_DIRECTION, METRIC_UNIT, direction, improvement_sign
 from .statistics import (
     Average,
     Interval,
@@ -32,7 +32,6 @@ __all__ = [
     "direction",
     "exact_match",
     "improvement_sign",
-    "is_better",
     "minimum_detectable_effect",
     "minimum_items",
     "paired_bootstrap",

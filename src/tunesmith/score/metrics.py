@@ -1,13 +1,12 @@
 """Every metric's direction and unit, in one table each.
 
-Takes a metric's name ("exact_match", "field_accuracy.intent"), gives whether higher or lower is better. Whoever picks a best
-checkpoint, decides a gate or draws an arrow asks here and nowhere else.
+Takes a metric's name ("exact_match", "field_accuracy.intent"), gives whether higher or lower is better. Whoever decides a
+gate or draws an arrow asks here and nowhere else.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 from typing import Literal
 
 from ..errors import RecipeError
@@ -21,7 +20,6 @@ METRIC_DIRECTION: dict[str, Direction] = {
     "rougeL": "higher",
     "json_validity": "higher",
     "perplexity": "lower",
-    "loss": "lower",
 }
 
 METRIC_UNIT: dict[str, str] = {
@@ -31,7 +29,6 @@ METRIC_UNIT: dict[str, str] = {
     "rougeL": "F-measure, mean over items",
     "json_validity": "share of items",
     "perplexity": "exp(nats per token)",
-    "loss": "nats per token",
 }
 
 
@@ -59,14 +56,3 @@ def direction(metric: str) -> Direction:
 def improvement_sign(metric: str) -> int:
     """+1 where a positive difference is an improvement, -1 where a negative one is."""
     return 1 if direction(metric) == "higher" else -1
-
-
-def is_better(metric: str, value: float, than: float | None) -> bool:
-    """Whether `value` beats `than` (None: nothing was measured yet); a NaN never wins.
-
-    >>> is_better("loss", 1.0, 2.0), is_better("exact_match", 0.5, 0.5), is_better("loss", 1.0, None)
-    (True, False, True)
-    """
-    if math.isnan(value):
-        return False
-    return than is None or math.isnan(than) or improvement_sign(metric) * (value - than) > 0

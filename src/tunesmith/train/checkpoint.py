@@ -6,6 +6,7 @@ stages/NAME/checkpoints/step-N/   state.safetensors (masters, moments, RNG), sta
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from ..rundir import RunDirectory
 from .optimiser import FlatAdamW
 
 STATE, TENSORS = "state.json", "state.safetensors"
-RNG = "rng.cpu"
+RNG, SOURCE = "rng.cpu", "source."
+CHECKED = 1 << 22  # numbers tested for being finite at once, since the test takes as much memory again
 
 
 @dataclass
@@ -38,21 +40,34 @@ class Progress:
     """Whether an update with a positive rate was made."""
 
 
-def save_checkpoint(run: RunDirectory, stage: str, progress: Progress, optimiser: FlatAdamW, fingerprint: str) -> Path:
-    """Writes step-N; what is not finite is refused, so that the newest checkpoint is always usable. Raises NonFinite."""
+def save_checkpoint(
+    run: RunDirectory, stage: str, progress: Progress, optimiser: FlatAdamW, fingerprint: str, source: Mapping[str, torch.Tensor]
+) -> Path:
+    """Writes step-N; weights that are not finite are refused, so that the newest checkpoint is always usable. Raises NonFinite.
+
+    source: what the source of windows needs to go on, such as rollouts that are not used up.
+    """
     tensors = {name: tensor.detach().contiguous() for name, tensor in optimiser.state().items()}
-    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _is_finite(tensor)]
     if bad:
         raise NonFinite(f"`{bad[0]}` is not finite", where=f"stage {stage}, step {progress.step}", mend="lower learning_rate")
     tensors[RNG] = torch.get_rng_state()
+    tensors |= {f"{SOURCE}{name}": tensor.contiguous() for name, tensor in source.items()}
     with run.checkpoint(stage, progress.step) as folder:
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / TENSORS)
+        save_file(tensors, folder / TENSORS)  # written from where they lie: masters share one buffer, but no bytes of it
         (folder / STATE).write_text(json.dumps({"fingerprint": fingerprint, **asdict(progress)}, indent=2))
     return run.path / "stages" / stage / "checkpoints" / f"step-{progress.step}"
 
 
-def load_checkpoint(folder: Path, optimiser: FlatAdamW, fingerprint: str) -> Progress:
-    """Puts a verified checkpoint's state in place. Raises CheckpointError when it belongs to another recipe or data."""
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return all(bool(torch.isfinite(part).all()) for part in tensor.view(-1).split(CHECKED))
+
+
+def load_checkpoint(folder: Path, optimiser: FlatAdamW, fingerprint: str) -> tuple[Progress, dict[str, torch.Tensor]]:
+    """Puts a verified checkpoint's state in place; gives how far it came, and the source's state.
+
+    Raises CheckpointError when it belongs to another recipe or data.
+    """
     state = json.loads((folder / STATE).read_text())
     if state.pop("fingerprint") != fingerprint:
         raise CheckpointError(
@@ -62,8 +77,9 @@ def load_checkpoint(folder: Path, optimiser: FlatAdamW, fingerprint: str) -> Pro
         )
     tensors = load_file(folder / TENSORS)
     torch.set_rng_state(tensors.pop(RNG))
+    source = {name.removeprefix(SOURCE): tensors.pop(name) for name in list(tensors) if name.startswith(SOURCE)}
     optimiser.load(tensors)
-    return Progress(**state)
+    return Progress(**state), source
 
 
 def load_weights(folder: Path, optimiser: FlatAdamW) -> None:

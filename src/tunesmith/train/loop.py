@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
+from ..data.batching import Window
 from ..errors import Interrupted, InvariantViolated, NonFinite
 from ..models.policy import Policy
 from ..objectives import Objective
 from ..recipe import Stage
 from ..rundir import RunDirectory, verify_folder
 from .checkpoint import Progress, load_checkpoint, load_weights, save_checkpoint
+from .invariants import starts_where_it_compares
 from .memory import peak_memory_bytes
 from .optimiser import FlatAdamW, learning_rate
 from .signals import StopRequest
-from .window import evaluate_loss, run_window
+from .window import Between, WindowResult, run_window
 
 
 class Source(Protocol):
@@ -31,8 +35,14 @@ class Source(Protocol):
 
     steps_per_epoch: int
 
-    def window(self, step: int) -> list[Any]:
+    def window(self, step: int) -> Window:
         """The batches of update `step`: the same ones whenever it is asked again after a resume."""
+
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """What a checkpoint must hold for the coming windows to be the same; empty where their numbers say it all."""
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes a checkpoint's state."""
 
 
 @dataclass
@@ -47,7 +57,8 @@ class Job:
     run: RunDirectory
     fingerprint: str
     """Of the settings and data that a checkpoint must share to be resumed from."""
-    validation: Callable[[], Iterable[Any]] | None = None
+    evaluate: Callable[[Between], WindowResult] | None = None
+    """Measures what is held out, calling its argument now and then, which may raise; the lower the loss the better."""
     stop: StopRequest = field(default_factory=StopRequest)
     report: Callable[[dict[str, Any]], None] = lambda event: None
     """Gets every logged event, for the terminal and the trackers."""
@@ -93,7 +104,7 @@ def _stop_if_asked(job: Job, progress: Progress) -> None:
 
 
 def _evaluation_is_due(job: Job, progress: Progress) -> bool:
-    if job.validation is None or not progress.step or progress.evaluated_step == progress.step:
+    if job.evaluate is None or not progress.step or progress.evaluated_step == progress.step:
         return False
     return progress.step % job.stage.eval_steps == 0 or progress.step >= job.stage.max_steps
 
@@ -110,7 +121,8 @@ def _resume(job: Job) -> Progress:
         if job.run.resumed:
             job.run.rewind(job.stage.name, 0)
         return Progress()
-    progress = load_checkpoint(folder, job.optimiser, job.fingerprint)
+    progress, state = load_checkpoint(folder, job.optimiser, job.fingerprint)
+    job.source.load(state)
     job.run.rewind(job.stage.name, progress.step)
     return progress
 
@@ -119,15 +131,22 @@ def _update(job: Job, progress: Progress) -> None:
     stage, optimiser, step = job.stage, job.optimiser, progress.step
     began = time.perf_counter()
     window = job.source.window(step)
+    if window.stop is not None:
+        progress.stopped_early = True
+        _log(job, {"event": "stopped", "step": step, **window.stop})
+        return
+    if step == 0:
+        starts_where_it_compares(job.policy, window.batches)
     optimiser.zero_grad()
-    result = run_window(job.policy, job.objective, window)
+    result = run_window(job.policy, job.objective, window.batches)
     norm = optimiser.grad_norm()
     _require_finite({"loss": result.loss, "gradient norm": norm}, "no update was made from it", stage.name, step + 1)
-    _require_gradients(job, progress)
+    if norm > 0:
+        _require_gradients(job, progress)
     rate = learning_rate(step, total=stage.max_steps, warmup=stage.warmup_steps, peak=stage.learning_rate, kind=stage.lr_scheduler_type)
     optimiser.step(rate, norm)
     seconds = time.perf_counter() - began
-    tokens = sum(int(batch.forest.lengths_B.sum()) for batch in window)
+    tokens = sum(int(batch.forest.lengths_B.sum()) for batch in window.batches)
     progress.step += 1
     progress.seconds += seconds
     progress.tokens += tokens
@@ -141,11 +160,12 @@ def _update(job: Job, progress: Progress) -> None:
                 "epoch": progress.step / job.source.steps_per_epoch,
                 "loss": result.loss,
                 **({f"loss/{name}": value for name, value in result.terms.items()} if len(result.terms) > 1 else {}),
+                **window.metrics,
                 **result.metrics,
                 "learning_rate": rate,
                 "grad_norm": norm,
                 "tokens": tokens,
-                "computed_tokens": sum(len(batch.forest.tokens_T) for batch in window),
+                "computed_tokens": sum(len(batch.forest.tokens_T) for batch in window.batches),
                 "tokens_per_second": tokens / seconds,
                 "peak_memory_bytes": peak_memory_bytes(),
                 "fraction_changed": optimiser.fraction_changed(),
@@ -178,7 +198,7 @@ def _require_gradients(job: Job, progress: Progress) -> None:
 
 
 def _evaluate(job: Job, progress: Progress) -> None:
-    result = evaluate_loss(job.policy, job.objective, job.validation(), between=partial(_stop_if_asked, job, progress))
+    result = job.evaluate(partial(_stop_if_asked, job, progress))
     _require_finite({"validation loss": result.loss}, "nothing was saved after it", job.stage.name, progress.step)
     progress.evaluated_step = progress.step
     better = progress.best_loss is None or result.loss < progress.best_loss
@@ -188,9 +208,9 @@ def _evaluate(job: Job, progress: Progress) -> None:
         progress.evaluations_without_gain += 1
     patience = job.stage.early_stopping_patience
     progress.stopped_early = patience is not None and progress.evaluations_without_gain >= patience
-    _log(
-        job, {"event": "evaluated", "step": progress.step, "eval_loss": result.loss, **{f"eval_{k}": v for k, v in result.metrics.items()}}
-    )
+    measured = {f"eval_{name}": value for name, value in result.metrics.items()}
+    samples = {"samples": result.samples} if result.samples else {}
+    _log(job, {"event": "evaluated", "step": progress.step, "eval_loss": result.loss, **measured, **samples})
     if better and job.stage.load_best_model_at_end:
         _save(job, progress)
 
@@ -198,7 +218,7 @@ def _evaluate(job: Job, progress: Progress) -> None:
 def _save(job: Job, progress: Progress) -> None:
     newest, _ = job.run.newest_valid_checkpoint(job.stage.name)
     if newest != _folder(job, progress.step):
-        save_checkpoint(job.run, job.stage.name, progress, job.optimiser, job.fingerprint)
+        save_checkpoint(job.run, job.stage.name, progress, job.optimiser, job.fingerprint, job.source.state())
         _log(job, {"event": "checkpoint", "step": progress.step})
     best = None
     if job.stage.load_best_model_at_end and progress.best_step is not None:

@@ -11,21 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..data.batching import DatasetSource
 from ..data.prepare import PreparedData
-from ..data.records import Conversation
+from ..data.records import Document
 from ..data.render import stop_tokens
 from ..data.template import ChatTemplate
 from ..errors import AdapterError, CheckpointError, RecipeError
 from ..models.load import LoadedModel, hash_weights, load_model, stored_weights
-from ..models.methods import CARD, attach, load_adapter, save_result, target_modules
+from ..models.methods import attach, load_adapter, save_result, target_modules
 from ..models.policy import Policy
-from ..objectives import OBJECTIVES, Objective
+from ..models.result import ADAPTER_WEIGHTS, CARD, is_adapter, read_adapter_config
+from ..objectives import SFT
 from ..recipe import FullMethod, LoraMethod, ModelSection, Stage
 from ..rundir import RunDirectory, atomic_folder, verify_folder
 from .invariants import (
@@ -40,16 +41,23 @@ from .invariants import (
 from .loop import Job, train
 from .memory import keep_freed_memory
 from .optimiser import FlatAdamW
+from .rollouts import steps_per_pass
+from .scoring import Gold, locate_result, named_files, named_models
 from .signals import StopRequest
+from .work import WorkInputs, learns_from_answers, probe_batch, stage_work
 
 Report = Callable[[dict[str, Any]], None]
+EVALUATIONS = 5  # in a stage that samples, where the recipe names no steps between them
 UNFINGERPRINTED = {"save_steps", "save_total_limit", "logging_steps", "name", "data"}  # they change no weight; rows are hashed themselves
 
 
 def derive_stage(stage: Stage, rows: int, *, start: Path | None = None) -> Stage:
-    """The stage with every setting that the recipe left open given its value. rows: training rows of an epoch."""
-    steps_per_epoch = math.ceil(rows / (stage.per_device_train_batch_size * stage.gradient_accumulation_steps))
+    """The stage with every setting that the recipe left open given its value. rows: training items of an epoch."""
+    sampled = learns_from_answers(stage)
+    size = stage.per_device_train_batch_size * stage.gradient_accumulation_steps
+    steps_per_epoch = steps_per_pass(stage, rows) if sampled else math.ceil(rows / size)
     total = stage.max_steps or max(1, math.ceil(stage.num_train_epochs * steps_per_epoch))
+    between = min(steps_per_epoch, max(1, total // EVALUATIONS)) if sampled else steps_per_epoch
     method = stage.method or _method_of(start)
     if isinstance(method, LoraMethod) and method.lora_alpha is None:
         method = method.model_copy(update={"lora_alpha": 2.0 * method.r})
@@ -57,8 +65,8 @@ def derive_stage(stage: Stage, rows: int, *, start: Path | None = None) -> Stage
         "method": method,
         "max_steps": total,
         "warmup_steps": total // 20 if stage.warmup_steps is None else stage.warmup_steps,
-        "eval_steps": stage.eval_steps or steps_per_epoch,
-        "save_steps": stage.save_steps or steps_per_epoch,
+        "eval_steps": stage.eval_steps or between,
+        "save_steps": stage.save_steps or between,
     }
     return stage.model_copy(update=derived)
 
@@ -66,9 +74,9 @@ def derive_stage(stage: Stage, rows: int, *, start: Path | None = None) -> Stage
 def _method_of(start: Path | None) -> LoraMethod | FullMethod:
     if start is None:
         return LoraMethod()
-    if not (start / "adapter_config.json").is_file():
+    if not is_adapter(start):
         return FullMethod()
-    config = json.loads((start / "adapter_config.json").read_text())
+    config = read_adapter_config(start)
     return LoraMethod(
         r=config["r"],
         lora_alpha=float(config["lora_alpha"]),
@@ -83,7 +91,7 @@ def _targets_of(start: Path, targets: str | list[str]) -> list[str]:
     if not isinstance(targets, str):
         return sorted(targets)
     try:
-        with safe_open(start / "adapter_model.safetensors", "pt") as weights:
+        with safe_open(start / ADAPTER_WEIGHTS, "pt") as weights:
             names = list(weights.keys())
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"the adapter cannot be read: {error}", where=str(start), mend="it needs whole weights") from error
@@ -92,17 +100,7 @@ def _targets_of(start: Path, targets: str | list[str]) -> list[str]:
 
 def locate_start(stage: Stage, run: Path) -> Path | None:
     """The model folder a stage starts from: an earlier stage's of this run, an earlier run's, or an adapter's own. None for the base."""
-    if stage.start_from is None:
-        return None
-    named = Path(stage.start_from)
-    for folder in (run / "stages" / stage.start_from / "model", named / "model", named):
-        if (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
-            return folder
-    raise RecipeError(
-        f"`{stage.start_from}` is no earlier stage, run or model folder",
-        where=f"stages.{stage.name}.start_from",
-        mend="name one that is there",
-    )
+    return None if stage.start_from is None else locate_result(stage.start_from, run, where=f"stages.{stage.name}.start_from")
 
 
 def add_new_tokens(loaded: LoadedModel, template: ChatTemplate | None) -> list[int]:
@@ -129,7 +127,7 @@ def _grow_embeddings(model: PreTrainedModel, old: int, new: int) -> None:
 
 def build_model(loaded: LoadedModel, stage: Stage, start: Path | None, seed: int, new_tokens: list[int]) -> nn.Module:
     """The model to train: the base with a fresh adapter, with an earlier one, or in full."""
-    if start is not None and _is_adapter(start):
+    if start is not None and is_adapter(start):
         if isinstance(stage.method, FullMethod):
             raise RecipeError(
                 "full tuning cannot start from an adapter", where=f"stages.{stage.name}", mend="use method lora, or start from the base"
@@ -138,14 +136,10 @@ def build_model(loaded: LoadedModel, stage: Stage, start: Path | None, seed: int
     return attach(loaded, stage.method, seed=seed, new_tokens=new_tokens)
 
 
-def _is_adapter(start: Path) -> bool:
-    return (start / "adapter_config.json").is_file()
-
-
 def _base(inputs: StageInputs) -> LoadedModel:
     """What the stage's method is put on: the recipe's base, or the full model of an earlier stage."""
     loaded, start = inputs.loaded, inputs.start
-    if start is None or _is_adapter(start):
+    if start is None or is_adapter(start):
         return loaded
     other = {"name": str(start.resolve()), "revision": None, "dtype": str(loaded.dtype).removeprefix("torch.")}
     earlier = load_model(inputs.section.model_copy(update=other))
@@ -169,6 +163,8 @@ class StageInputs:
     start: Path | None
     """The model folder that the stage starts from, if not the base."""
     seed: int
+    gold: Gold | None = None
+    """A measure that is watched while answers are sampled."""
 
 
 def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: StopRequest, report: Report) -> nn.Module:
@@ -177,65 +173,72 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
     data, seed = inputs.data, inputs.seed
     loaded = _base(inputs)
     model = build_model(loaded, stage, inputs.start, seed, inputs.new_tokens)
-    policy = Policy(model, gradient_checkpointing=stage.gradient_checkpointing)
-    objective = OBJECTIVES[stage.objective.type]()
-    size = stage.per_device_train_batch_size
-    source = DatasetSource(data.train, batch_size=size, accumulation=stage.gradient_accumulation_steps, seed=seed)
-    slow = _check_step_0(inputs, loaded, policy, objective, source.window(0)[0])
-    if slow:
-        _tell(run, report, {"event": "fast_paths_dropped", "stage": stage.name, "paths": slow})
-    validation = None
-    if data.validation is not None:
-        validation = DatasetSource(data.validation, batch_size=size, accumulation=1, seed=seed).once
-    optimiser = FlatAdamW(policy.named_parameters(), stage)
-    if isinstance(stage.method, FullMethod):
-        optimiser.start_from((f"model.{name}", value) for name, value in stored_weights(loaded.identity.folder))
-    job = Job(
-        stage=stage,
-        policy=policy,
-        objective=objective,
-        source=source,
-        optimiser=optimiser,
-        run=run,
-        fingerprint=stage_fingerprint(stage, loaded, data, inputs.template, inputs.start, seed),
-        validation=validation,
-        stop=stop,
-        report=report,
-    )
-    keep_freed_memory()
-    torch.manual_seed(seed)
-    progress = train(job)
-    card = {
-        "template_sha256": inputs.template.sha256 if inputs.template else None,
-        "stage": stage.name,
-        "steps": progress.step,
-        "system": inputs.system,
-        "fingerprint": job.fingerprint,
-    }
-    with atomic_folder(run.file(f"stages/{stage.name}/model")) as folder:
-        save_result(model, loaded, folder, card)
+    fingerprint = stage_fingerprint(stage, loaded, data, inputs.template, inputs.start, seed, run.path)
+    stops = stop_tokens(inputs.template, loaded.tokenizer) if inputs.template else []
+    given = WorkInputs(loaded, model, data, inputs.start, stops, inputs.gold, fingerprint, seed)
+    _check_rows(stage, inputs, loaded)
+    with stage_work(stage, given, run) as work:
+        slow = _check_step_0(inputs, loaded, work.policy)
+        if slow:
+            _tell(run, report, {"event": "fast_paths_dropped", "stage": stage.name, "paths": slow})
+        optimiser = FlatAdamW(work.policy.named_parameters(), stage)
+        if isinstance(stage.method, FullMethod):
+            optimiser.start_from((f"model.{name}", value) for name, value in stored_weights(loaded.identity.folder))
+        job = Job(
+            stage=stage,
+            policy=work.policy,
+            objective=work.objective,
+            source=work.source,
+            optimiser=optimiser,
+            run=run,
+            fingerprint=fingerprint,
+            evaluate=work.evaluate,
+            stop=stop,
+            report=report,
+        )
+        keep_freed_memory()
+        torch.manual_seed(seed)
+        progress = train(job)
+        card = {
+            "template_sha256": inputs.template.sha256 if inputs.template else None,
+            "stage": stage.name,
+            "objective": stage.objective.type,
+            "steps": progress.step,
+            "system": inputs.system,
+            "fingerprint": fingerprint,
+        }
+        with atomic_folder(run.file(f"stages/{stage.name}/model")) as folder:
+            save_result(model, loaded, folder, card, work.policy.heads)
     done = {"event": "stage_finished", "stage": stage.name, "step": progress.step, "tokens": progress.tokens}
     spent = {"train_seconds": progress.seconds, "seconds": time.perf_counter() - began}
     _tell(run, report, {**done, **spent, "best_step": progress.best_step, "stopped_early": progress.stopped_early})
     return model.eval()
 
 
-def _check_step_0(inputs: StageInputs, loaded: LoadedModel, policy: Policy, objective: Objective, first: Any) -> list[str]:
-    """Everything that must hold before the first update; gives the fast paths that were taken out."""
+def _check_rows(stage: Stage, inputs: StageInputs, loaded: LoadedModel) -> None:
+    """What must hold of the rows before anything is computed."""
     train, tokenizer = inputs.data.train, loaded.tokenizer
-    every_row_carries_loss(train, train.row_ids)
     one_start_of_text(train, train.row_ids, tokenizer.bos_token_id)
+    if learns_from_answers(stage):
+        return
+    every_row_carries_loss(train, train.row_ids)
     if inputs.template is not None:
         is_whole = train.store.lengths[list(train.positions)] <= train.limit
-        whole = [i for i, record in enumerate(inputs.data.records) if isinstance(record, Conversation) and is_whole[i]]
+        texts = isinstance(inputs.data.records[0], Document)
+        whole = [] if texts else [int(i) for i in np.flatnonzero(is_whole)]
         names = [train.row_ids[i] for i in whole]
         every_answer_ends_with_a_stop((train[i] for i in whole), names, stop_tokens(inputs.template, tokenizer))
+
+
+def _check_step_0(inputs: StageInputs, loaded: LoadedModel, policy: Policy) -> list[str]:
+    """What must hold of the model before the first update; gives the fast paths that were taken out."""
     something_trains(policy)
+    first = probe_batch(inputs.data)
     with policy.deterministic():
         no_leak(policy, loaded.model.get_input_embeddings().weight.shape[0])
-        if inputs.start is None or not _is_adapter(inputs.start):
+        if inputs.start is None or not is_adapter(inputs.start):
             fresh_adapter_changes_nothing(policy, first)
-        return fast_paths_agree(policy, objective, first)
+        return fast_paths_agree(policy, SFT(), first)
 
 
 def _tell(run: RunDirectory, report: Report, event: dict[str, Any]) -> None:
@@ -244,15 +247,17 @@ def _tell(run: RunDirectory, report: Report, event: dict[str, Any]) -> None:
 
 
 def stage_fingerprint(
-    stage: Stage, loaded: LoadedModel, data: PreparedData, template: ChatTemplate | None, start: Path | None, seed: int
+    stage: Stage, loaded: LoadedModel, data: PreparedData, template: ChatTemplate | None, start: Path | None, seed: int, run: Path
 ) -> str:
     """A hash of all that decides the weights of a step; the token stores' keys cover system text, template, tokenizer and renderer."""
     settings = {key: value for key, value in stage.model_dump(mode="json").items() if key not in UNFINGERPRINTED}
     rows = [hashlib.sha256("\n".join(part.row_ids).encode()).hexdigest() for part in (data.train, data.validation) if part is not None]
     origin = hash_weights(start) if start is not None else None
-    base = loaded.identity.sha256 if origin is None or _is_adapter(start) else origin
+    base = loaded.identity.sha256 if origin is None or is_adapter(start) else origin
     tokens = [json.loads((part.store.folder / "key.json").read_text()) for part in (data.train, data.validation) if part is not None]
     what = [settings, base, origin, str(loaded.dtype), rows, tokens, template.sha256 if template else None, data.max_length, seed]
+    what += [hash_weights(locate_result(name, run)) for name in named_models(stage.objective)]
+    what += [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in named_files(stage.objective)]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 

@@ -27,6 +27,8 @@ class WindowResult:
     terms: dict[str, float]
     """Each term's mean, before its coefficient."""
     metrics: dict[str, float]
+    samples: tuple[dict[str, Any], ...] = ()
+    """Some answers, where answers were sampled."""
 
 
 def window_divisors(objective: Objective, batches: Sequence[Any]) -> dict[str, float]:

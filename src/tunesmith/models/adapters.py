@@ -1,0 +1,70 @@
+"""Several named adapters on one base: which is active, and frozen ones beside the one that trains.
+
+The base's weights are held once. `POLICY` is the adapter that trains; a copy of it as it was at the stage's start is the reference, and a
+saved reward model's adapter scores. PEFT keeps them in the same layers; here one is made active for a while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+POLICY = "default"  # the adapter that trains; PEFT's own default name, so that its folder is plain
+REFERENCE = "reference"
+
+
+@contextmanager
+def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Makes a PEFT model's adapter `name` the active one, or none of them, and puts the policy's back after.
+
+    A model without adapters is its own base: None changes nothing there. Raises KeyError for an adapter that it has not.
+    """
+    if not isinstance(model, PeftModel):
+        if name is not None:
+            raise KeyError(name)
+        yield
+        return
+    with keeping_what_trains(model):
+        if name is None:
+            with model.disable_adapter():
+                yield
+            return
+        if name not in model.peft_config:
+            raise KeyError(name)
+        model.base_model.set_adapter(name)
+        yield
+
+
+@contextmanager
+def keeping_what_trains(model: PeftModel) -> Iterator[None]:
+    """After it the policy's adapter is active again, and trains what trained before: PEFT makes trainable whatever it makes active."""
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    try:
+        yield
+    finally:
+        model.base_model.set_adapter(POLICY)
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in trained)
+
+
+def copy_policy(model: PeftModel, name: str = REFERENCE) -> None:
+    """Adds a frozen copy of the policy's adapter as it is now, in fp32. A copy costs the adapter's memory, the base none."""
+    with keeping_what_trains(model), torch.no_grad():
+        model.add_adapter(name, model.peft_config[POLICY])
+        mine = adapter_parameters(model, POLICY)
+        for key, parameter in adapter_parameters(model, name).items():
+            parameter.data = mine[key].detach().clone()
+
+
+def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """An adapter's parameters by their names without the adapter's."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        before, own, after = name.partition(f".{adapter}")
+        if own and ("lora_" in before or "trainable_tokens" in before):
+            found[before + after] = parameter
+    return found

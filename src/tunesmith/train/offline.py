@@ -1,0 +1,137 @@
+"""Windows from a data set for objectives that compare: the reference's log-probabilities, computed once, beside each item's rows.
+
+The reference is the model that the stage starts from, so it is the policy itself before the first update: no second model is held, with an
+adapter or in full. Its sums are kept in stages/NAME/reference and read from there when a run is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from ..data.batching import Batch, DatasetSource, Row, Window
+from ..data.forest import build_forest
+from ..data.items import Items
+from ..errors import CheckpointError
+from ..models.policy import Policy
+from ..objectives import kto_z0
+from ..recipe import Stage
+from ..rundir import atomic_folder, verify_folder
+
+SUMS, KEY = "sums.safetensors", "key.json"
+ITEM_COLUMNS = ("margin", "label")
+
+
+def compares_with_reference(stage: Stage) -> bool:
+    """Whether the objective takes log-ratios to the stage's start from fixed data."""
+    objective = stage.objective
+    return objective.type == "kto" or getattr(objective, "reference", "none") != "none"
+
+
+def row_sums(policy: Policy, batches: Iterable[Batch]) -> np.ndarray:
+    """The log-probability of each row's supervised tokens, in nats, float64 [rows], rows in the batches' order; without gradients."""
+    sums = []
+    with torch.no_grad(), policy.deterministic():
+        for batch in batches:
+            logprobs = policy(batch.forest).logprobs.double().cpu().numpy()
+            sums.append(np.bincount(batch.forest.row_S, weights=logprobs, minlength=len(batch.forest.lengths_B)))
+    return np.concatenate(sums) if sums else np.zeros(0)
+
+
+def make_source(stage: Stage, items: Items, policy: Policy, *, seed: int, accumulation: int, folder: Path, key: str) -> DatasetSource:
+    """The windows of a stage that learns from fixed data, for a policy that stands at its start.
+
+    folder: where the reference's sums lie, or are put. key: what they depend on.
+    """
+    columns = {f"{name}_I": items.columns[name] for name in ITEM_COLUMNS if name in items.columns}
+    settings = {"batch_size": stage.per_device_train_batch_size, "accumulation": accumulation, "seed": seed}
+    trim = stage.objective.type != "sft"
+    if not compares_with_reference(stage):
+        return DatasetSource(items, columns=columns, trim=trim, **settings)
+    plain = DatasetSource(items, trim=trim, **settings)
+
+    def measure() -> dict[str, np.ndarray]:
+        found = {"reference_B": row_sums(policy, plain.once())}
+        if stage.objective.type == "kto":
+            found["mismatched"] = row_sums(policy, _chunks(Mismatched(items), plain.batch_size))
+        return found
+
+    held = kept_sums(folder, key, measure)
+    columns["reference_B"] = held["reference_B"]
+    if stage.objective.type == "kto":
+        return KTOSource(items, policy, held["mismatched"], columns=columns, trim=trim, **settings)
+    return DatasetSource(items, columns=columns, trim=trim, **settings)
+
+
+def kept_sums(folder: Path, key: str, measure: Any) -> dict[str, np.ndarray]:
+    """What lies whole in a folder and was made with this key, else what `measure` gives, which is then put there."""
+    try:
+        verify_folder(folder)
+        if json.loads((folder / KEY).read_text()) == key:
+            return load_file(folder / SUMS)
+    except CheckpointError:
+        pass
+    found = measure()
+    with atomic_folder(folder) as temporary:
+        save_file(found, temporary / SUMS)
+        (temporary / KEY).write_text(json.dumps(key))
+    return found
+
+
+class Mismatched:
+    """Each item's prompt with the next item's answer: what the KL of KTO is estimated on (arXiv:2402.01306, section 4.1)."""
+
+    def __init__(self, items: Items):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Row]:
+        (ids, weights), (other, other_weights) = self.items[index][0], self.items[(index + 1) % len(self.items)][0]
+        begin, start = int(np.flatnonzero(weights)[0]), int(np.flatnonzero(other_weights)[0])
+        end = int(np.flatnonzero(other_weights)[-1]) + 1
+        answer = other_weights[start:end]
+        return ((np.concatenate([ids[:begin], other[start:end]]), np.concatenate([np.zeros(begin, dtype=answer.dtype), answer])),)
+
+
+def _chunks(rows: Mismatched, size: int, chosen: Iterable[int] | None = None) -> Iterable[Batch]:
+    wanted = list(range(len(rows))) if chosen is None else list(chosen)
+    for start in range(0, len(wanted), size):
+        part = wanted[start : start + size]
+        yield Batch(build_forest([rows[i][0] for i in part]), tuple(part), np.arange(len(part)))
+
+
+class KTOSource(DatasetSource):
+    """Adds KTO's estimate of the KL, which is a mean over the window cut at 0, to every batch of it.
+
+    mismatched: the reference's sums on `Mismatched` rows, [items].
+    """
+
+    def __init__(self, items: Items, policy: Policy, mismatched: np.ndarray, **settings: Any):
+        super().__init__(items, **settings)
+        self.policy, self.mismatched, self.others = policy, mismatched, Mismatched(items)
+
+    def window(self, step: int) -> Window:
+        """As in a data set, with the column kto_z0."""
+        batches = super().window(step).batches
+        return Window(self._with_z0(batches))
+
+    def once(self) -> Iterable[Batch]:
+        """Every item once, with the estimate over all of them."""
+        return iter(self._with_z0(list(super().once())))
+
+    def _with_z0(self, batches: list[Batch]) -> list[Batch]:
+        chosen = [i for batch in batches for i in batch.items]
+        z0 = kto_z0(row_sums(self.policy, _chunks(self.others, self.batch_size, chosen)), self.mismatched[chosen])
+        return [Batch(b.forest, b.items, b.item_B, _with(b.columns, "kto_z0", np.array([z0]))) for b in batches]
+
+
+def _with(columns: Mapping[str, np.ndarray], name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    return {**columns, name: values}

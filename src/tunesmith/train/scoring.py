@@ -1,0 +1,175 @@
+"""What scores sampled answers: the objective's rewards and reward models as one function, and a gold measure that is only watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from torch import nn
+
+from ..data.preference import PromptOnly
+from ..errors import RecipeError
+from ..generate.protocol import Generation
+from ..models.load import LoadedModel
+from ..models.policy import Policy
+from ..models.result import is_model
+from ..models.reward import RewardModel, Scored, Shared, open_reward_model
+from ..recipe import JSONSchemaReward, ModelReward, Objective, PPOObjective, PythonReward, Reward
+from ..score.rewards import RewardSet, Scores, make_rewards
+
+REWARD_MODEL = "reward_model"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked: the row, and its tokens with the generation prompt, int64 [T]."""
+
+    record: PromptOnly
+    ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sampled answer and what it was asked."""
+
+    prompt: Prompt
+    generation: Generation
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The prompt's tokens and the answer's, int64."""
+        return np.concatenate([self.prompt.ids, np.array(self.generation.token_ids, dtype=np.int64)])
+
+
+class Scorer(Protocol):
+    """Rewards of answers."""
+
+    def __call__(self, answers: Sequence[Answer]) -> Scores:
+        """Scores answers in their order."""
+
+
+def asked(answers: Sequence[Answer]) -> tuple[list[str], list[str], dict[str, list]]:
+    """(prompts, completions, columns) as reward functions take them; of the columns, those that every row has, and `messages`."""
+    records = [answer.prompt.record for answer in answers]
+    names = set.intersection(*(set(record.columns) for record in records)) if records else set()
+    columns: dict[str, list] = {name: [record.columns[name] for record in records] for name in sorted(names)}
+    columns["messages"] = [[{"role": m.role, "content": m.content} for m in record.prompt] for record in records]
+    return [record.prompt[-1].content for record in records], [answer.generation.text for answer in answers], columns
+
+
+@dataclass
+class StageScorer:
+    """Every reward of a stage. A context manager, which ends the processes that rewards run in."""
+
+    programs: RewardSet | None
+    models: dict[str, tuple[RewardModel, float]] = field(default_factory=dict)
+    """By name, with their weights."""
+    ensemble: tuple[list[RewardModel], str] | None = None
+    """Several as one, by their mean or minimum."""
+
+    def bind(self, policy: Policy) -> None:
+        """Tells the reward models that share the policy's base which it is."""
+        for model in [*(model for model, _ in self.models.values()), *(self.ensemble[0] if self.ensemble else [])]:
+            if isinstance(model, Shared):
+                model.policy = policy
+
+    def __call__(self, answers: Sequence[Answer]) -> Scores:
+        """Scores answers; one that any reward cannot score has none in all."""
+        count = len(answers)
+        total, parts, reasons = np.zeros(count), {}, {}
+        if self.programs is not None:
+            found = self.programs(*asked(answers))
+            total, parts, reasons = found.total.copy(), dict(found.parts), dict(found.reasons)
+        scored = [Scored(answer.prompt.record.prompt, answer.generation.text, answer.ids) for answer in answers]
+        for name, (model, weight) in self.models.items():
+            parts[name] = model.scores(scored)
+            total += weight * parts[name]
+        if self.ensemble is not None:
+            models, how = self.ensemble
+            members = np.stack([model.scores(scored) for model in models])
+            parts[REWARD_MODEL] = members.min(axis=0) if how == "min" else members.mean(axis=0)
+            if len(models) > 1:
+                parts["disagreement"] = members.std(axis=0)
+            total += parts[REWARD_MODEL]
+        lost = np.isnan(total)
+        if lost.any() and not reasons:
+            reasons = {"the reward model cannot read the answer": int(lost.sum())}
+        return Scores(total, parts, int(lost.sum()), reasons)
+
+    def __enter__(self) -> StageScorer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.programs is not None:
+            self.programs.close()
+
+
+def stage_scorer(objective: Objective, loaded: LoadedModel, beside: nn.Module | None, locate: Callable[[str], Path]) -> StageScorer:
+    """A stage's rewards, with every reward model loaded; those on the policy's base join it as adapters.
+
+    locate: the folder of a stage, run or model that a setting names. Raises RecipeError, AdapterError or ModelError.
+    """
+    rewards: list[Reward] = list(objective.rewards)
+    programs = [reward for reward in rewards if not isinstance(reward, ModelReward)]
+    named = [reward for reward in rewards if isinstance(reward, ModelReward)]
+    models = {
+        _free(f"model_{Path(reward.model).name}", [other.model for other in named[:i]]): (
+            open_reward_model(locate(reward.model), loaded, beside, f"reward_{i}"),
+            reward.weight,
+        )
+        for i, reward in enumerate(named)
+    }
+    ensemble = None
+    if isinstance(objective, PPOObjective) and objective.reward_model:
+        names = [objective.reward_model] if isinstance(objective.reward_model, str) else objective.reward_model
+        ensemble = (
+            [open_reward_model(locate(name), loaded, beside, f"ensemble_{i}") for i, name in enumerate(names)],
+            objective.ensemble,
+        )
+    return StageScorer(make_rewards(programs) if programs else None, models, ensemble)
+
+
+def _free(name: str, before: Sequence[str]) -> str:
+    return f"{name}_{len(before)}" if before else name
+
+
+def named_models(objective: Objective) -> list[str]:
+    """The reward models that an objective names, as its settings name them."""
+    model = getattr(objective, "reward_model", None) or []
+    return [*([model] if isinstance(model, str) else model), *(r.model for r in _rewards(objective) if isinstance(r, ModelReward))]
+
+
+def named_files(objective: Objective) -> list[str]:
+    """The files that an objective's rewards are read from."""
+    functions = [reward.function.rpartition(":")[0] for reward in _rewards(objective) if isinstance(reward, PythonReward)]
+    return [*functions, *(reward.output_schema for reward in _rewards(objective) if isinstance(reward, JSONSchemaReward))]
+
+
+def _rewards(objective: Objective) -> list[Reward]:
+    return list(getattr(objective, "rewards", []))
+
+
+def locate_result(named: str, run: Path, *, where: str = "stages") -> Path:
+    """The model folder of an earlier stage of this run, an earlier run, or a folder itself. Raises RecipeError."""
+    for folder in (run / "stages" / named / "model", Path(named) / "model", Path(named)):
+        if is_model(folder):
+            return folder
+    raise RecipeError(f"`{named}` is no earlier stage, run or model folder", where=where, mend="name one that is there")
+
+
+Gold = Callable[[Sequence[str], Sequence[str]], np.ndarray]
+
+
+def gold_of(gold: Gold | None) -> Callable[[Sequence[Answer]], np.ndarray] | None:
+    """A gold measure of (prompts, answers) as one of sampled answers."""
+    if gold is None:
+        return None
+
+    def measure(answers: Sequence[Answer]) -> np.ndarray:
+        prompts, completions, _ = asked(answers)
+        return gold(prompts, completions)
+
+    return measure

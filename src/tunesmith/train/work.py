@@ -1,0 +1,196 @@
+"""What a stage's loop works with: policy, objective, source of windows and evaluation, from fixed data or from the policy's own answers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ..data.batching import Batch, DatasetSource
+from ..data.forest import Forest, build_forest
+from ..data.items import Items
+from ..data.preference import Kind, PromptOnly
+from ..data.prepare import PreparedData
+from ..generate import LocalGenerator
+from ..generate.protocol import Generation, Sampling
+from ..models.adapters import REFERENCE, copy_policy
+from ..models.heads import HEADS, load_head, make_head
+from ..models.load import LoadedModel
+from ..models.policy import Policy
+from ..models.result import is_adapter
+from ..objectives import OBJECTIVES, Objective
+from ..recipe import Objective as ObjectiveSettings
+from ..recipe import Stage
+from ..rundir import RunDirectory
+from .loop import Source
+from .offline import make_source
+from .rollouts import Parts, RolloutSource
+from .scoring import Gold, Prompt, gold_of, locate_result, stage_scorer
+from .shaping import SHAPINGS
+from .window import Between, WindowResult, evaluate_loss
+
+COMPARING = {"dpo", "simpo", "orpo", "cpo", "kto", "ranking", "ppo", "grpo", "rloo", "online_dpo"}
+"""Objectives that compare log-probabilities, which dropout would make noisy: adapters' own is off."""
+ROLLOUT_BATCH = 64  # answers sampled together
+PROBE_ROWS = 2  # the first rows of training, on which what must hold at step 0 is tried: plain layers take several times the memory
+
+
+KINDS: dict[str, Kind] = {
+    "sft": "conversation",
+    "kto": "unpaired",
+    "ranking": "ranking",
+    "reward": "ranking",
+    **dict.fromkeys(("dpo", "simpo", "orpo", "cpo"), "pair"),
+    **dict.fromkeys(SHAPINGS, "prompt"),
+}
+
+
+def kind_of(objective: ObjectiveSettings) -> Kind:
+    """The kind of record that an objective learns from; where it is a ranking, pairs are rankings of two."""
+    return KINDS[objective.type]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the loop gets."""
+
+    policy: Policy
+    objective: Objective
+    source: Source
+    evaluate: Callable[[Between], WindowResult] | None
+
+
+@dataclass(frozen=True)
+class WorkInputs:
+    """What it is made from. start: the folder that the stage starts from. key: what its sums of the reference depend on."""
+
+    loaded: LoadedModel
+    model: nn.Module
+    data: PreparedData
+    start: Path | None
+    stop_ids: list[int]
+    gold: Gold | None
+    key: str
+    seed: int
+
+
+def learns_from_answers(stage: Stage) -> bool:
+    """Whether the stage samples what it learns from."""
+    return stage.objective.type in SHAPINGS
+
+
+@contextmanager
+def stage_work(stage: Stage, inputs: WorkInputs, run: RunDirectory) -> Iterator[Work]:
+    """A stage's work; what runs beside it (reward functions' processes) ends with the context."""
+    objective = OBJECTIVES[stage.objective.type](stage.objective)
+    if not learns_from_answers(stage):
+        policy = _policy(stage, inputs, objective)
+        folder = run.file(f"stages/{stage.name}/reference")
+        source = partial(make_source, stage, policy=policy, seed=inputs.seed, key=inputs.key)
+        train = source(inputs.data.items, accumulation=stage.gradient_accumulation_steps, folder=folder / "train")
+        held_out = inputs.data.validation_items
+        evaluate = None
+        if held_out is not None:
+            rows = source(held_out, accumulation=1, folder=folder / "validation")
+            evaluate = partial(_evaluate_rows, policy, objective, rows)
+        yield Work(policy, objective, train, evaluate)
+        return
+    reference = _reference(stage, inputs)  # before the policy: its layers make room for every adapter that there is
+    scorer = stage_scorer(stage.objective, inputs.loaded, inputs.model, partial(locate_result, run=run.path))
+    with scorer:
+        policy = _policy(stage, inputs, objective)
+        scorer.bind(policy)
+        data = inputs.data
+        source = RolloutSource(
+            stage,
+            Parts(policy, _LocalSampler(policy, inputs), scorer, partial(reference, policy), gold_of(inputs.gold)),
+            _prompts(data.records, data.items),
+            _prompts(data.validation_records, data.validation_items),
+            seed=inputs.seed,
+        )
+        yield Work(policy, objective, source, source.evaluate if source.held_out else None)
+
+
+def probe_batch(data: PreparedData) -> Batch:
+    """A few training rows; of prompts, whose tokens carry no loss, all but the first token are taken to."""
+    rows = [data.train[i] for i in range(min(PROBE_ROWS, len(data.train)))]
+    rows = [(ids, weights if np.any(weights) else np.r_[0, np.ones(len(ids) - 1)].astype(np.float32)) for ids, weights in rows]
+    return Batch(build_forest(rows), tuple(range(len(rows))), np.arange(len(rows)))
+
+
+def _evaluate_rows(policy: Policy, objective: Objective, rows: DatasetSource, between: Between) -> WindowResult:
+    return evaluate_loss(policy, objective, rows.once(), between=between)
+
+
+def _policy(stage: Stage, inputs: WorkInputs, objective: Objective) -> Policy:
+    """The policy with the heads that its objective needs: those that the start has, else new ones."""
+    policy = Policy(
+        inputs.model,
+        gradient_checkpointing=stage.gradient_checkpointing,
+        temperature=stage.rollout.temperature if learns_from_answers(stage) else 1.0,
+        detach_values=getattr(stage.objective, "value", "detached") == "detached",
+    )
+    if stage.objective.type in COMPARING:
+        policy.model.eval()
+    for need, name, seed in (("scores", "score", inputs.seed), ("values", "value", None)):
+        if need in objective.needs:
+            policy.heads[name] = _head(name, inputs, seed)
+    return policy
+
+
+def _head(name: str, inputs: WorkInputs, seed: int | None) -> nn.Linear:
+    width, device = inputs.loaded.width, inputs.loaded.device
+    if inputs.start is not None and (inputs.start / HEADS).is_file():
+        from safetensors import safe_open
+
+        with safe_open(inputs.start / HEADS, "pt") as held:
+            known = f"{name}.weight" in held.keys()  # noqa: SIM118 - no mapping
+        if known:
+            return load_head(inputs.start, name, width).to(device).requires_grad_(True)
+    return make_head(width, seed=seed, device=device)
+
+
+Reference = Callable[[Policy, Forest], torch.Tensor]
+
+
+def _reference(stage: Stage, inputs: WorkInputs) -> Reference:
+    """The stage's start, frozen: another adapter of the policy's model, or that model without any; of a full model, a copy."""
+    model = inputs.model
+    if not isinstance(model, PeftModel):
+        frozen = Policy(copy.deepcopy(model).requires_grad_(False), temperature=stage.rollout.temperature)
+        return lambda policy, forest: _frozen(frozen, None, forest)
+    adapter = REFERENCE if inputs.start is not None and is_adapter(inputs.start) else None
+    if adapter is not None:
+        copy_policy(model, adapter)
+    return lambda policy, forest: _frozen(policy, adapter, forest)
+
+
+def _frozen(policy: Policy, adapter: str | None, forest: Forest) -> torch.Tensor:
+    with policy.using(adapter):
+        return policy(forest).logprobs
+
+
+class _LocalSampler:
+    """Answers by the policy's own module; the plain and the fast way are compared once, at the first call."""
+
+    def __init__(self, policy: Policy, inputs: WorkInputs):
+        self.generator = LocalGenerator(policy.model, inputs.loaded.tokenizer, batch_size=ROLLOUT_BATCH, stop_ids=inputs.stop_ids)
+
+    def __call__(
+        self, prompts: list[list[int]], *, max_new_tokens: int, sampling: Sampling, seeds: list[int], iteration: int
+    ) -> list[Generation]:
+        return self.generator.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling, seeds=seeds, logprobs=True)
+
+
+def _prompts(records: list, items: Items | None) -> list[Prompt]:
+    rows = [] if items is None else [items[i][0][0] for i in range(len(items))]
+    asked = [record for record in records if isinstance(record, PromptOnly)]
+    return [Prompt(record, ids.astype(np.int64)) for record, ids in zip(asked, rows, strict=True)]

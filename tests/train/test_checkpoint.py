@@ -1,0 +1,49 @@
+"""A checkpoint: written from where the state lies, whole, and only if all of it is finite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.toys import make_stage, tiny_model
+
+from tunesmith.errors import NonFinite
+from tunesmith.models.policy import Policy
+from tunesmith.rundir import RunDirectory
+from tunesmith.train import checkpoint
+from tunesmith.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from tunesmith.train.optimiser import FlatAdamW
+
+
+def optimiser_of(dtype: torch.dtype) -> FlatAdamW:
+    policy = Policy(tiny_model("llama", dtype=dtype))
+    return FlatAdamW(policy.named_parameters(), make_stage(method="full", max_steps=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_is_written_without_a_copy_of_the_state_and_comes_back_bit_for_bit(tmp_path, monkeypatch, dtype):
+    optimiser = optimiser_of(dtype)
+    for moment in (optimiser.first, optimiser.second):
+        moment.uniform_()
+    real, given = checkpoint.save_file, {}
+    monkeypatch.setattr(checkpoint, "save_file", lambda tensors, path: (given.update(tensors), real(tensors, path)))
+    with RunDirectory.open(tmp_path / "run", resume=False) as run:
+        folder = save_checkpoint(run, "sft", Progress(step=1), optimiser, "f", {})
+    state = optimiser.state()
+    assert all(given[name].data_ptr() == tensor.data_ptr() for name, tensor in state.items())
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    for tensor in state.values():
+        tensor.zero_()
+    assert load_checkpoint(folder, optimiser, "f") == (Progress(step=1), {})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in optimiser.state().items())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_state_with_one_number_that_is_not_finite_is_never_written(tmp_path, monkeypatch, bad, place):
+    monkeypatch.setattr(checkpoint, "CHECKED", 100)
+    optimiser = optimiser_of(torch.bfloat16)
+    optimiser.second[place] = bad
+    with RunDirectory.open(tmp_path / "run", resume=False) as run:
+        with pytest.raises(NonFinite, match=r"adamw\.second"):
+            save_checkpoint(run, "sft", Progress(step=1), optimiser, "f", {})
+        assert run.checkpoints("sft") == []
