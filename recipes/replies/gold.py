@@ -14,11 +14,16 @@ COURTESY = frozenset(
     WORD.findall("please thank thanks sorry apologies apologise apologize welcome kindly glad happy pleased appreciate regret")
 )
 STOP_WORDS = frozenset(
-    WORD.findall("""about after again also always another because been before being both cannot came come could didn does doesn doing done down each else
-    even ever every from gets give goes going gone have having here into isn just keep know last less like long made make many maybe mine
-    more most much must need never none nothing once only other over same says seem should since some something still such sure take tell
-    than that thats their them then there these they thing things this those time till took under until upon very want wants wasn well went
-    were what when where which while whom whose will with without would wouldn your yours""")
+    WORD.findall(
+        """
+        about after again also always another because been before being both cannot came come could didn does doesn doing
+        done down each else even ever every from gets give goes going gone have having here into isn just keep know last less
+        like long made make many maybe mine more most much must need never none nothing once only other over same says seem
+        should since some something still such sure take tell than that thats their them then there these they thing things
+        this those time till took under until upon very want wants wasn well went were what when where which while whom whose
+        will with without would wouldn your yours
+        """
+    )
 )
 
 

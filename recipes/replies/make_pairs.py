@@ -1,7 +1,7 @@
 """Writes pairs.jsonl beside this file: what recipes/quickstart-rlhf.yaml learns its reward from.
 
-Takes the recipe's first stage, trains it, samples answers to the messages of prompts.jsonl, and makes preference pairs of answers whose gold
-rewards differ; one label in ten is flipped, as people's are. Gives rows {prompt, chosen, rejected} of messages, in minutes on one core.
+Takes the recipe's first stage, trains it, samples answers to the messages of prompts.jsonl, and makes preference pairs of answers whose
+gold rewards differ; one label in ten is flipped, as people's are. Gives rows {prompt, chosen, rejected} of messages, in some minutes.
 Run it:  python recipes/replies/make_pairs.py
 """
 

@@ -87,7 +87,11 @@ class StubServer:
 def echoed(model, ids):
     """The answer to a request that echoes its prompt."""
     logs = plain_logits(model, ids).log_softmax(-1)
-    return {"token_ids": [], "finish_reason": "length", "logprobs": {"token_logprobs": [None, *logs[torch.arange(len(ids) - 1), ids[1:]].tolist()]}}
+    return {
+        "token_ids": [],
+        "finish_reason": "length",
+        "logprobs": {"token_logprobs": [None, *logs[torch.arange(len(ids) - 1), ids[1:]].tolist()]},
+    }
 
 
 def error(status, message):
