@@ -16,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from tests.families import tiny_model
 from tunesmith.data.batching import Batch, DatasetSource
 from tunesmith.data.forest import build_forest
+from tunesmith.data.preference import PromptOnly
+from tunesmith.data.records import Message, Source
 from tunesmith.data.template import NAMED_TEMPLATES
 from tunesmith.models.load import LoadedModel, ModelIdentity
 from tunesmith.models.policy import Policy
@@ -104,26 +106,57 @@ def batch_of(rows: Sequence[Row], **options: Any) -> Batch:
 
 
 class ItemsOf(list):
-    """Rows as items of one row each, with what a store's items tell of them."""
+    """Items of one or more rows, with what a store's items tell of them; of prompts also their records."""
 
-    def __init__(self, rows: Sequence[Row]):
-        super().__init__((row,) for row in rows)
-        self.rows, self.columns = rows, {}
-        self.row_ids = getattr(rows, "row_ids", [])
+    def __init__(self, items: Sequence[tuple[Row, ...]], rows: Sequence[Row], columns: dict[str, np.ndarray] | None = None):
+        super().__init__(items)
+        self.rows, self.columns = rows, dict(columns or {})
+        self.row_ids = [f"i{i}" for i in range(len(items))]
+        self.records: list[Any] = [None] * len(items)
 
 
 def items_of(rows: Sequence[Row]) -> ItemsOf:
-    """Rows as items."""
-    return ItemsOf(rows)
+    """Rows as items of one row each."""
+    return ItemsOf([(row,) for row in rows], rows)
+
+
+def make_items(count: int, *, seed: int = 0, answers: int = 2, prompt: int = 6) -> ItemsOf:
+    """Items of as many answers to a prompt, best first: the first counts on, the others are random.
+
+    Of one answer every second one is good, and has such a label.
+    """
+    rng = np.random.default_rng(seed)
+    items = []
+    for number in range(count):
+        asked = rng.integers(1, VOCABULARY, int(rng.integers(2, prompt + 1)))
+        counted = 1 + (asked[-1] + np.arange(int(rng.integers(2, 8)))) % (VOCABULARY - 1)
+        others = [rng.integers(1, VOCABULARY, int(rng.integers(2, 8))) for _ in range(answers)]
+        given = [counted, *others[1:]] if answers > 1 or number % 2 == 0 else others
+        weights = [np.r_[np.zeros(len(asked)), np.ones(len(answer))].astype(np.float32) for answer in given]
+        items.append(tuple((np.r_[asked, answer], weight) for answer, weight in zip(given, weights, strict=True)))
+    columns = {"label": np.arange(count) % 2 == 0} if answers == 1 else {}
+    return ItemsOf(items, Rows([row for item in items for row in item]), columns)
+
+
+def make_prompts(count: int, *, seed: int = 0, columns: dict[str, Any] | None = None) -> ItemsOf:
+    """Prompts of 2 to 6 random tokens, which carry no loss, with their records."""
+    rows = [item[0] for item in make_items(count, seed=seed)]
+    rows = Rows([(ids[weights == 0], np.zeros(int((weights == 0).sum()), dtype=np.float32)) for ids, weights in rows])
+    prompts = items_of(rows)
+    prompts.records = [
+        PromptOnly((Message("user", f"question {seed} {i}"),), dict(columns or {}), f"p{seed}-{i}", Source("prompts.jsonl", i))
+        for i in range(count)
+    ]
+    return prompts
 
 
 def train_stage(
     base: LoadedModel,
     stage: Stage,
     path: Path,
-    rows: Rows,
+    rows: Rows | ItemsOf,
     *,
-    validation: Rows | None = None,
+    validation: Rows | ItemsOf | None = None,
     resume: bool = True,
     stop: StopRequest | None = None,
     report: Callable[[dict[str, Any]], None] = lambda event: None,
@@ -135,14 +168,22 @@ def train_stage(
         return run_stage(stage, inputs, run, stop=stop or StopRequest(), report=report)
 
 
-def stage_inputs(base: LoadedModel, rows: Rows, stores: Path, *, validation: Rows | None = None, **changed: Any) -> StageInputs:
+def stage_inputs(
+    base: LoadedModel, rows: Rows | ItemsOf, stores: Path, *, validation: Rows | ItemsOf | None = None, **changed: Any
+) -> StageInputs:
     """A stage's inputs with no template, or what `changed` says; the rows get token stores below `stores`, with a key alone in them."""
-    for name, part in (("train", rows), ("validation", validation)):
+    train, held_out = (part if part is None or isinstance(part, ItemsOf) else items_of(part) for part in (rows, validation))
+    for name, part in (("train", train), ("validation", held_out)):
         if part is not None:
-            part.keep(stores / name)
-    held_out = items_of(validation) if validation is not None else None
+            part.rows.keep(stores / name)
     data = SimpleNamespace(
-        train=rows, items=items_of(rows), validation=validation, validation_items=held_out, records=[None] * len(rows), max_length=64
+        train=train.rows,
+        items=train,
+        records=train.records,
+        validation=held_out.rows if held_out is not None else None,
+        validation_items=held_out,
+        validation_records=held_out.records if held_out is not None else [],
+        max_length=64,
     )
     section = ModelSection(name="tiny")
     given = {"template": None, "new_tokens": [], "system": None, "start": None, "seed": 0}
@@ -195,7 +236,10 @@ def model_folder(path: Path, *, tied: bool = True, template: str | None = "chatm
 __all__ = [
     "Rows",
     "VOCABULARY",
+    "ItemsOf",
     "items_of",
+    "make_items",
+    "make_prompts",
     "batch_of",
     "loaded",
     "make_job",

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .data.preference import prompt_of
 from .data.prepare import PreparedData
-from .data.records import Conversation
 from .errors import GateFailed, ModelError
 from .evaluation import evaluate_run
 from .models.load import EMBEDDED
@@ -24,8 +24,7 @@ from .preparation import fresh_base, prepare, require_files
 from .recipe import Recipe, Stage, dump_recipe, load_recipe
 from .report import write_report
 from .report.card import write_card
-from .rundir import RunDirectory, storage, storage_failures, write_json
-from .rundir._storage import sync
+from .rundir import RunDirectory, storage, storage_failures, sync, write_json
 from .session import Report, Session
 from .train.memory import peak_memory_bytes
 from .train.signals import StopRequest
@@ -233,7 +232,8 @@ def _train_stage(session: Session, stage: Stage, report: Report) -> None:
 
 def common_system(data: PreparedData) -> str | None:
     """The system message that every training row has in common, if there is one."""
-    first = {row.messages[0].content if row.messages[0].role == "system" else None for row in data.records if isinstance(row, Conversation)}
+    prompts = [prompt_of(row) for row in data.records]
+    first = {prompt[0].content if prompt and prompt[0].role == "system" else None for prompt in prompts}
     return first.pop() if len(first) == 1 else None
 
 

@@ -13,11 +13,14 @@ from .data.batching import DatasetSource
 from .errors import DoesNotFit
 from .evaluate.run import GUARDED
 from .evaluate.verdict import gate_name
+from .generate.engine import BATCH_TOKENS, LOGIT_ELEMENTS
 from .models.load import has_fast_bf16
 from .models.plan import (
     Phase,
+    Shape,
     available_memory,
     decode_phase,
+    evaluation_memory,
     forward_phase,
     measure_machine,
     model_shape,
@@ -36,6 +39,7 @@ from .train.work import ROLLOUT_BATCH, learns_from_answers
 
 SAMPLED_WINDOWS = 20  # updates looked at to know how many tokens are shared
 SAMPLED_ROWS = 32
+SLOW_PROCESSOR = "this processor has no bfloat16 arithmetic: the base is held in float32 and takes about twice the time"
 SHOWN = 3  # quarantined rows and unknown labels named in a line
 
 
@@ -52,6 +56,7 @@ def make_plan(session: Session) -> dict[str, Any]:
         peak = max(peak, need)
         held_out = session.data_of(stage).validation
         if learns_from_answers(stage):
+            peak = max(peak, _sampling_memory(session, shape, stage, need))
             phases += _answer_phases(session, shape, machine, stage)
         elif held_out is not None:
             length = float(held_out.lengths.sum()) * computed / max(rows, 1)
@@ -65,6 +70,10 @@ def make_plan(session: Session) -> dict[str, Any]:
             where="stages",
             mend="smaller per_device_train_batch_size with more gradient_accumulation_steps, gradient_checkpointing: true, or method lora",
         )
+    notes = [] if has_fast_bf16() else [SLOW_PROCESSOR]
+    peak = max(peak, _evaluation_memory(session, shape, peak))
+    if peak > room:
+        notes.append(f"the evaluation may need {peak / 1e9:.1f} GB, this machine has {room / 1e9:.1f}: lower evaluate.batch_size")
     longest = max(phases, key=lambda phase: phase.seconds)
     return {
         "peak_memory_bytes": peak,
@@ -73,9 +82,7 @@ def make_plan(session: Session) -> dict[str, Any]:
         "bound_by": longest.bound_by,
         "phases": [phase_json(phase) for phase in phases],
         "machine": {"flops_per_second": machine.flops_per_second, "bytes_per_second": machine.bytes_per_second},
-        "notes": []
-        if has_fast_bf16()
-        else ["this processor has no bfloat16 arithmetic: the base is held in float32 and takes about twice the time"],
+        "notes": notes,
     }
 
 
@@ -108,6 +115,37 @@ def _sample_answers(session: Session, stage: Stage) -> tuple[float, float, float
     batch = min(answers, stage.per_device_train_batch_size)
     largest = math.ceil(batch / group) * prompt + batch * new
     return answers * (prompt + new), prompts * prompt + answers * new, float(answers * new), int(largest)
+
+
+def _sampling_memory(session: Session, shape: Shape, stage: Stage, resident: int) -> int:
+    """Peak bytes while a stage samples, beside what its updates hold."""
+    return evaluation_memory(
+        shape,
+        resident=resident,
+        items=stage.rollout.prompts_per_step * stage.objective.num_generations,
+        batch_size=ROLLOUT_BATCH,
+        prompt_tokens=float(session.data_of(stage).train.lengths.max()),
+        new_tokens=stage.rollout.max_new_tokens,
+        batch_tokens=BATCH_TOKENS,
+        logit_elements=LOGIT_ELEMENTS,
+    )
+
+
+def _evaluation_memory(session: Session, shape: Shape, resident: int) -> int:
+    """Peak bytes of the evaluation, for which the process still holds what training has freed; as if prompts were as long as training's."""
+    items = len(session.data.test_records)
+    if not items:
+        return 0
+    return evaluation_memory(
+        shape,
+        resident=resident,
+        items=items,
+        batch_size=session.recipe.evaluate.batch_size,
+        prompt_tokens=max(1.0, float(session.data.train.lengths.max()) - _shared_beginning(session)),
+        new_tokens=session.recipe.evaluate.max_new_tokens,
+        batch_tokens=BATCH_TOKENS,
+        logit_elements=LOGIT_ELEMENTS,
+    )
 
 
 def _answer_phases(session: Session, shape: Any, machine: Any, stage: Stage) -> list[Phase]:

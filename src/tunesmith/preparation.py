@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from .rundir import manifest, write_json, write_text
 from .session import Session
 from .tasks import encodable_tasks, make_tasks
 from .train.stage import add_new_tokens, check_targets, derive_stage, locate_start, stage_fingerprint
-from .train.work import kind_of
+from .train.work import kind_of, learns_from_answers
 
 
 def require_files(recipe: Recipe) -> None:
@@ -82,16 +82,14 @@ def _prepare_data(session: Session) -> None:
     """The recipe's rows, rendered as the first stage without rows of its own trains on them; then those of the other stages."""
     recipe = session.recipe
     sharing = [stage for stage in recipe.stages if stage.data is None]
-    shared = _rows_of((sharing or recipe.stages)[0])
+    shared = _rows_of(sharing[0]) if sharing else Wanted(None)
 
-    def prepared(
-        section: DataSection, rows: tuple[Kind | None, TrainOn], folder: str, kept_apart: Sequence[AnyRecord] = ()
-    ) -> PreparedData:
-        kind, train_on = rows
-        how = Rendering(session.template, session.loaded.tokenizer, session.loaded.context, recipe.task.description, train_on)
-        return prepare_data(section, session.run, how, seed=recipe.seed, folder=folder, kept_apart=kept_apart, kind=kind)
+    def prepared(section: DataSection, wanted: Wanted, folder: str, kept_apart: Sequence[AnyRecord] = ()) -> PreparedData:
+        context = session.loaded.context - wanted.room
+        how = Rendering(session.template, session.loaded.tokenizer, context, recipe.task.description, wanted.train_on)
+        return prepare_data(section, session.run, how, seed=recipe.seed, folder=folder, kept_apart=kept_apart, kind=wanted.kind)
 
-    session.data = prepared(recipe.data, shared if sharing else (None, "all"), "data")
+    session.data = prepared(recipe.data, shared, "data")
     for stage in recipe.stages:
         if stage.data is not None or _rows_of(stage) != shared:
             section = stage.data or recipe.data
@@ -100,9 +98,18 @@ def _prepare_data(session: Session) -> None:
         session.data.notes.append("no stage trains on the rows of data.train: they serve as examples and for the classical candidate")
 
 
-def _rows_of(stage: Stage) -> tuple[Kind, TrainOn]:
-    """What a stage learns from, and which turns of a conversation carry its loss."""
-    return kind_of(stage.objective), getattr(stage.objective, "train_on", "all")
+class Wanted(NamedTuple):
+    """What is prepared of a data section. kind: None takes any; room: tokens of the context to leave for an answer."""
+
+    kind: Kind | None
+    train_on: TrainOn = "all"
+    room: int = 0
+
+
+def _rows_of(stage: Stage) -> Wanted:
+    """What a stage learns from."""
+    room = stage.rollout.max_new_tokens if learns_from_answers(stage) else 0
+    return Wanted(kind_of(stage.objective), getattr(stage.objective, "train_on", "all"), room)
 
 
 def _derived_stages(session: Session) -> list[Stage]:

@@ -147,6 +147,8 @@ def test_a_ranking_is_best_first_by_rank_or_score(tmp_path, more, order):
         ({**PAIR, "rejected": []}, "preference", "empty answer: rejected has no messages"),
         ({**PAIR, "prompt": ""}, "preference", "empty prompt"),
         ({**PAIR, "prompt": [assistant("a")]}, "preference", "nothing stands before the answer"),
+        ({**PAIR, "margin": 10**400}, "preference", "a number is too large"),
+        ({**PAIR, "margin": -1e39}, "preference", "margin is -1e+39; at most 1e+06"),
         ({**PAIR, "margin": "much"}, "preference", "margin is 'much', not a number"),
         ({**PAIR, "chosen": [user("q")]}, "preference", "the last turn of chosen is not the assistant's"),
         ({**PAIR, "chosen": [assistant("a"), user("b"), assistant("c")]}, "preference", "chosen holds a user turn"),

@@ -18,7 +18,7 @@ from tests.faults.harness import Child, CountingStorage, FailingStorage, Killing
 from tests.toys import Rows, loaded, make_rows, make_stage, tiny_model, train_stage
 
 from tunesmith.errors import Interrupted, NonFinite, StorageFailed
-from tunesmith.objectives import SFT
+from tunesmith.objectives import OBJECTIVES, SFT
 from tunesmith.rundir import read_events, verify_folder
 from tunesmith.train.optimiser import FlatAdamW
 from tunesmith.train.signals import StopRequest
@@ -179,13 +179,14 @@ def test_a_signal_that_comes_while_the_last_step_runs_is_answered_too():
 class PoisonedLoss(SFT):
     """SFT whose loss is not a number from the fifth window on."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Any) -> None:
+        super().__init__(settings)
         self.seen = 0
 
     def terms(self, outputs: Any, batch: Any) -> Any:
         terms = super().terms(outputs, batch)
         self.seen += outputs.logprobs.requires_grad
-        poison = float("nan") if self.seen > 6 else 1.0
+        poison = float("nan") if self.seen > 4 else 1.0
         return {name: term._replace(sum=term.sum * poison) for name, term in terms.items()}
 
 
@@ -207,9 +208,7 @@ def poison_gradient(value: float) -> None:
 def test_a_number_that_is_not_finite_ends_the_run_before_its_update(base, unbroken, method, fault, tmp_path, monkeypatch):
     def poisoned() -> str:
         if fault == "loss":
-            from tunesmith.train import stage
-
-            stage.OBJECTIVES["sft"] = PoisonedLoss
+            OBJECTIVES["sft"] = PoisonedLoss
         else:
             poison_gradient(float(fault.split()[1]))
         return work(base, tmp_path, method)
@@ -238,9 +237,7 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run(base, tmp_path):
                 terms = super().terms(outputs, batch)
                 return terms if outputs.logprobs.requires_grad else {k: t._replace(sum=t.sum * float("inf")) for k, t in terms.items()}
 
-        from tunesmith.train import stage
-
-        stage.OBJECTIVES["sft"] = Poisoned
+        OBJECTIVES["sft"] = Poisoned
         return work(base, tmp_path, "lora")
 
     ended = in_child(poisoned)

@@ -1,4 +1,4 @@
-"""What rollouts ask of generation: log-probabilities of the sampled tokens, seeds of their own, groups of one prompt, a policy in training."""
+"""What rollouts ask of generation: the sampled tokens' log-probabilities, seeds, groups of one prompt, a policy in training."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_every_setting_is_named_so_that_none_of_the_servers_own_adds_to_it(serve
 def test_log_probabilities_that_are_not_of_the_sampled_distribution_are_refused(serve):
     _, raw = serve()
     assert raw.generate(PROMPTS, max_new_tokens=2, sampling=Sampling(1.0, top_p=0.5), logprobs=True)
-    with pytest.raises(RolloutFailed, match="before the temperature of 0.7") as refused:
+    with pytest.raises(RolloutFailed, match=r"before the temperature of 0\.7") as refused:
         raw.generate(PROMPTS, max_new_tokens=2, sampling=Sampling(0.7), logprobs=True)
     assert "processed_logprobs" in refused.value.mend
     _, processed = serve(processed=True)
@@ -198,7 +198,7 @@ def test_a_server_that_is_not_there_or_does_not_answer_in_time_is_named():
         with pytest.raises(RolloutFailed, match="nothing listens there"):
             ServerGenerator(url, "base", NumberTokenizer(0)).generate([[1]], max_new_tokens=1)
         taken.listen()  # takes the connection and never answers
-        with pytest.raises(RolloutFailed, match="no answer within 0.05 seconds"):
+        with pytest.raises(RolloutFailed, match=r"no answer within 0\.05 seconds"):
             ServerGenerator(url, "base", NumberTokenizer(0), timeout=0.05).generate([[1]], max_new_tokens=1)
 
 

@@ -150,6 +150,24 @@ def test_rloos_ratio_is_of_the_whole_answer():
     assert metrics["ratio"][0] / metrics["ratio"][1] == pytest.approx((np.exp(0.1) + np.exp(-0.3)) / 2)
 
 
+def test_rloo_weighs_an_answer_by_the_mean_of_its_tokens_corrections():
+    objective, outputs = RLOO(RLOOObjective.model_construct(epsilon=0.2)), TokenOutputs(logprobs=torch.zeros(3, dtype=torch.float64))
+    batch = answers(
+        [2, 1], objective, advantage_S=[np.full(2, 1.5), np.full(1, 4.0)], correction_S=[np.array([0.5, 1.5]), np.array([0.25])]
+    )
+    assert float(objective.terms(outputs, batch.batch())["policy"].sum) == pytest.approx(-1.5 * 1.0 - 4 * 0.25)
+
+
+def test_how_far_the_policy_has_moved_is_never_negative_and_is_a_sequences():
+    old = [OLD.numpy(), OLD.numpy()]
+    now = torch.log_softmax(OLD + torch.tensor([0.5, -0.5, 0.2, 0.0, 0.1], dtype=torch.float64), 0)
+    batch = answers([5, 5], grpo(), old_S=old).batch()
+    total, rows = rollout_metrics(TokenOutputs(logprobs=torch.cat([now, now]), entropy=torch.zeros(10)), batch)["policy_kl"]
+    difference = (now - OLD).numpy()
+    assert (total, rows) == (pytest.approx(2 * (np.exp(difference) - 1 - difference).sum()), 2)
+    assert total > 0
+
+
 def test_the_value_loss_takes_the_worse_of_the_value_and_its_clipped_self():
     value, old, returns = (torch.tensor(x, dtype=torch.float64) for x in ([1.0, 1.0, 0.1], [0.0, 0.0, 0.0], [2.0, 0.0, 1.0]))
     got = clipped_value_loss(value, old, returns, clip=0.2)

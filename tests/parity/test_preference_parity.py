@@ -21,6 +21,7 @@ from trl.trainer.reward_trainer import RewardTrainer
 from tunesmith.data.forest import build_forest
 from tunesmith.models.policy import Policy, TokenOutputs
 from tunesmith.objectives import OBJECTIVES, kto_z0
+from tunesmith.objectives.preference import log_odds
 from tunesmith.recipe import objective as settings
 from tunesmith.train.window import WindowResult, run_window
 
@@ -142,6 +143,17 @@ def test_orpo_is_trls():
     assert result.metrics["log_odds_chosen"] == pytest.approx(logged["log_odds_chosen"], rel=1e-4)
     assert result.metrics["rewards/margins"] == pytest.approx(logged["rewards/margins"], rel=1e-4)
     assert result.terms["cross_entropy"] == pytest.approx(logged["nll_loss"], rel=1e-5)
+
+
+def test_log_odds_and_their_slope_are_exact_from_hopeless_to_certain():
+    p = np.array([1e-12, 1e-3, 0.3, 0.5, 0.7, 1 - 1e-3, 1 - 1e-9])
+    logp = torch.from_numpy(np.log(p)).requires_grad_()
+    got = log_odds(logp)
+    np.testing.assert_allclose(got.detach(), np.log(p) - np.log1p(-p), rtol=1e-6)
+    np.testing.assert_allclose(torch.autograd.grad(got.sum(), logp)[0], 1 / (1 - p), rtol=1e-6)
+    certain = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    assert torch.isfinite(torch.autograd.grad(log_odds(certain).sum(), certain)[0]).all()
+    assert torch.isfinite(log_odds(certain)).all()
 
 
 def _with_one_token_of_prompt(items: list) -> list:

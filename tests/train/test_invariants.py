@@ -196,7 +196,9 @@ def test_the_loss_of_few_tokens_may_differ_by_more_since_rounding_cancels_less(m
 def test_what_must_hold_at_step_0_is_tried_on_the_first_two_rows_of_training(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        sys.modules["tunesmith.train.stage"], "fast_paths_agree", lambda policy, objective, batch: seen.append(len(batch.forest.lengths_B)) or []
+        sys.modules["tunesmith.train.stage"],
+        "fast_paths_agree",
+        lambda policy, objective, batch: seen.append(len(batch.forest.lengths_B)) or [],
     )
     stage = make_stage(method="lora", max_steps=1, per_device_train_batch_size=4)
     train_stage(loaded(tiny_model("llama")), stage, tmp_path / "run", ROWS)

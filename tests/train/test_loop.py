@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import signal
-from types import SimpleNamespace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.toys import loaded, make_job, make_rows, make_stage, tiny_model
+from tests.toys import batch_of, items_of, loaded, make_job, make_rows, make_stage, tiny_model
 
+from tunesmith.data.batching import DatasetSource, Window
 from tunesmith.errors import Interrupted, InvariantViolated
 from tunesmith.models.methods import attach
 from tunesmith.models.policy import Policy
@@ -26,24 +29,17 @@ ROWS = make_rows(8)
 CURVE = {2: 3.0, 4: 2.0, 6: 1.0, 8: 1.5, 10: 1.2, 12: 1.1}  # the least at step 6, though the last evaluations fall again
 
 
-def follow_curve(monkeypatch: pytest.MonkeyPatch, curve: dict[int, float]) -> list[int]:
-    """Makes each evaluation give the curve's next value."""
-    values, asked = iter(curve.values()), []
-
-    def evaluate(policy: Any, objective: Any, batches: Any, between: Any) -> WindowResult:
-        asked.append(len(asked))
-        return WindowResult(next(values), {}, {})
-
-    monkeypatch.setattr(loop, "evaluate_loss", evaluate)
-    return asked
+def follow_curve(curve: dict[int, float]) -> Callable[[Any], WindowResult]:
+    """An evaluation that gives the curve's next value each time."""
+    values = iter(curve.values())
+    return lambda between: WindowResult(next(values), {}, {})
 
 
-def run_curve(tmp_path, monkeypatch, curve=CURVE, **settings):
-    follow_curve(monkeypatch, curve)
+def run_curve(tmp_path, **settings):
     policy = Policy(tiny_model("llama"))
     stage = make_stage(max_steps=12, eval_steps=2, save_steps=3, save_total_limit=1, **settings)
     with RunDirectory.open(tmp_path / "run", resume=False) as run:
-        job = make_job(policy, stage, run, ROWS, validation=ROWS)
+        job = make_job(policy, stage, run, ROWS, evaluate=follow_curve(CURVE))
         return job, train(job)
 
 
@@ -55,15 +51,15 @@ def test_the_best_step_is_the_one_with_the_lowest_validation_loss_and_its_weight
             weights[event["step"]] = job.optimiser.flat.clone()
 
     monkeypatch.setattr(loop, "_log", remember)
-    job, progress = run_curve(tmp_path, monkeypatch, load_best_model_at_end=True)
+    job, progress = run_curve(tmp_path, load_best_model_at_end=True)
     assert (progress.best_step, progress.best_loss, progress.step) == (6, 1.0, 12)
     assert torch.equal(job.optimiser.flat, weights[6])
     assert not torch.equal(job.optimiser.flat, weights[12])
     assert torch.equal(dict(job.policy.named_parameters())[job.optimiser.names[0]], job.optimiser.masters[0])
 
 
-def test_without_load_best_the_last_weights_stay(tmp_path, monkeypatch):
-    job, progress = run_curve(tmp_path, monkeypatch)
+def test_without_load_best_the_last_weights_stay(tmp_path):
+    job, progress = run_curve(tmp_path)
     newest = job.run.checkpoints("sft")[0]
     assert (newest.name, progress.best_step) == ("step-12", 6)
     kept = load_file(newest / "state.safetensors")
@@ -71,18 +67,17 @@ def test_without_load_best_the_last_weights_stay(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("patience, stop", [(1, 8), (2, 10), (3, 12), (4, 12)])
-def test_training_stops_after_as_many_evaluations_without_gain_as_the_recipe_says(tmp_path, monkeypatch, patience, stop):
-    _, progress = run_curve(tmp_path, monkeypatch, early_stopping_patience=patience)
+def test_training_stops_after_as_many_evaluations_without_gain_as_the_recipe_says(tmp_path, patience, stop):
+    _, progress = run_curve(tmp_path, early_stopping_patience=patience)
     assert progress.step == stop
     assert progress.stopped_early == (patience < 4)
 
 
-def test_a_run_that_stopped_early_stays_stopped_when_it_is_resumed(tmp_path, monkeypatch):
-    run_curve(tmp_path, monkeypatch, early_stopping_patience=1)
-    follow_curve(monkeypatch, CURVE)
+def test_a_run_that_stopped_early_stays_stopped_when_it_is_resumed(tmp_path):
+    run_curve(tmp_path, early_stopping_patience=1)
     stage = make_stage(max_steps=12, eval_steps=2, save_steps=3, save_total_limit=1, early_stopping_patience=1)
     with RunDirectory.open(tmp_path / "run", resume=True) as run:
-        assert train(make_job(Policy(tiny_model("llama")), stage, run, ROWS, validation=ROWS)).step == 8
+        assert train(make_job(Policy(tiny_model("llama")), stage, run, ROWS, evaluate=follow_curve(CURVE))).step == 8
 
 
 def test_the_last_step_is_always_evaluated_and_saved(tmp_path):
@@ -160,16 +155,65 @@ def test_the_source_alone_decides_the_batches(tmp_path):
     class Rollouts:
         steps_per_epoch = 1
 
-        def window(self, step: int) -> list[Any]:
-            from tests.toys import batch_of
-
+        def window(self, step: int) -> Window:
             asked.append(step)
             batch = batch_of(ROWS[step : step + 2])
-            return [SimpleNamespace(forest=batch.forest, reward=step)]
+            return Window([replace(batch, columns={"reward_B": np.full(2, step)})], {"reward": float(step)})
+
+        def state(self) -> dict[str, torch.Tensor]:
+            return {}
 
     with RunDirectory.open(tmp_path / "run", resume=False) as run:
         train(make_job(Policy(tiny_model("llama")), make_stage(max_steps=3), run, ROWS, source=Rollouts()))
+        lines = [event for event in run.events() if "loss" in event]
     assert asked == [0, 1, 2]
+    assert [line["reward"] for line in lines] == [0, 1, 2]
+
+
+class Growing(DatasetSource):
+    """A data set whose windows depend on how many were made, and which may say that it is enough."""
+
+    def __init__(self, *args: Any, enough: int = 99, **settings: Any):
+        super().__init__(*args, **settings)
+        self.made, self.enough = 0, enough
+
+    def window(self, step: int) -> Window:
+        self.made += 1
+        stop = {"rule": "max_kl", "value": 2.0, "limit": 1.0} if self.made > self.enough else None
+        return Window(super().window(self.made).batches, {"made": float(self.made)}, stop)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"made": torch.tensor(self.made)}
+
+    def load(self, state: Any) -> None:
+        self.made = int(state["made"])
+
+
+def growing(**settings: Any) -> Growing:
+    return Growing(items_of(ROWS), batch_size=2, accumulation=1, seed=0, **settings)
+
+
+def test_a_sources_state_is_in_the_checkpoint_and_taken_up_by_the_resumed_run(tmp_path):
+    stage, given = make_stage(max_steps=6, save_steps=2), []
+    for until in (4, 6):
+        with RunDirectory.open(tmp_path / "run", resume=True) as run:
+            job = make_job(Policy(tiny_model("llama")), stage.model_copy(update={"max_steps": until}), run, ROWS, source=growing())
+            train(job)
+            given.append(job.source.made)
+            lines = [event for event in run.events() if "loss" in event]
+    assert given == [4, 6]
+    assert [line["made"] for line in lines if line["step"] > 4] == [5, 6]
+
+
+def test_a_source_that_says_stop_ends_the_stage_before_the_update_with_a_checkpoint_and_for_good(tmp_path):
+    stage = make_stage(max_steps=9, save_steps=9)
+    for _ in range(2):
+        with RunDirectory.open(tmp_path / "run", resume=True) as run:
+            progress = train(make_job(Policy(tiny_model("llama")), stage, run, ROWS, source=growing(enough=3)))
+            assert (progress.step, progress.stopped_early) == (3, True)
+            stopped = [event for event in run.events() if event.get("event") == "stopped"]
+            assert [path.name for path in run.checkpoints("sft")] == ["step-3"]
+        assert [(event["step"], event["rule"], event["value"], event["limit"]) for event in stopped] == [(3, "max_kl", 2.0, 1.0)]
 
 
 @pytest.mark.parametrize("batches_seen", [0, 1, 3, 4])
@@ -187,15 +231,20 @@ def test_a_signal_during_an_evaluation_is_answered_before_its_next_batch_and_the
 
     with RunDirectory.open(tmp_path / "run", resume=False) as run:
         job = make_job(policy, stage, run, ROWS, validation=ROWS, objective=Signalled(), stop=stop)
-        held_out = job.validation
+        plain = job.evaluate
 
-        def first_batch_signals() -> Any:
-            for batch in held_out():
-                yield batch
-                if not batches_seen:
+        def first_batch_signals(between: Any) -> WindowResult:
+            asked = []
+
+            def first() -> None:
+                asked.append(None)
+                if not batches_seen and len(asked) == 2:  # while the batches are made, before any is computed
                     stop._handle(signal.SIGTERM, None)
+                between()
 
-        job.validation = first_batch_signals
+            return plain(first)
+
+        job.evaluate = first_batch_signals
         with pytest.raises(Interrupted, match="after step 2"):
             train(job)
         assert len(seen) == batches_seen

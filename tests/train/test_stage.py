@@ -46,7 +46,7 @@ def test_a_fingerprint_covers_what_the_token_stores_were_made_from(tmp_path, par
     for system in ("answer briefly", "answer at length"):
         data = stage_inputs(base, make_rows(6), tmp_path, validation=make_rows(3, seed=1)).data
         getattr(data, part).keep(tmp_path / part, json.dumps({"settings": {"system": system}}))
-        prints.add(stage_fingerprint(stage, base, data, None, None, 0))
+        prints.add(stage_fingerprint(stage, base, data, None, None, 0, tmp_path))
     assert len(prints) == 2
 
 

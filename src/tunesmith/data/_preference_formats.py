@@ -18,6 +18,7 @@ from .preference import Preference, PreferencePair, PromptOnly, Ranking, Unpaire
 from .records import Message, Source, canonical
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+MOST_MARGIN = 1e6  # a margin is compared with differences of rewards; float32 overflows far beyond
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -221,7 +222,10 @@ def _margin(value: Any, source: Source) -> float | None:
             value = float(value)
         except ValueError as error:
             raise RowRefused(f"margin is {short(value)}, not a number") from error
-    return float(_number(value, "margin"))
+    margin = float(_number(value, "margin"))
+    if abs(margin) > MOST_MARGIN:
+        raise RowRefused(f"margin is {margin:g}; at most {MOST_MARGIN:g} is read, either way")
+    return margin
 
 
 def _is_csv(source: Source) -> bool:

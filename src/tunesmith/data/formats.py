@@ -125,7 +125,9 @@ def to_record(row: dict[str, Any], form: str, source: Source, system: str | None
         raise RowRefused(f"the text holds a lone surrogate, U+{ord(error.object[error.start]):04X}, which is no character") from error
     except RecursionError as error:
         raise RowRefused("nested too deep") from error
-    except (TypeError, ValueError, OverflowError) as error:
+    except OverflowError as error:
+        raise RowRefused("a number is too large") from error
+    except (TypeError, ValueError) as error:
         raise error if isinstance(error, RowRefused) else RowRefused(f"a value is not JSON: {error}") from error
 
 

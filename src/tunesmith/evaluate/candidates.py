@@ -1,7 +1,8 @@
 """The candidates that are language models: how each is asked, and what it answers.
 
 zero_shot and few_shot are the base model, decoded under the output schema or the labels so that they are no strawmen; tuned is the
-trained model, decoded freely, as its user will run it. All are greedy and see the same items through the same chat template.
+trained model and a stage's name what that stage gave, decoded freely, as their user will run them. All see the same items through the
+same chat template, and all are greedy, or sampled at one temperature with one random stream for each item.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from typing import Any
 
 from ..data.records import Message
 from ..errors import DataRefused, ModelError, TunesmithError
-from ..generate.protocol import GREEDY, Constraint, Generator
+from ..generate.protocol import GREEDY, Constraint, Generator, Sampling
 from .encode import Encoder
 from .task import Item, Task
 
 COST_ORDER = ("zero_shot", "few_shot", "classical", "tuned")
-"""From the least to the most that a user has to do and keep; the recommendation prefers the earlier."""
+"""From the least to the most that a user has to do and keep; the recommendation prefers the earlier. Stages come before tuned."""
 CONSTRAINED = frozenset({"zero_shot", "few_shot"})
 ANSWER_ROOM = 1.5
 """The longest answer allowed, over the longest reference known."""
@@ -29,29 +30,38 @@ Example = tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One output. tokens: how many were generated, the end token included."""
+    """One output. tokens: how many were generated, the end token included; token_ids: which."""
 
     text: str
     finish_reason: str
     tokens: int
+    token_ids: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The answer as JSON."""
-        return {"text": self.text, "finish_reason": self.finish_reason, "tokens": self.tokens}
+        return {"text": self.text, "finish_reason": self.finish_reason, "tokens": self.tokens, "token_ids": list(self.token_ids)}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The token ids a candidate is asked with: prompts[N][T], references[N][A], and what had to be left out."""
+    """The token ids a candidate is asked with: prompts[N][T], references[N][A] (none unless every item has one), and what was left out."""
 
     prompts: list[list[int]]
     references: list[list[int]]
     notes: tuple[str, ...] = ()
 
 
-def decoding(candidate: str, task: Task) -> str:
-    """ "constrained" or "free": whether only tokens inside the schema or the labels may be chosen."""
-    return "constrained" if candidate in CONSTRAINED and (task.fields or task.labels) else "free"
+def is_constrained(candidate: str, task: Task) -> bool:
+    """Whether only tokens inside the schema or the labels may be chosen."""
+    return candidate in CONSTRAINED and bool(task.fields or task.labels)
+
+
+def decoding(candidate: str, task: Task, temperature: float = 0.0) -> str:
+    """How answers are made, in words: "constrained" or "free", which are greedy, or "sampled at T"."""
+    held = is_constrained(candidate, task)
+    if temperature == 0:
+        return "constrained" if held else "free"
+    return f"{'constrained, ' if held else ''}sampled at {temperature:g}"
 
 
 def derive_max_new_tokens(answer_lengths: Iterable[int]) -> int:
@@ -83,24 +93,29 @@ def encode_items(
 ) -> Asked:
     """Encodes every item; where prompt and answer do not fit the context, examples are left out from the end, with a note.
 
-    references: whether the references are encoded too (for perplexity); without, Asked.references is empty. Raises DataRefused, naming
-    the items, where an item does not fit even alone.
+    references: whether the references are encoded too (for perplexity); without, and where an item has none, Asked.references is empty.
+    Raises DataRefused, naming the items, where an item does not fit even alone.
     """
     prompts, answers, short, misfits = [], [], 0, []
+    references = references and task.has_references
+    limit = math.inf if context_length is None else context_length
+    room = max_new_tokens if task.wants_answers else 0
     for item in task.items:
         if not item.messages:
             first, rest = encoder.document(item.reference)
             prompts.append([int(token) for token in first])
             answers.append([int(token) for token in rest])
-            if context_length is not None and len(first) + len(rest) > context_length:
+            if len(first) + len(rest) > limit:
                 misfits.append(item.item_id)
             continue
+        whole = [encoder.dialogue(dialogue) for dialogue in item.compared]
+        longest = max((len(one.prompt) + len(one.answer) for one in whole), default=0)
         kept = list(examples)
         while True:
             messages = with_examples(item.messages, kept)
             prompt = encode_messages(encoder, messages, item)
             answer = _reference(encoder, messages, item) if references else []
-            if context_length is None or len(prompt) + max(max_new_tokens, len(answer)) <= context_length:
+            if max(len(prompt) + max(room, len(answer)), longest) <= limit:
                 break
             if not kept:
                 misfits.append(item.item_id)
@@ -143,16 +158,23 @@ def encode_messages(encoder: Encoder, messages: Sequence[Message], item: Item) -
 
 
 def generate_answers(
-    generator: Generator, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, constraint: Constraint | None
+    generator: Generator,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    constraint: Constraint | None,
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
 ) -> list[Answer]:
-    """Greedy answers to all prompts, in order. No setting of a model's generation_config takes part.
+    """Answers to all prompts, in order, greedy or sampled. No setting of a model's generation_config takes part.
 
-    Raises TunesmithError unless there is exactly one answer a prompt.
+    seeds: one a prompt, each of which decides its answer's random stream. Raises TunesmithError unless there is exactly one answer a prompt.
     """
-    made = generator.generate(prompts, max_new_tokens=max_new_tokens, sampling=GREEDY, constraint=constraint) if prompts else []
+    streams = {} if seeds is None else {"seeds": seeds}
+    made = generator.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling, constraint=constraint, **streams) if prompts else []
     if len(made) != len(prompts):
         raise TunesmithError(f"{len(prompts)} prompts but {len(made)} answers", mend="report this: the generator is at fault")
-    return [Answer(one.text, one.finish_reason, len(one.token_ids)) for one in made]
+    return [Answer(one.text, one.finish_reason, len(one.token_ids), tuple(map(int, one.token_ids))) for one in made]
 
 
 def _reference(encoder: Encoder, messages: Sequence[Message], item: Item) -> list[int]:

@@ -7,6 +7,7 @@ into every score: scores of two templates are never compared.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -25,6 +26,16 @@ Tools = tuple[dict[str, Any], ...] | None
 NO_TEMPLATE = "no template: plain text only"
 
 
+@dataclass(frozen=True)
+class Dialogue:
+    """A dialogue as it is judged: ids of the prompt [P], of what follows up to the end of the answer's turn [A], and, for each of those,
+    whether it is the answer's own [A]: what tools gave is not."""
+
+    prompt: list[int]
+    answer: list[int]
+    own: list[bool]
+
+
 class Encoder(Protocol):
     """Renders and tokenises, always in the same way."""
 
@@ -39,6 +50,9 @@ class Encoder(Protocol):
 
     def document(self, text: str) -> tuple[Sequence[int], Sequence[int]]:
         """A plain text's first token, which nothing predicts, and the rest."""
+
+    def dialogue(self, dialogue: Conversation) -> Dialogue:
+        """A whole dialogue whose messages say by their weights what is the answer."""
 
 
 class TemplateEncoder:
@@ -66,3 +80,11 @@ class TemplateEncoder:
         """A plain text's first token ([1]) and the rest ([T - 1]), the end-of-sequence token included, as training renders it."""
         ids = render(Document(text, row_id="item", source=Source("evaluation", 0)), None, self.tokenizer).ids
         return ids[:1], ids[1:]
+
+    def dialogue(self, dialogue: Conversation) -> Dialogue:
+        """The dialogue as training renders it, from its first token to its last supervised one. Raises TemplateError where it cannot be."""
+        rendered = render(dialogue, self.template, self.tokenizer)
+        supervised = np.flatnonzero(rendered.weights)
+        start, end = int(supervised[0]), int(supervised[-1]) + 1
+        ids, own = rendered.ids[:end].tolist(), (rendered.weights[start:end] > 0).tolist()
+        return Dialogue(ids[:start], ids[start:], own)

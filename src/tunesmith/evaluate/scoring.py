@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..score import Average, ItemScore, MacroF1, Mean, bootstrap_interval
+from ..score.metrics import NEED_REFERENCE, PREFERENCE
 from ..score.statistics import Statistic
 from .perplexity import ReferenceNats
 from .task import LABEL_FIELD, Task
@@ -43,10 +44,25 @@ class Scored:
         return found
 
 
+    def with_metric(self, metric: str, values: Sequence[float], bounds: tuple[float, float] | None = (0.0, 1.0)) -> Scored:
+        """With one more number for each item, whose mean is the metric."""
+        items = tuple({**scores, metric: float(value)} for scores, value in zip(self.item_scores, values, strict=True))
+        return replace(self, item_scores=items, statistics={**self.statistics, metric: Mean(values, bounds)})
+
+    def without_metric(self, metric: str, reason: str) -> Scored:
+        """With the reason why a metric has no number."""
+        return replace(self, not_measured={**self.not_measured, metric: reason})
+
+
 def score_answers(task: Task, candidate: str, outputs: Sequence[str], nats: ReferenceNats | None, *, template_sha256: str | None) -> Scored:
-    """Scores one output an item (ValueError unless there are as many), and the references' perplexity where it was measured."""
+    """Scores one output an item (ValueError unless there are as many), and the references' perplexity where it was measured.
+
+    Where an item has no reference, nothing is measured against one, and the reasons say so.
+    """
     if len(outputs) != len(task.items):
         raise ValueError(f"{len(task.items)} items but {len(outputs)} outputs")
+    if not task.has_references:
+        return unscored(task, candidate, template_sha256=template_sha256)
     scored = [task.score(output, item.reference) for output, item in zip(outputs, task.items, strict=True)]
     item_scores = [dict(one.scores) for one in scored]
     statistics = _statistics(task, scored) if scored else {}
@@ -54,6 +70,12 @@ def score_answers(task: Task, candidate: str, outputs: Sequence[str], nats: Refe
         _add_perplexity(item_scores, nats)
         statistics["perplexity"] = nats.statistic
     return Scored(candidate, task.name, task.sha256, template_sha256, statistics, tuple(item_scores))
+
+
+def unscored(task: Task, candidate: str, *, template_sha256: str | None) -> Scored:
+    """No number yet: what needs a reference is not measured where an item has none, other metrics are added."""
+    empty = tuple({} for _ in task.items)
+    return Scored(candidate, task.name, task.sha256, template_sha256, {}, empty, task.without_reference)
 
 
 def score_references(task: Task, candidate: str, nats: ReferenceNats, *, template_sha256: str) -> Scored:
@@ -99,9 +121,14 @@ def score_labels(task: Task, candidate: str, labels: Sequence[dict[str, str]]) -
 
 
 def chance_values(task: Task) -> dict[str, dict[str, float | int]]:
-    """What the best constant answer scores: the most frequent reference (by its labels), given to every item; {metric: {value, n}}."""
+    """What the best constant answer scores: the most frequent reference (by its labels), given to every item; {metric: {value, n}}.
+
+    Of answers to be compared a half is what a coin gets right.
+    """
     if not task.items:
         return {}
+    if not task.has_references:
+        return {PREFERENCE: {"value": 0.5, "n": len(task.items)}} if task.is_compared else {}
     keys = [tuple(task.reference_labels(item.reference).values()) or item.reference.strip() for item in task.items]
     common = Counter(keys).most_common(1)[0][0]
     constant = task.items[keys.index(common)].reference
@@ -118,6 +145,8 @@ def _statistics(task: Task, scored: Sequence[ItemScore]) -> dict[str, Statistic]
     found: dict[str, Statistic] = {}
     expected = [task.reference_labels(item.reference) for item in task.items] if "macro_f1" in task.metrics else []
     for metric in dict.fromkeys(("exact_match", *task.metrics)):
+        if metric not in NEED_REFERENCE:
+            continue
         if metric == "macro_f1":
             parts = {
                 name: MacroF1([truth[name] for truth in expected], [one.labels.get(name) for one in scored]) for name in task.label_fields

@@ -1,7 +1,8 @@
 """A task: a frozen evaluation set with its metrics, hashed; every candidate sees the same items.
 
-Takes conversations; gives items whose prompt is what comes before the last assistant turn and whose reference is that turn's text, and
-the way one answer is scored: under a JSON Schema, as one of some labels, or as free text.
+Takes records; gives items whose prompt is what comes before the last assistant turn and whose reference is that turn's text, and the way
+one answer is scored: under a JSON Schema, as one of some labels, or as free text. A row that is a prompt has a reference where it has a
+column `answer`; a preference pair or a ranking has answers that are compared, and no reference.
 """
 
 from __future__ import annotations
@@ -13,24 +14,32 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..data.records import Conversation, Document, Message, Record
+from ..data.preference import AnyRecord, PreferencePair, PromptOnly, Ranking, prompt_of
+from ..data.records import Conversation, Document, Message
 from ..errors import DataRefused, RecipeError
 from ..score import ItemScore, OutputFields, canonical, exact_match, parse_output, rouge_l, score_structured
+from ..score.metrics import NEED_REFERENCE, OF_ANSWERS, PREFERENCE
 
 LABEL_FIELD = "label"
 """The one label field of a classification task."""
+ANSWER_COLUMN = "answer"
+"""The column of a row that is a prompt which holds its reference."""
 _NAMED = 5
 """Row ids an error message names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One prompt and its reference. item_id: the row's id, made unique by -2, -3 ... where a row occurs twice."""
+    """One prompt and its reference, None where the row has none. item_id: the row's id, made unique by -2, -3 ... where a row occurs twice.
+
+    compared: whole dialogues on the prompt, the preferred first, of a row that says which of several answers is better.
+    """
 
     item_id: str
     messages: tuple[Message, ...]
-    reference: str
+    reference: str | None
     tools: tuple[dict[str, Any], ...] | None = None
+    compared: tuple[Conversation, ...] = ()
 
     @property
     def source_text(self) -> str:
@@ -60,6 +69,30 @@ class Task:
     def is_text(self) -> bool:
         """Whether the items are plain text, which nobody answers: perplexity is all there is."""
         return any(not item.messages for item in self.items)
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether the items are answers to be compared, so that a candidate need not give one of its own."""
+        return any(item.compared for item in self.items)
+
+    @property
+    def wants_answers(self) -> bool:
+        """Whether a candidate has to answer the items."""
+        return not self.is_compared or any(metric in OF_ANSWERS for metric in self.metrics)
+
+    @property
+    def has_references(self) -> bool:
+        """Whether every item has a reference; with fewer, nothing is measured against one, since candidates share all items."""
+        return all(item.reference is not None for item in self.items)
+
+    @property
+    def without_reference(self) -> dict[str, str]:
+        """Metric to the reason why it has no number, for want of references; empty where every item has one."""
+        if self.has_references:
+            return {}
+        lacking = sum(item.reference is None for item in self.items)
+        reason = f"{lacking} of {len(self.items)} items have no reference"
+        return {metric: reason for metric in dict.fromkeys(("exact_match", *self.metrics, "perplexity")) if metric in NEED_REFERENCE}
 
     @property
     def label_fields(self) -> tuple[str, ...]:
@@ -114,7 +147,7 @@ class Task:
 
 def freeze_task(
     name: str,
-    records: Iterable[Record],
+    records: Iterable[AnyRecord],
     *,
     schema: dict[str, Any] | None = None,
     labels: Sequence[str] | None = None,
@@ -122,9 +155,10 @@ def freeze_task(
 ) -> Task:
     """Makes the task and hashes its items, its schema or labels, and its metrics.
 
-    A conversation whose last turn has no text or calls tools, or that has nothing before it, is listed in `skipped` with its reason. Raises
-    RecipeError for a metric that such answers do not have, or both a schema and labels; DataRefused where a reference breaks the schema.
-    Documents (plain text) become items without a prompt, measured by perplexity alone.
+    A conversation whose last turn has no text or calls tools, or that has nothing before it, is listed in `skipped` with its reason; so is
+    a prompt without a reference where answers are JSON or labels. Raises RecipeError for a metric that such answers do not have, or both a
+    schema and labels; DataRefused where a reference breaks the schema. Documents (plain text) become items without a prompt, measured by
+    perplexity alone.
     """
     if schema is not None and labels is not None:
         raise RecipeError("a task has an output_schema or labels, not both", where="task", mend="remove one of the two")
@@ -136,17 +170,14 @@ def freeze_task(
     _check_metrics(metrics, fields, names)
     items, skipped, seen = [], [], Counter()
     for record in records:
-        reason = _unusable(record) if isinstance(record, Conversation) else None
+        reason = _unusable(record, needs_reference=bool(fields or names))
         if reason:
             skipped.append((record.row_id, reason))
             continue
         seen[record.row_id] += 1
         times = seen[record.row_id]
         item_id = record.row_id if times == 1 else f"{record.row_id}-{times}"
-        if isinstance(record, Document):
-            items.append(Item(item_id, (), record.text))
-        else:
-            items.append(Item(item_id, tuple(record.prompt()), record.messages[-1].content, record.tools))
+        items.append(_item(item_id, record))
     if fields:
         broken = [item.item_id for item in items if parse_output(item.reference, fields) is None]
         if broken:
@@ -160,7 +191,7 @@ def freeze_task(
 
 def distinct_answers(conversations: Iterable[Conversation]) -> list[str]:
     """The sorted distinct answers: what `task.labels: auto` stands for, from the training rows."""
-    return sorted({row.answer.strip() for row in conversations if not _unusable(row)})
+    return sorted({row.answer.strip() for row in conversations if not _unusable(row, needs_reference=True)})
 
 
 def task_summary(task: Task) -> dict[str, Any]:
@@ -168,15 +199,37 @@ def task_summary(task: Task) -> dict[str, Any]:
     return {"hash": task.sha256, "n": len(task.items), "skipped": dict(Counter(reason for _, reason in task.skipped))}
 
 
-def _unusable(conversation: Conversation) -> str | None:
-    last = conversation.messages[-1]
+def _item(item_id: str, record: AnyRecord) -> Item:
+    if isinstance(record, Document):
+        return Item(item_id, (), record.text)
+    compared = record.conversations() if isinstance(record, PreferencePair | Ranking) else ()
+    return Item(item_id, tuple(prompt_of(record)), _reference(record), record.tools, compared)
+
+
+def _reference(record: AnyRecord) -> str | None:
+    """A conversation's last turn; of a prompt the column `answer`, as JSON where it is neither text nor missing."""
+    if isinstance(record, Conversation):
+        return record.messages[-1].content
+    answer = record.columns.get(ANSWER_COLUMN) if isinstance(record, PromptOnly) else None
+    if answer is None or isinstance(answer, str):
+        return answer if answer and answer.strip() else None
+    return json.dumps(answer, ensure_ascii=False)
+
+
+def _unusable(record: AnyRecord, *, needs_reference: bool) -> str | None:
+    if isinstance(record, Document):
+        return None
+    if not isinstance(record, Conversation):
+        lacks = needs_reference and _reference(record) is None
+        return f"it has no `{ANSWER_COLUMN}` that an answer could be held to" if lacks else None
+    last = record.messages[-1]
     if last.role != "assistant":
         return "the last turn is not the assistant's"
     if last.tool_calls:
         return "the last assistant turn calls tools, which is not scored"
     if not last.content.strip():
         return "the last assistant turn has no text"
-    return None if conversation.prompt() else "nothing comes before the answer"
+    return None if record.prompt() else "nothing comes before the answer"
 
 
 def _check_metrics(metrics: Sequence[str], fields: OutputFields | None, labels: tuple[str, ...] | None) -> None:
@@ -190,6 +243,7 @@ def _check_metrics(metrics: Sequence[str], fields: OutputFields | None, labels: 
         possible, kind = {"exact_match", "macro_f1"}, "answers that are one of some labels"
     else:
         possible, kind = {"exact_match", "rougeL"}, "free-text answers"
+    possible |= {*OF_ANSWERS, PREFERENCE}
     for metric in metrics:
         if metric not in possible:
             mend = f"choose from {', '.join(sorted(possible))}"
@@ -205,4 +259,7 @@ def _hash(items: Sequence[Item], schema: dict[str, Any] | None, labels: tuple[st
 
 def _item_json(item: Item) -> dict[str, Any]:
     messages = [message.as_given() for message in item.messages]
-    return {"id": item.item_id, "messages": messages, "reference": item.reference, "tools": item.tools}
+    found = {"id": item.item_id, "messages": messages, "reference": item.reference, "tools": item.tools}
+    if item.compared:
+        found["compared"] = [[message.as_given() for message in dialogue.messages] for dialogue in item.compared]
+    return found

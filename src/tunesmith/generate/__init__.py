@@ -1,8 +1,7 @@
 """Generation: prompts as token ids in, answers and log-probabilities out.
 
-`Generator` is what the rest of the project asks for; `LocalGenerator` is one on a model in this process,
-`ServerGenerator` one over a vLLM server. Constraints hold answers to a
-JSON schema or to a list of labels.
+`Generator` is what the rest of the project asks for; `LocalGenerator` is one on a model in this process, `ServerGenerator` one over a
+vLLM server. Constraints hold answers to a JSON schema or to a list of labels.
 """
 
 from __future__ import annotations

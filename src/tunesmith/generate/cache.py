@@ -218,7 +218,7 @@ class PrefixCache(Cache):
             layout.capacity += max(MIN_GROWTH, layout.capacity // 2)
 
     def keep(self, rows: list[int]) -> None:
-        """Drops every row but the named ones, and the slots that no row left uses; a row named n times becomes n rows, in the order named."""
+        """Keeps the named rows, in that order, one as often as it is named, and drops the slots that no row left uses."""
         layout = self.layout
         first_slot = min(layout.starts[b] for b in rows)
         index = torch.tensor(rows, device=layout.device)

@@ -72,8 +72,8 @@ class LocalGenerator:
         """One generation a prompt (token ids), in the asked order; a prompt that is given several times is computed once.
 
         seeds: one a prompt, each of which fully decides its row's random stream. logprobs: whether the generations carry those of their
-        tokens. An answer ends at a stop token, when the constraint is complete, after max_new_tokens, or where the model's context ends. Raises
-        ModelError for a prompt that is empty or does not fit the context.
+        tokens. An answer ends at a stop token, when the constraint is complete, after max_new_tokens, or where the model's context ends.
+        Raises ModelError for a prompt that is empty or does not fit the context.
         """
         if not len(prompts):
             return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ._base import PathText, Section, type_names
 from .data import DataSection
@@ -77,6 +77,24 @@ class Stage(Section):
     """Checkpoints kept, besides the best."""
     logging_steps: Positive = 1
     """Updates between lines in the event log."""
+
+    @model_validator(mode="after")
+    def _reference_is_the_start(self) -> Stage:
+        named = getattr(self.objective, "reference", "start")
+        if named not in ("start", "none", self.start_from):
+            start = self.start_from or "the base"
+            raise ValueError(
+                f"objective.reference: {named} is not what the stage starts from ({start}); write start, or start_from: {named}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _updates_take_all_rollouts(self) -> Stage:
+        if hasattr(self.objective, "num_generations") and self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                "gradient_accumulation_steps: an update takes every rollout, in as many forward passes as it needs; leave it out"
+            )
+        return self
 
     @field_validator("objective", mode="before", json_schema_input_type=_or_its_name(Objective))
     @classmethod

@@ -26,7 +26,7 @@ START_SECONDS = 120.0  # to import the user's file, which may import torch, on a
 CHUNK_BYTES = 2**16  # of one read or write
 PATIENCE = 3  # deaths of the process in one call, after which the rest of its answers are not tried
 MEND = {
-    "python": "name a file that can be imported and a function in it: def reward(prompts, completions, **columns): return a list of numbers",
+    "python": "name a file that can be imported and a function in it, def reward(prompts, completions, **columns), that returns a list",
     "regex": "write a regular expression as Python's re module takes it",
     "json_schema": "check that jsonschema can be imported by this Python",
 }

@@ -19,6 +19,9 @@ METRIC_DIRECTION: dict[str, Direction] = {
     "macro_f1": "higher",
     "rougeL": "higher",
     "json_validity": "higher",
+    "gold_reward": "higher",
+    "preference_accuracy": "higher",
+    "reward": "higher",
     "perplexity": "lower",
 }
 
@@ -28,8 +31,17 @@ METRIC_UNIT: dict[str, str] = {
     "macro_f1": "F1, mean over labels",
     "rougeL": "F-measure, mean over items",
     "json_validity": "share of items",
+    "gold_reward": "mean of the checks, each 0 to 1",
+    "preference_accuracy": "share of items, ties a half",
+    "reward": "mean score of the reward model",
     "perplexity": "exp(nats per token)",
 }
+
+PREFERENCE = "preference_accuracy"
+OF_ANSWERS = ("gold_reward", "reward")
+"""Metrics of an answer that need no reference."""
+NEED_REFERENCE = ("exact_match", "field_accuracy", "macro_f1", "rougeL", "json_validity", "perplexity")
+"""Metrics that compare with a reference, or are scored together with those that do."""
 
 
 def base_metric(metric: str) -> str:

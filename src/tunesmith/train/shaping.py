@@ -31,7 +31,8 @@ class Shaped:
 class Shaping:
     """What is common: groups of answers to one prompt, the passes over them, and nothing to remember.
 
-    group: answers of a prompt. together: rows that may not be parted. values: whether there is a value head.
+    group: answers of a prompt. passes: over an iteration's answers, each cut into `parts`, an update each. together: rows that may not be
+    parted. values: whether there is a value head.
     """
 
     together = 1
@@ -41,8 +42,7 @@ class Shaping:
     def __init__(self, stage: Stage):
         self.settings = stage.objective
         self.group: int = stage.objective.num_generations
-        self.passes: int = getattr(stage.objective, "num_iterations", 1)
-        self.parts = 1
+        self.passes, self.parts = 1, 1
 
     @staticmethod
     def of(stage: Stage) -> Shaping:
@@ -124,7 +124,7 @@ class GRPOShaping(Shaping):
 
     def __init__(self, stage: Stage):
         super().__init__(stage)
-        self.dynamic_sampling = self.settings.dynamic_sampling
+        self.passes, self.dynamic_sampling = self.settings.num_iterations, self.settings.dynamic_sampling
 
     def columns(self, rollouts: Rollouts, rewards_N: np.ndarray, rows: np.ndarray) -> Shaped:
         """advantage_S, the same at each token of an answer."""
@@ -137,6 +137,10 @@ class GRPOShaping(Shaping):
 
 class RLOOShaping(Shaping):
     """Rewards less the KL of the whole answer, against the mean of the siblings'."""
+
+    def __init__(self, stage: Stage):
+        super().__init__(stage)
+        self.passes = self.settings.num_iterations
 
     def columns(self, rollouts: Rollouts, rewards_N: np.ndarray, rows: np.ndarray) -> Shaped:
         """advantage_S, the same at each token of an answer."""

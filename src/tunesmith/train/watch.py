@@ -65,10 +65,9 @@ class Baseline:
 def broken_rule(watch: WatchSection, metrics: Mapping[str, float], baseline: Baseline) -> dict[str, Any] | None:
     """The first stop rule that an iteration breaks, as {"rule", "value", "limit"}; None where all hold or are switched off."""
     ratio = metrics["length"] / baseline.length if baseline.length else 1.0
-    above = {"max_kl": metrics["kl"], "max_length_ratio": ratio}
-    below = {"min_distinct": metrics["distinct"], "min_entropy": metrics["entropy"]}
-    for rule, value in {**above, **below}.items():
-        limit = getattr(watch, rule)
-        if limit is not None and (value > limit if rule in above else value < limit):
+    upper = {"max_kl": (metrics["kl"], watch.max_kl), "max_length_ratio": (ratio, watch.max_length_ratio)}
+    lower = {"min_distinct": (metrics["distinct"], watch.min_distinct), "min_entropy": (metrics["entropy"], watch.min_entropy)}
+    for rule, (value, limit) in {**upper, **lower}.items():
+        if limit is not None and (value > limit if rule in upper else value < limit):
             return {"rule": rule, "value": value, "limit": limit}
     return None
