@@ -65,7 +65,7 @@ def test_dataclasses_threads_and_the_standard_library_work_and_main_blocks_do_no
         "t = threading.Thread(target=lambda: None); t.start(); t.join()\ntempfile.TemporaryFile().write(b'x')\n"
         "if __name__ == '__main__':\n    raise ValueError\n"
     )
-    assert score(code, ["assert P(1) == P(1)"]) == 1.0
+    assert score(code, ["assert P(1) == P(1)", "import sys; assert sys.modules[__name__].P is P"]) == 1.0
 
 
 @in_sandbox
@@ -89,6 +89,22 @@ def test_what_an_answer_prints_is_not_taken_for_passed_tests():
     lines = "import os\nfor line in ('started', '0 1', '1 1', 'done'):\n    print(line, flush=True)\n"
     flood = "for fd in range(64):\n    try:\n        os.write(fd, b'x 0 1\\n0 1\\n' * 10)\n    except OSError: pass\n"
     assert score(lines + flood, ["assert False", "assert False"]) == 0.0
+
+
+@in_sandbox
+def test_an_answer_that_prints_keeps_what_it_passed():
+    assert score("print('hello', flush=True)\n", ["print('again', flush=True)", "assert False"]) == 0.5
+
+
+@in_sandbox
+def test_a_test_that_exits_fails_alone():
+    assert score(DOUBLE, ["assert double(1) == 2", "raise SystemExit(0)", "assert double(1) == 2", "assert False"]) == 0.5
+
+
+@in_sandbox
+def test_a_copy_of_the_process_has_no_say():
+    assert score("import os, time\npid = os.fork()\nif pid: time.sleep(0.3)\n", ["assert pid == 0", "assert pid == 0"]) == 0.0
+    assert score("import os, time\npid = os.fork()\nif not pid: time.sleep(0.3)\n", ["assert pid == 0; time.sleep(1)"]) == 0.0
 
 
 @in_sandbox
