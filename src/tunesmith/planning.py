@@ -33,9 +33,10 @@ from .score import minimum_items
 from .session import Session
 from .tasks import Tasks
 from .train.memory import peak_memory_bytes, resident_bytes
+from .train.samplers import ROLLOUT_BATCH
 from .train.scoring import named_models
 from .train.shaping import Shaping
-from .train.work import ROLLOUT_BATCH, learns_from_answers
+from .train.work import learns_from_answers
 
 SAMPLED_WINDOWS = 20  # updates looked at to know how many tokens are shared
 SAMPLED_ROWS = 32

@@ -13,6 +13,7 @@ import torch
 from tests.toys import loaded, make_items, make_stage, model_folder, tiny_model, tiny_tokenizer, train_stage
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
+from tunesmith.data.batching import DatasetSource
 from tunesmith.data.forest import build_forest
 from tunesmith.data.records import Message
 from tunesmith.errors import AdapterError, CheckpointError, ModelError
@@ -24,6 +25,8 @@ from tunesmith.models.reward import Foreign, Scored, Separate, Shared, open_rewa
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.recipe import FullMethod, LoraMethod, ModelSection, RewardObjective
 from tunesmith.rundir import atomic_folder, read_events
+from tunesmith.train import stage as module
+from tunesmith.train.loop import train
 from tunesmith.train.window import run_window
 
 PAIRS = make_items(12)
@@ -35,15 +38,8 @@ def trained(path: Path, method: LoraMethod | FullMethod = LORA, base=None) -> tu
     """A reward model after some updates, as it is in memory, and its folder."""
     kept = {}
     stage = make_stage(name="reward", objective="reward", method=method, max_steps=12, rows=len(PAIRS), learning_rate=2e-2)
-    from tunesmith.train import stage as module
-
-    class Kept(module.Job):
-        def __post_init__(self) -> None:
-            kept["policy"] = self.policy
-
-    patch = pytest.MonkeyPatch()
-    with patch.context() as patched:
-        patched.setattr(module, "Job", Kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "train", lambda job: kept.update(policy=job.policy) or train(job))
         train_stage(base or loaded(tiny_model("llama")), stage, path, PAIRS)
     return kept["policy"], path / "stages" / "reward" / "model"
 
@@ -149,8 +145,6 @@ def tiny_states(policy: Policy, rows) -> np.ndarray:
 
 def test_the_score_that_trains_is_read_at_the_answers_last_token_though_the_row_goes_on(reward):
     """As where a template writes a line break after the end of turn: a stage of rewards cuts rows there."""
-    from tunesmith.data.batching import DatasetSource
-
     policy, _ = reward
     longer = [tuple((np.r_[ids, 7, 8], np.r_[weights, 0, 0].astype(np.float32)) for ids, weights in item) for item in PAIRS]
     source = DatasetSource(longer, batch_size=4, accumulation=1, seed=0, trim=True)
@@ -250,7 +244,12 @@ def test_a_foreign_model_with_several_outputs_or_without_weights_is_an_error(tmp
         open_reward_model(folder, loaded(tiny_model("llama")), None, "reward_0")
 
 
-def test_a_causal_model_is_not_taken_for_a_reward_model(tmp_path):
+def test_a_model_without_a_trained_score_is_not_taken_for_a_reward_model(tmp_path):
     """transformers gives it a random head and a warning."""
-    with pytest.raises(ModelError):
-        open_reward_model(model_folder(tmp_path / "causal"), loaded(tiny_model("llama")), None, "reward_0")
+    folder = model_folder(tmp_path / "causal")
+    with pytest.raises(ModelError, match="gives 2 numbers"):
+        open_reward_model(folder, loaded(tiny_model("llama")), None, "reward_0")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"id2label": {"0": "score"}, "label2id": {"score": 0}}))
+    with pytest.raises(ModelError, match=r"lacks score\.weight"):
+        open_reward_model(folder, loaded(tiny_model("llama")), None, "reward_0")

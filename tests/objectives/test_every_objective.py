@@ -24,6 +24,7 @@ from tests.toys import make_stage
 
 from tunesmith.models.policy import TokenOutputs
 from tunesmith.objectives import OBJECTIVES
+from tunesmith.objectives._pairs import preference_metrics
 from tunesmith.recipe import objective as settings
 from tunesmith.train.optimiser import FlatAdamW
 from tunesmith.train.window import run_window
@@ -171,6 +172,12 @@ def test_raising_a_better_answer_above_a_worse_one_lowers_the_loss(name):
     is_first_B = np.diff(batch.item_B, prepend=-1) != 0
     first = is_first_B if key == "scores" else is_first_B[batch.forest.row_S]
     assert (gradient[torch.from_numpy(first)] < 0).all()
+
+
+def test_a_tie_is_not_counted_as_right():
+    rewards_B = torch.tensor([1.0, 1.0, 2.0, 1.0])
+    metrics = preference_metrics(rewards_B, rewards_B, np.array([0, 2]), np.array([1, 3]))
+    assert metrics["rewards/accuracies"] == (1, 2)
 
 
 def test_an_item_that_is_not_a_pair_is_refused_by_a_pair_loss():

@@ -134,7 +134,7 @@ def _own_base(folder: Path, loaded: LoadedModel) -> LoadedModel:
     where = str(folder)
     if is_adapter(folder):
         where = str(read_adapter_config(folder).get("base_model_name_or_path") or "")
-        if not Path(where).is_dir():
+        if not where or not Path(where).is_dir():
             raise AdapterError(f"the base that it was trained on is not there: {where or 'none is named'}", where=str(folder))
     return load_model(ModelSection(name=where, dtype=str(loaded.dtype).removeprefix("torch.")))
 
@@ -148,7 +148,9 @@ def _foreign(folder: Path) -> Foreign:
         )
     try:
         with quiet():
-            model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+            model, told = AutoModelForSequenceClassification.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"the reward model cannot be read: {error}", where=str(folder), mend="name a folder with safetensors") from error
@@ -156,6 +158,10 @@ def _foreign(folder: Path) -> Foreign:
         raise ModelError(
             f"the reward model gives {model.config.num_labels} numbers", where=str(folder), mend="name one with a single output"
         )
+    missing = sorted({*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])})
+    if missing:  # transformers fills them with random numbers, and warns
+        what = f"the reward model's file lacks {', '.join(missing[:2])}"
+        raise ModelError(what, where=str(folder), mend="name a sequence-classification model with whole weights")
     return Foreign(model.eval(), tokenizer)
 
 

@@ -27,6 +27,8 @@ class RolloutSection(Section):
     """The most probable tokens; 0 is all."""
     server: str | None = None
     """An OpenAI-compatible vLLM server to sample from, which must allow adapters to be loaded at run time; null samples here."""
+    server_model: str | None = None
+    """The name under which the server serves the base; derived as the model's own."""
     importance_cap: Positive | None = 2.0
     """Where sampler and trainer differ, a token's weight is their ratio, at most this; null corrects nothing."""
     max_mismatch: Positive = 0.5

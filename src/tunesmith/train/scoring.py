@@ -70,6 +70,12 @@ class StageScorer:
     ensemble: tuple[list[RewardModel], str] | None = None
     """Several as one, by their mean or minimum."""
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises RecipeError where a reward needs a column that not every row has."""
+        if self.programs is not None and prompts:
+            names = set.intersection(*(set(prompt.record.columns) for prompt in prompts))
+            self.programs.check_columns({"messages", *names})
+
     def bind(self, policy: Policy) -> None:
         """Tells the reward models that share the policy's base which it is."""
         for model in [*(model for model, _ in self.models.values()), *(self.ensemble[0] if self.ensemble else [])]:

@@ -19,8 +19,6 @@ from ..data.forest import Forest, build_forest
 from ..data.items import Items
 from ..data.preference import Kind, PromptOnly
 from ..data.prepare import PreparedData
-from ..generate import LocalGenerator
-from ..generate.protocol import Generation, Sampling
 from ..models.adapters import REFERENCE, copy_policy
 from ..models.heads import HEADS, load_head, make_head
 from ..models.load import LoadedModel
@@ -32,14 +30,14 @@ from ..recipe import Stage
 from ..rundir import RunDirectory
 from .loop import Source
 from .offline import make_source
-from .rollouts import Parts, RolloutSource
+from .rollouts import Parts, RolloutSource, Sampler
+from .samplers import LocalSampler, ServerSampler
 from .scoring import Gold, Prompt, gold_of, locate_result, stage_scorer
 from .shaping import SHAPINGS
 from .window import Between, WindowResult, evaluate_loss
 
 COMPARING = {"dpo", "simpo", "orpo", "cpo", "kto", "ranking", "ppo", "grpo", "rloo", "online_dpo"}
 """Objectives that compare log-probabilities, which dropout would make noisy: adapters' own is off."""
-ROLLOUT_BATCH = 64  # answers sampled together
 PROBE_ROWS = 2  # the first rows of training, on which what must hold at step 0 is tried: plain layers take several times the memory
 
 
@@ -109,10 +107,12 @@ def stage_work(stage: Stage, inputs: WorkInputs, run: RunDirectory) -> Iterator[
         policy = _policy(stage, inputs, objective)
         scorer.bind(policy)
         data = inputs.data
+        prompts = _prompts(data.records, data.items)
+        scorer.check(prompts)
         source = RolloutSource(
             stage,
-            Parts(policy, _LocalSampler(policy, inputs), scorer, partial(reference, policy), gold_of(inputs.gold)),
-            _prompts(data.records, data.items),
+            Parts(policy, _sampler(stage, policy, inputs, run), scorer, partial(reference, policy), gold_of(inputs.gold)),
+            prompts,
             _prompts(data.validation_records, data.validation_items),
             seed=inputs.seed,
         )
@@ -178,16 +178,10 @@ def _frozen(policy: Policy, adapter: str | None, forest: Forest) -> torch.Tensor
         return policy(forest).logprobs
 
 
-class _LocalSampler:
-    """Answers by the policy's own module; the plain and the fast way are compared once, at the first call."""
-
-    def __init__(self, policy: Policy, inputs: WorkInputs):
-        self.generator = LocalGenerator(policy.model, inputs.loaded.tokenizer, batch_size=ROLLOUT_BATCH, stop_ids=inputs.stop_ids)
-
-    def __call__(
-        self, prompts: list[list[int]], *, max_new_tokens: int, sampling: Sampling, seeds: list[int], iteration: int
-    ) -> list[Generation]:
-        return self.generator.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling, seeds=seeds, logprobs=True)
+def _sampler(stage: Stage, policy: Policy, inputs: WorkInputs, run: RunDirectory) -> Sampler:
+    if stage.rollout.server is None:
+        return LocalSampler(policy, inputs.loaded, inputs.stop_ids)
+    return ServerSampler(stage, policy, inputs.loaded, inputs.stop_ids, run)
 
 
 def _prompts(records: list, items: Items | None) -> list[Prompt]:

@@ -1,0 +1,68 @@
+"""Where a stage's answers come from: the policy's own module, or a vLLM server that is given each new version of its adapter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from peft import PeftModel
+
+from ..errors import RecipeError
+from ..generate import LocalGenerator, ServerGenerator
+from ..generate.protocol import Generation, Sampling
+from ..models.load import LoadedModel
+from ..models.methods import save_result
+from ..models.policy import Policy
+from ..recipe import Stage
+from ..rundir import RunDirectory, atomic_folder, remove_folder
+
+ROLLOUT_BATCH = 64  # answers sampled together
+
+
+class LocalSampler:
+    """The policy's own module; its fast way of generating is compared with the plain one once, at the first call."""
+
+    def __init__(self, policy: Policy, loaded: LoadedModel, stop_ids: Sequence[int]):
+        self.generator = LocalGenerator(policy.model, loaded.tokenizer, batch_size=ROLLOUT_BATCH, stop_ids=stop_ids)
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling, seeds: Sequence[int], iteration: int
+    ) -> list[Generation]:
+        """One answer a prompt, with its log-probabilities."""
+        return self.generator.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling, seeds=seeds, logprobs=True)
+
+
+class ServerSampler:
+    """A server that serves the base. Each iteration's adapter is written out and loaded under a name that is never used again.
+
+    The name holds the time besides the iteration, since a resumed run samples an iteration anew.
+    """
+
+    def __init__(self, stage: Stage, policy: Policy, loaded: LoadedModel, stop_ids: Sequence[int], run: RunDirectory):
+        if not isinstance(policy.model, PeftModel):
+            raise RecipeError(
+                "a server is given adapters, and this stage trains the whole model",
+                where=f"stages.{stage.name}.rollout.server",
+                mend="use method lora, or sample here",
+            )
+        self.policy, self.loaded, self.folder = policy, loaded, run.file(f"stages/{stage.name}/served")
+        if self.folder.exists():
+            remove_folder(self.folder)  # what a part of the run before this one left
+        name = stage.rollout.server_model or loaded.identity.name
+        self.generator = ServerGenerator(stage.rollout.server, name, loaded.tokenizer, stop_ids=stop_ids)
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling, seeds: Sequence[int], iteration: int
+    ) -> list[Generation]:
+        """One answer a prompt by the adapter as it is now, with its log-probabilities."""
+        self._publish(f"policy-{iteration}-{time.time_ns():x}")
+        return self.generator.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling, seeds=seeds, logprobs=True)
+
+    def _publish(self, name: str) -> None:
+        with atomic_folder(self.folder / name) as temporary:
+            save_result(self.policy.model, self.loaded, temporary, {})
+        before = self.generator.adapter
+        self.generator.load_adapter(self.folder / name, name)
+        if before is not None:
+            self.generator.unload_adapter(before)
+            remove_folder(self.folder / before)
