@@ -2,10 +2,10 @@
 
     python benchmarks/dpo_vs_trl.py [DATA] [--json] [--parts lora full] [--updates N] [--runs N] [--threads N] [--write FILE]
 
-Same model, pairs, order, optimiser and schedule, updates of 8 pairs, bf16 on CPU, beta 0.1. Ours is what `tunesmith run` trains with: the
-policy computes the reference's log-probabilities once, before its first update. TRL's defaults compute them in every step. TRL's precomputed:
-once as ours, and with gradient checkpointing off, since that is faster. DATA: pairs in any format that tunesmith reads, by default the
-project's own; the system turn, which all pairs share, is cut off. Losses: runs in fp32.
+Same model, pairs, order, optimiser and schedule, updates of 8 pairs, bf16 on CPU, beta 0.1. Ours is what `tunesmith run` trains with:
+the policy computes the reference's log-probabilities once, before its first update. TRL by default computes them in every step;
+precomputed, once as ours, and with gradient checkpointing off, since that is faster. DATA: pairs in any format that tunesmith reads, by
+default the project's own; the system turn, which all pairs share, is cut off. Losses: runs in fp32.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def run_tunesmith(spec: dict) -> dict:
     return result_of(spec, watch, passed, losses)
 
 
-def _row(np, pair: dict, name: str) -> tuple:  # noqa: ANN001 - the parent does without numpy
+def _row(np, pair: dict, name: str) -> tuple:
     """(ids, weights) of the prompt with one of its answers."""
     ids = pair["prompt_ids"] + pair[name]
     return np.array(ids), np.repeat(np.float32([0, 1]), [len(pair["prompt_ids"]), len(pair[name])])

@@ -31,6 +31,19 @@ def test_a_terminal_shows_a_bar_with_eta_speed_and_memory():
         assert word in text
 
 
+def test_while_a_stage_samples_the_line_shows_reward_kl_and_length_beside_the_loss():
+    sampled = {**step(1), "reward": 0.3125, "kl": 1.234, "length": 7.94}
+    assert "loss 2.5000  reward 0.312  kl 1.23  length 7.9  lr" in shown([sampled], terminal=False)
+    assert "reward" not in shown([step(1)], terminal=False)
+
+
+def test_a_stop_by_a_rule_and_a_held_out_reward_are_said_in_words():
+    stop = {"event": "stopped", "stage": "ppo", "step": 7, "rule": "max_kl", "value": 12.25, "limit": 10.0}
+    assert shown([stop], terminal=False) == "ppo stopped after step 7: max_kl is 12.25, its limit 10\n"
+    held = {"event": "evaluated", "stage": "ppo", "step": 7, "eval_loss": -0.5, "eval_reward": 0.5}
+    assert shown([held], terminal=False) == "  step 7: held-out reward 0.5000\n"
+
+
 def test_a_pipe_gets_the_first_and_the_last_step_and_not_each():
     lines = shown([step(number, total=50) for number in range(1, 51)], terminal=False).splitlines()
     assert [line.split("  ")[0] for line in lines] == ["sft step 1/50", "sft step 50/50"]

@@ -23,6 +23,7 @@ from .rundir import plain
 
 LINE_EVERY = 10.0  # seconds between training lines in a pipe
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all but tab and line end; bidirectional overrides too
+_SAMPLED = {"reward": 3, "kl": 2, "length": 1}  # of a stage that samples, beside the loss; with their digits
 _LIBRARIES = ("transformers", "huggingface_hub", "accelerate", "peft")  # those that bring their own handlers
 
 
@@ -61,7 +62,8 @@ class Display:
     def _step(self, event: dict[str, Any]) -> None:
         memory = event["peak_memory_bytes"] / 1e9
         speed = f"{event['tokens_per_second']:,.0f} tok/s"
-        numbers = f"loss {event['loss']:.4f}  lr {event['learning_rate']:.2e}  {speed}  {memory:.2f} GB"
+        sampled = "".join(f"{name} {event[name]:.{digits}f}  " for name, digits in _SAMPLED.items() if name in event)
+        numbers = f"loss {event['loss']:.4f}  {sampled}lr {event['learning_rate']:.2e}  {speed}  {memory:.2f} GB"
         if not self.console.is_terminal:
             now = time.monotonic()
             if now - self._last_line >= LINE_EVERY or event["step"] in (1, event["total_steps"]):
@@ -92,6 +94,12 @@ def event_words(event: dict[str, Any]) -> str | None:
         return f"{event['name']} done in {duration(event['seconds'])}"
     if kind == "plan":
         return plan_words(event)
+    if kind == "evaluated" and "eval_reward" in event:
+        return f"  step {event['step']}: held-out reward {event['eval_reward']:.4f}"
+    if kind == "stopped":
+        return (
+            f"{event['stage']} stopped after step {event['step']}: {event['rule']} is {event['value']:.4g}, its limit {event['limit']:.4g}"
+        )
     if kind == "evaluated":
         return f"  step {event['step']}: validation loss {event['eval_loss']:.4f}"
     if kind == "evaluating":

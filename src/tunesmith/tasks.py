@@ -15,6 +15,8 @@ from .data.records import Conversation, Record
 from .errors import DataRefused, ModelError, RecipeError
 from .evaluate import Encoder, Item, Task, check_gates, distinct_answers, encodable, freeze_task
 from .recipe import Recipe
+from .score.gold import Gold, gold_function
+from .score.metrics import PREFERENCE
 
 MOST_VALIDATION_ITEMS = 200  # each example set of few_shot answers all of them; more would cost more than it tells
 
@@ -29,6 +31,8 @@ class Tasks:
     schema: dict[str, Any] | None
     labels: Sequence[str] | None
     notes: tuple[str, ...]
+    gold: Gold | None = None
+    """The recipe's gold measure, which training may watch and never learns from."""
 
     @property
     def labels_hold(self) -> bool:
@@ -39,9 +43,10 @@ class Tasks:
 def make_tasks(recipe: Recipe, data: PreparedData, stage_data: Collection[PreparedData] = (), *, has_template: bool = True) -> Tasks:
     """Freezes the tasks. stage_data: what stages train on besides; has_template: whether conversations can be written for the model.
 
-    Raises RecipeError for a schema, metric or gate that does not fit, DataRefused for references that break the schema, ModelError for
-    conversations without a chat template.
+    Raises RecipeError for a schema, metric, gate or gold measure that does not fit, DataRefused for references that break the schema,
+    ModelError for conversations without a chat template.
     """
+    gold = gold_function(recipe.task.gold_reward) if recipe.task.gold_reward else None
     schema = _schema(recipe.task.output_schema) if recipe.task.output_schema else None
     labels = recipe.task.labels
     if labels == "auto":
@@ -55,6 +60,7 @@ def make_tasks(recipe: Recipe, data: PreparedData, stage_data: Collection[Prepar
         notes = (*notes, f"choices are made on the first {MOST_VALIDATION_ITEMS} of {len(held)} validation rows")
     if task and task.labels:
         notes = (*notes, *_unknown_labels(task, given=recipe.task.labels != "auto"))
+    _check_sources(recipe, task)
     check_gates(recipe.evaluate.gates, task)
     for one, where in ((task, "data.test"), (general, "evaluate.general")):
         if one and not has_template and any(item.messages for item in one.items):
@@ -63,7 +69,7 @@ def make_tasks(recipe: Recipe, data: PreparedData, stage_data: Collection[Prepar
                 where=where,
                 mend="set model.chat_template (chatml, or a .jinja file), or give plain text",
             )
-    return Tasks(task, validation, general, schema, labels, notes)
+    return Tasks(task, validation, general, schema, labels, notes, gold)
 
 
 def encodable_tasks(tasks: Tasks, encoder: Encoder, *, max_new_tokens: int, context_length: int) -> Tasks:
@@ -88,9 +94,31 @@ def encodable_tasks(tasks: Tasks, encoder: Encoder, *, max_new_tokens: int, cont
     return replace(tasks, **kept, notes=tuple(notes))
 
 
+def _check_sources(recipe: Recipe, task: Task | None) -> None:
+    """Refuses a metric whose measure is not there: no gold measure, no reward model, no answers to compare (RecipeError)."""
+    metrics = recipe.task.metrics
+    lacks = {
+        "gold_reward": (not recipe.task.gold_reward, "task.gold_reward names no function", "name one: gold.py:checks"),
+        "reward": (
+            all(stage.objective.type != "reward" for stage in recipe.stages),
+            "no stage trains a reward model",
+            "add a stage with objective reward",
+        ),
+        PREFERENCE: (
+            task is not None and not task.is_compared,
+            "the rows of data.test are no preference pairs and no rankings",
+            "name a file of pairs in data.test, or leave the metric out",
+        ),
+    }
+    for metric in metrics:
+        missing, what, mend = lacks.get(metric, (False, "", ""))
+        if missing:
+            raise RecipeError(f"{metric} cannot be measured: {what}", where="task.metrics", mend=mend)
+
+
 def _odd(task: Task) -> list[Item]:
     """The items whose reference is none of the labels."""
-    return [item for item in task.items if task.labels and item.reference.strip() not in task.labels]
+    return [item for item in task.items if task.labels and (item.reference or "").strip() not in task.labels]
 
 
 def _unknown_labels(task: Task, *, given: bool) -> tuple[str, ...]:

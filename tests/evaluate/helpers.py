@@ -6,7 +6,9 @@ import json
 
 import numpy as np
 
+from tunesmith.data.preference import make_pair, make_prompt, make_ranking
 from tunesmith.data.records import Message, Source, make_conversation
+from tunesmith.evaluate.encode import Dialogue
 from tunesmith.generate import Generation
 
 SCHEMA = {
@@ -30,6 +32,22 @@ def ticket(intent="defect", urgency="low", summary="the lamp is dead"):
 def row(user, answer, *, system="Fill in a ticket.", line=1):
     """A conversation of one question and its answer."""
     return make_conversation([Message("user", user), Message("assistant", answer)], Source("rows.jsonl", line), system=system)
+
+
+def prompt_row(user, line=1, **columns):
+    """A prompt alone."""
+    return make_prompt([Message("user", user)], columns, Source("prompts.jsonl", line))
+
+
+def pair(user, chosen, rejected, line=1):
+    """A preference pair."""
+    answers = ([Message("assistant", chosen)], [Message("assistant", rejected)])
+    return make_pair([Message("user", user)], *answers, Source("pairs.jsonl", line))
+
+
+def ranking(user, *answers, line=1):
+    """Answers, best first."""
+    return make_ranking([Message("user", user)], [[Message("assistant", answer)] for answer in answers], Source("rankings.jsonl", line))
 
 
 def desk_rows(count, *, start=0):
@@ -73,6 +91,12 @@ class WordEncoder:
         """The reference's words and an end token."""
         return self.ids(reference + " <end>")
 
+    def dialogue(self, dialogue):
+        """The prompt's words, and the answer's with an end token."""
+        *prompt, answer = dialogue.messages
+        ids = self.answer(prompt, answer.content)
+        return Dialogue(list(self.prompt(prompt)), ids, [True] * len(ids))
+
 
 class ScriptedGenerator:
     """Answers by `script(prompt text)`; log-probabilities are -`nats` for every token, a little different from row to row."""
@@ -81,10 +105,11 @@ class ScriptedGenerator:
         self.encoder, self.script, self.nats = encoder, script, nats
         self.calls: list[dict] = []
 
-    def generate(self, prompts, *, max_new_tokens, sampling=None, constraint=None):
+    def generate(self, prompts, *, max_new_tokens, sampling=None, constraint=None, seeds=None):
         """One answer a prompt, and a note of how it was asked."""
         texts = [self.encoder.text(prompt) for prompt in prompts]
-        self.calls.append({"prompts": texts, "sampling": sampling, "constraint": constraint, "max_new_tokens": max_new_tokens})
+        asked = {"prompts": texts, "sampling": sampling, "constraint": constraint, "max_new_tokens": max_new_tokens}
+        self.calls.append(asked | ({} if seeds is None else {"seeds": seeds}))
         answers = [self.script(text) for text in texts]
         return [Generation(list(range(len(answer.split()) + 1)), answer, "stop") for answer in answers]
 

@@ -174,11 +174,12 @@ def test_an_error_status_gives_the_servers_words_and_is_not_repeated(serve, fail
     assert len(stub.requests) == 1
 
 
-def test_a_redirect_is_not_followed_so_that_the_token_goes_nowhere_else(serve, monkeypatch):
+@pytest.mark.parametrize("status", [302, 307])
+def test_a_redirect_is_not_followed_so_that_the_token_goes_nowhere_else(serve, monkeypatch, status):
     monkeypatch.setenv("OPENAI_API_KEY", "sesame")
     other, _ = serve()
-    stub, remote = serve(failures=[(307, {"Location": f"{other.url}/v1/completions"}, "")])
-    with pytest.raises(RolloutFailed, match="refused with 307"):
+    stub, remote = serve(failures=[(status, {"Location": f"{other.url}/v1/completions"}, "")])
+    with pytest.raises(RolloutFailed, match=f"refused with {status}"):
         remote.generate(PROMPTS[:1], max_new_tokens=1)
     assert other.requests == []
     assert stub.requests[0][1]["Authorization"] == "Bearer sesame"

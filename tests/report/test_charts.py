@@ -143,3 +143,11 @@ def test_a_long_label_is_cut_before_it_meets_the_note():
     label, note = [element.text for element in parsed(interval_chart([row], name="x", share=True)).iter("text")][:2]
     assert label.endswith("…")
     assert len(label) + len(note) <= 300 / 6
+
+
+@pytest.mark.parametrize(("values", "top"), [([1.0, 1.0], 1.0), ([0.0, 0.0], 1.0), ([0.2, 0.97], 1.0), ([0.2, 1.5], 1.5)])
+def test_the_axis_of_a_share_ends_at_one(values, top):
+    svg = line_chart([Line("share", list(enumerate(values)))], name="n", x_label="step", y_label="share", share=True)
+    ticks = [float(one.text) for one in of_class(svg, "text", "tick") if one.get("text-anchor") == "end" and one.get("x") == "39"]
+    assert max(ticks) == top
+    assert min(ticks) == 0

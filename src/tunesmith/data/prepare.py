@@ -20,9 +20,9 @@ from ..rundir import RunDirectory, write_json, write_text
 from .check import Finding, check_data, drop_duplicates, find_test_overlap, length_finding, length_quantiles, trainable_share
 from .items import Items, RenderedPart, Rows, names_of, render_items
 from .ledger import Ledger
-from .preference import AnyRecord, Kind, kind_of_record
+from .preference import AnyRecord, Kind, kind_of_record, make_prompt
 from .read import ReadResult, read_records
-from .records import Document
+from .records import Conversation, Document
 from .render import TrainOn
 from .split import split_validation
 from .store import Example, TokenStore, store_key
@@ -34,7 +34,7 @@ ACCEPTED: dict[Kind, tuple[Kind, ...]] = {  # of data, by what is wanted, the fi
     "pair": ("pair",),
     "ranking": ("ranking", "pair"),  # a pair is a ranking of two
     "unpaired": ("unpaired",),
-    "prompt": ("prompt",),
+    "prompt": ("prompt", "conversation"),  # a conversation is a prompt whose answer is known
 }
 
 
@@ -59,7 +59,7 @@ class PreparedData:
     """The items' records, in order."""
     validation_records: list[AnyRecord]
     test_records: list[AnyRecord]
-    """Of the kind that is trained on, or conversations."""
+    """Of any kind."""
     ledger: Ledger
     findings: list[Finding]
     notes: list[str]
@@ -177,12 +177,22 @@ class _Preparation:
         )
 
     def _read(self, source: str, part: str) -> ReadResult:
-        kinds = (*self.kinds, *(("conversation",) if part == "test" and self.kinds and "conversation" not in self.kinds else ()))
+        kinds = () if part == "test" else self.kinds  # what is measured need not be of the kind that is learned from
         how = {"system": self.rendering.system, "quarantine": self.quarantine, "default_split": part}
         read = read_records(source, self.section, **how, kinds=kinds)
+        if self.kinds[:1] == ("prompt",) and part != "test":
+            read = self._asked(read)
         self.sources[part] = {"source": source, "sha256": read.sha256, "revision": read.revision}
         self.notes += read.notes
         return read
+
+    def _asked(self, read: ReadResult) -> ReadResult:
+        """Conversations as prompts, where prompts are wanted: what comes before the last answer, and the answer as a column."""
+        records = [
+            make_prompt(row.prompt(), {"answer": row.answer}, row.source, tools=row.tools or ()) if isinstance(row, Conversation) else row
+            for row in read.records
+        ]
+        return replace(read, records=records)
 
     def _require_usable_settings(self, records: Sequence[AnyRecord]) -> None:
         """A template for what is written in turns, and no cutting of what is compared."""

@@ -2,7 +2,8 @@
 
 from .candidates import derive_max_new_tokens, encodable
 from .encode import Encoder, TemplateEncoder
-from .run import EvaluationInputs, EvaluationResult, evaluate_candidates
+from .inputs import EvaluationInputs, StageResult
+from .run import EvaluationResult, evaluate_candidates
 from .task import Item, Task, distinct_answers, freeze_task
 from .verdict import check_gates
 
@@ -11,6 +12,7 @@ __all__ = [
     "EvaluationInputs",
     "EvaluationResult",
     "Item",
+    "StageResult",
     "Task",
     "TemplateEncoder",
     "check_gates",

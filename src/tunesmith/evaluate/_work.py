@@ -54,8 +54,8 @@ class Work:
     @property
     def wanted(self) -> list[str]:
         """Every candidate: those asked for, and stages that only a gate names."""
-        named = [name for gate in self.section.gates for name in (gate.candidate, gate.better_than, gate.not_worse_than)]
         stages = {*self.inputs.results, self.inputs.last_stage}
+        named = [name for gate in self.section.gates for name in (gate.candidate, gate.better_than, gate.not_worse_than)]
         return list(dict.fromkeys([*self.section.candidates, *(name for name in named if name in stages)]))
 
     def run_task(self, task: Task) -> None:
@@ -84,8 +84,7 @@ class Work:
     def run_result(self, candidate: str) -> None:
         """A stage's result, or the tuned model, on the task; the tuned model on the guard set too."""
         model = self.inputs.model_of(candidate)
-        missing = self.inputs.tuned is None if model == TUNED else model not in self.inputs.results
-        if missing:
+        if not self.has_model(model):
             self.absent[candidate] = "there is no tuned model" if candidate == TUNED else "the stage has no result"
             return
         if self.inputs.result_of(model).compares == "score":
@@ -146,10 +145,10 @@ class Work:
         model = self.inputs.model_of(candidate)
         asked = self.encode(task, examples)
         self.notes += asked.notes
-        made = self._answers(f"{task.name}.{self._unit_name(candidate)}.answers", task, candidate, asked)
+        made = self._answers(f"{task.name}.{self.unit_name(candidate)}.answers", task, candidate, asked)
         nats, seconds = None, 0.0
         if asked.references:
-            nats, seconds = self._perplexity(f"{task.name}.{self._unit_name(candidate)}.perplexity", model, asked)
+            nats, seconds = self._perplexity(f"{task.name}.{self.unit_name(candidate)}.perplexity", model, asked)
         texts = [output["text"] for output in made["outputs"]]
         scored = score_answers(task, candidate, texts, nats, template_sha256=self.inputs.encoder.sha256)
         how = decoding(candidate, task, self.section.temperature)
@@ -177,7 +176,7 @@ class Work:
 
     def _guard(self, general: Task, candidate: str) -> None:
         model = self.inputs.model_of(candidate)
-        unit = f"{general.name}.{self._unit_name(candidate)}.perplexity"
+        unit = f"{general.name}.{self.unit_name(candidate)}.perplexity"
         nats, seconds = self._perplexity(unit, model, self.encode(general, (), max_new_tokens=0))
         scored = score_references(general, candidate, nats, template_sha256=self.inputs.encoder.sha256)
         self.keep(scored, {"model": self.model_id(model)}, seconds)
@@ -274,6 +273,10 @@ class Work:
             self._generators[model] = self.inputs.result_of(model).open()
         return self._generators[model]
 
+    def has_model(self, model: str) -> bool:
+        """Whether there is such a result."""
+        return model == BASE or (self.inputs.tuned is not None if model == TUNED else model in self.inputs.results)
+
     def release(self) -> None:
         """Lets go of the model at hand."""
         self._generators.clear()
@@ -291,7 +294,7 @@ class Work:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def samples(self, tasks: Sequence[Task]) -> dict[str, list[dict[str, Any]]]:
-        """"TASK.CANDIDATE" to a line an item."""
+        """ "TASK.CANDIDATE" to a line an item."""
         found = {}
         for task in tasks:
             for (name, candidate), (outputs, reasons) in self.outputs.items():
@@ -300,7 +303,7 @@ class Work:
                     found[f"{name}.{candidate}"] = [_sample(*one) for one in zip(task.items, outputs, reasons, scores, strict=True)]
         return found
 
-    def _unit_name(self, candidate: str) -> str:
+    def unit_name(self, candidate: str) -> str:
         """What a candidate's units are called: the last stage's are the tuned model's, and nothing is scored twice."""
         model = self.inputs.model_of(candidate)
         return candidate if model == BASE else model

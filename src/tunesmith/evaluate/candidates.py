@@ -168,10 +168,12 @@ def generate_answers(
 ) -> list[Answer]:
     """Answers to all prompts, in order, greedy or sampled. No setting of a model's generation_config takes part.
 
-    seeds: one a prompt, each of which decides its answer's random stream. Raises TunesmithError unless there is exactly one answer a prompt.
+    seeds: one a prompt, each of which decides its answer's random stream. Raises TunesmithError unless there is one answer a prompt.
     """
-    streams = {} if seeds is None else {"seeds": seeds}
-    made = generator.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling, constraint=constraint, **streams) if prompts else []
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "constraint": constraint}
+    if seeds is not None:
+        how["seeds"] = seeds
+    made = generator.generate(prompts, **how) if prompts else []
     if len(made) != len(prompts):
         raise TunesmithError(f"{len(prompts)} prompts but {len(made)} answers", mend="report this: the generator is at fault")
     return [Answer(one.text, one.finish_reason, len(one.token_ids), tuple(map(int, one.token_ids))) for one in made]

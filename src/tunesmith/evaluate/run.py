@@ -13,10 +13,9 @@ from typing import Any
 
 from ..errors import TemplateError
 from ..recipe.evaluate import EvaluateSection
-from ._judging import ask_gold, ask_reward_models, compare_answers, compared_by
+from ._judging import Comparison, ask_gold, ask_reward_models, models_in_order
 from ._work import Work
-from .inputs import BASE, TUNED, EvaluationInputs
-from .preferences import SHORTER
+from .inputs import BASE, EvaluationInputs
 from .scoring import chance_values
 from .task import Task, task_summary
 from .verdict import Bootstrap, comparisons, decide_gates, recommend, verdict
@@ -63,31 +62,34 @@ def evaluate_candidates(
         work.run_task(task)
     if inputs.general and inputs.general.items:
         work.run_general(inputs.general)
-    judged = compared_by(work, task) if task and task.is_compared else {}
-    compared = {BASE: compare_answers(work, task, BASE, judged)} if BASE in judged else {}
-    for model in _models(work, judged):
+    comparison = Comparison(work, task)
+    comparison.ask(BASE)
+    for model in models_in_order(work, comparison):
         for candidate in work.wanted:
             if inputs.model_of(candidate) == model:
                 work.run_result(candidate)
-        if model in judged:
-            compared[model] = compare_answers(work, task, model, judged)
-    return work
+        comparison.ask(model)
+    comparison.conclude()
+    if task:
+        ask_reward_models(work, task)
+        ask_gold(work, task)
+    return _conclude(section, inputs, work)
 
 
-def _conclude(section: EvaluateSection, inputs: EvaluationInputs, work: _Work) -> EvaluationResult:
+def _conclude(section: EvaluateSection, inputs: EvaluationInputs, work: Work) -> EvaluationResult:
     """Intervals, comparisons, gates and verdict from what was measured."""
     bootstrap = Bootstrap(section.bootstrap_resamples, section.confidence, inputs.seed)
     tasks = [task for task in (inputs.task, inputs.general) if task is not None]
     chance = {task.name: {} if task is inputs.general else chance_values(task) for task in tasks}
     for task in tasks:
-        if task.items:
+        if task.items and task.has_references:
             chance[task.name]["perplexity"] = {"value": float(inputs.vocabulary_size), "n": len(task.items)}
     decided = decide_gates(section.gates, work.results, bootstrap, chance)
     evaluation = {
         "tasks": {task.name: _task_json(task, work, bootstrap, chance[task.name]) for task in tasks},
-        "comparisons": comparisons(work.results, section.gates, bootstrap),
+        "comparisons": comparisons(work.results, section.gates, bootstrap, same=inputs.last_stage),
         "gates": decided,
-        "recommendation": recommend(work.results, section.gates, decided, bootstrap),
+        "recommendation": recommend(work.results, section.gates, decided, bootstrap, stages=_stages(inputs)),
         "verdict": verdict(decided),
         "few_shot": work.few_shot,
         "classical": work.classical,
@@ -96,17 +98,23 @@ def _conclude(section: EvaluateSection, inputs: EvaluationInputs, work: _Work) -
         "seed": inputs.seed,
         "notes": list(dict.fromkeys(work.notes)),
     }
-    return EvaluationResult(evaluation, work.samples, work.seconds)
+    return EvaluationResult(evaluation, work.samples(tasks), work.seconds)
 
 
-def _task_json(task: Task, work: _Work, bootstrap: Bootstrap, chance: Mapping[str, Any]) -> dict[str, Any]:
+def _task_json(task: Task, work: Work, bootstrap: Bootstrap, chance: Mapping[str, Any]) -> dict[str, Any]:
     candidates = {}
     for (name, candidate), scored in work.results.items():
         if name == task.name:
             metrics = scored.metrics_json(resamples=bootstrap.resamples, confidence=bootstrap.confidence, seed=bootstrap.seed)
-            candidates[candidate] = {"metrics": metrics, "template_sha256": scored.template_sha256, **work.entries[name, candidate]}
-    wanted = GUARDED if task is work.inputs.general else work.section.candidates
+            entry = {"metrics": metrics, "template_sha256": scored.template_sha256, **work.entries[name, candidate]}
+            candidates[candidate] = entry | ({"not_measured": scored.not_measured} if scored.not_measured else {})
+    wanted = GUARDED if task is work.inputs.general else work.wanted
     reason = "there are no items" if not task.items else None
     absent = {name: reason or work.absent.get(name, "it was not asked for") for name in wanted if name not in candidates}
     prompts = {"prompt_sha256": work.prompt_hashes.get(task.name)}
     return {**task_summary(task), **prompts, "chance": dict(chance), "candidates": candidates, "not_measured": absent}
+
+
+def _stages(inputs: EvaluationInputs) -> tuple[str, ...]:
+    """The stages whose results are candidates of their own; the last's is the tuned model."""
+    return tuple(name for name in inputs.results if name != inputs.last_stage)

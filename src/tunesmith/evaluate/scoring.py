@@ -43,7 +43,6 @@ class Scored:
             found[metric] = {"value": interval.value, "low": interval.low, "high": interval.high, "n": interval.n}
         return found
 
-
     def with_metric(self, metric: str, values: Sequence[float], bounds: tuple[float, float] | None = (0.0, 1.0)) -> Scored:
         """With one more number for each item, whose mean is the metric."""
         items = tuple({**scores, metric: float(value)} for scores, value in zip(self.item_scores, values, strict=True))

@@ -92,7 +92,7 @@ class Task:
             return {}
         lacking = sum(item.reference is None for item in self.items)
         reason = f"{lacking} of {len(self.items)} items have no reference"
-        return {metric: reason for metric in dict.fromkeys(("exact_match", *self.metrics, "perplexity")) if metric in NEED_REFERENCE}
+        return {metric: reason for metric in dict.fromkeys((*self.metrics, "perplexity")) if metric in NEED_REFERENCE}
 
     @property
     def label_fields(self) -> tuple[str, ...]:

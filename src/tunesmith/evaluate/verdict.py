@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import DataRefused, RecipeError, TemplateError
 from ..recipe.evaluate import Gate
 from ..score import PairedDifference, bootstrap_interval, direction, improvement_sign, minimum_items, paired_bootstrap
-from ..score.metrics import METRIC_UNIT, base_metric
+from ..score.metrics import METRIC_UNIT, PREFERENCE, base_metric
 from .candidates import COST_ORDER
 from .scoring import Scored
 from .task import Task
@@ -49,7 +49,7 @@ def check_gates(gates: Iterable[Gate], task: Task | None) -> None:
         if name not in {"perplexity", "exact_match", *task.metrics}:
             raise RecipeError(f"{gate.metric} is not measured", where=where, mend=f"add {name} to task.metrics")
         parts = {"field_accuracy": task.fields.exact, "macro_f1": task.label_fields}.get(name, ()) if task.fields else ()
-        if part not in {"", *parts}:
+        if part not in {"", *parts} and name != "gold_reward":  # whose checks are known when they are asked
             mend = f"{name} has the parts {', '.join(parts)}" if parts else f"write {name}"
             raise RecipeError(f"{gate.metric} is not measured: {name} has no part {part!r}", where=where, mend=mend)
 
@@ -85,11 +85,14 @@ def paired_difference(candidate: Scored, baseline: Scored, metric: str, bootstra
     )
 
 
-def comparisons(results: Results, gates: Sequence[Gate], bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """Every gate's comparison, then tuned against every other candidate in every metric both have; no pair twice."""
+def comparisons(results: Results, gates: Sequence[Gate], bootstrap: Bootstrap, *, same: str = "") -> list[dict[str, Any]]:
+    """Every gate's comparison, then tuned against every other candidate in every metric both have; no pair twice.
+
+    same: a candidate that is the tuned model by another name.
+    """
     pairs = [(gate.task, gate.metric, gate.candidate, gate.better_than or gate.not_worse_than) for gate in gates]
     for (task, name), scored in results.items():
-        if name != "tuned" and (task, "tuned") in results:
+        if name not in ("tuned", same) and (task, "tuned") in results:
             pairs += [(task, metric, "tuned", name) for metric in results[task, "tuned"].statistics if metric in scored.statistics]
     rows = []
     for task, metric, candidate, baseline in dict.fromkeys(pairs):
@@ -142,16 +145,19 @@ def verdict(gates: Sequence[Mapping[str, Any]]) -> str:
     return PASS if results == {PASS} else NOT_MEASURED
 
 
-def recommend(results: Results, gates: Sequence[Gate], decided: Sequence[Mapping[str, Any]], bootstrap: Bootstrap) -> dict[str, Any]:
+def recommend(
+    results: Results, gates: Sequence[Gate], decided: Sequence[Mapping[str, Any]], bootstrap: Bootstrap, *, stages: Sequence[str] = ()
+) -> dict[str, Any]:
     """{"candidate", "reason"}: the best of those that can fill the whole answer, or a simpler one that is not shown to be worse.
 
-    Measured by the metric of the first gate on the task, else exact_match. candidate is None where nothing was measured, or on fewer
-    items than can show anything.
+    Measured by the metric of the first gate on the task, else exact_match, else what tells answers apart without a reference. stages: the
+    candidates that are stages' results, in order; they cost more than an untuned model and less than the tuned one. candidate is None where
+    nothing was measured, or on fewer items than can show anything.
     """
-    metric = next((gate.metric for gate in gates if gate.task == "task"), "exact_match")
+    metric = next((gate.metric for gate in gates if gate.task == "task"), None) or _first_measured(results)
     able = [
         scored
-        for name in COST_ORDER
+        for name in (*COST_ORDER[:-1], *stages, COST_ORDER[-1])
         if (scored := results.get(("task", name))) and metric in scored.statistics and scored.fills_whole_answer
     ]
     if not able:
@@ -175,6 +181,11 @@ def recommend(results: Results, gates: Sequence[Gate], decided: Sequence[Mapping
     failed = [gate["name"] for gate in decided if gate["result"] == FAIL and gate["name"].startswith(f"{chosen.candidate} ")]
     reason += f"; but it fails a gate ({'; '.join(failed)})" if failed else ""
     return {"candidate": chosen.candidate, "reason": reason + "."}
+
+
+def _first_measured(results: Results) -> str:
+    known = {metric for (task, _), scored in results.items() if task == "task" for metric in scored.statistics}
+    return next((metric for metric in ("exact_match", "gold_reward", PREFERENCE, "reward") if metric in known), "exact_match")
 
 
 def _decide(gate: Gate, results: Results, bootstrap: Bootstrap, chance: Chance) -> tuple[str, str]:

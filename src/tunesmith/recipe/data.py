@@ -27,7 +27,8 @@ class DataSection(Section):
     max_length: Annotated[int, Field(ge=8)] | None = None
     """Longest row in tokens; derived as the longest row, at most the model's context."""
     too_long: Literal["refuse", "drop", "cut"] = "refuse"
-    """What happens to a row over max_length: the run is refused, the row is dropped, or its end is cut; each is in the ledger."""
+    """What happens to a row over max_length: the run is refused, the row is dropped, or its end is cut (conversations and texts only);
+    each is in the ledger."""
     test_overlap: Literal["refuse", "drop"] = "refuse"
     """What happens when a test row is also a training row: the run is refused, or the training row is dropped."""
     near_duplicate_threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9

@@ -113,7 +113,7 @@ class RewardObjective(Section):
     loss: Literal["all_pairs", "plackett_luce"] = "all_pairs"
     """Bradley-Terry over all pairs of an item (one pair: the usual loss), or Plackett-Luce over its order."""
     center_rewards_coefficient: Coefficient = 0.0
-    """Weight of the squared mean reward of a pair, which keeps rewards near zero (Eisenstein et al. 2023, arXiv:2312.09244)."""
+    """Weight of the squared sum of a pair's rewards, which keeps rewards near zero (Eisenstein et al. 2023, arXiv:2312.09244)."""
 
 
 class PPOObjective(Section):

@@ -1,4 +1,4 @@
-"""The account of the data, the findings about them, and how to repeat the run.
+"""The account of the data, the findings about training and data, and how to repeat the run.
 
 Takes `RunFiles`; gives dictionaries for templates/account.html, findings.html and repeat.html.
 """
@@ -10,8 +10,9 @@ import shlex
 from typing import Any
 
 from . import _words as words
-from ._learning import resumed_words
+from ._learning import resumed_words, stage_events, stage_settings
 from ._read import RunFiles
+from ._rollouts import training_findings
 from ._words import Limits, excerpt, mapping, number, rows, text
 
 _CHECKS = {
@@ -68,11 +69,18 @@ def _quarantined(row: dict[str, Any], limits: Limits) -> dict[str, Any]:
 
 
 def findings_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
-    """health.json's findings in words; None when the file is missing."""
+    """What happened in training, and health.json's findings in words; these are None when the file is missing."""
+    settings = stage_settings(run)
+    training = [
+        {"title": one["title"], "evidence": excerpt(one["evidence"], limits.text), "mend": excerpt(one["mend"], limits.text)}
+        for name, events in list(stage_events(run).items())
+        for one in training_findings(name, events, settings.get(name, {}))
+    ][: limits.findings]
     if run.health is None:
-        return {"findings": None, "left_out": 0}
+        return {"training": training, "findings": None, "left_out": 0}
     found = sorted(rows(run.health.get("findings")), key=lambda finding: not finding.get("row_ids"))
     return {
+        "training": training,
         "findings": [_finding(finding, limits) for finding in found[: limits.findings]],
         "left_out": max(0, len(found) - limits.findings),
     }

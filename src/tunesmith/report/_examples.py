@@ -34,7 +34,7 @@ def examples_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
     metric = main_metric(run) or "exact_match"
     ours = _by_item(run.samples("task", tuned))
     theirs = _by_item(run.samples("task", base)) if base else {}
-    shared = [item for item in ours if item in theirs]
+    shared = [item for item in ours if item in theirs and any(isinstance(one[item].get("output"), str) for one in (ours, theirs))]
     found = {item: _outcome(ours[item], theirs[item], metric) for item in shared}
     outcomes = {item: outcome for item, outcome in found.items() if outcome is not None}
     return {
@@ -170,7 +170,9 @@ def _whole(ours: dict[str, Any], theirs: dict[str, Any], metric: str, limits: Li
         cells.append(
             {"text": excerpt(sample.get("output"), limits.text), "mark": "close" if note else "right" if right else "wrong", "note": note}
         )
-    return {"name": "answer", "reference": excerpt(ours.get("reference"), limits.text), "there": True, "cells": cells}
+    there = isinstance(ours.get("reference"), str)
+    reference = excerpt(ours["reference"], limits.text) if there else Excerpt("none", 0)
+    return {"name": "answer", "reference": reference, "there": there, "cells": cells}
 
 
 def _answer(sample: dict[str, Any], structured: bool, limits: Limits) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Learning curves, and where tokens, time and memory went.
+"""How each stage learned, and where tokens, time and memory went.
 
 Takes `RunFiles`; gives two dictionaries, for templates/learning.html and templates/costs.html. A resumed run's repeated steps
 count once: the last line of a step is the one that the weights went through.
@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from . import _words as words
+from ._curves import Series, curves_view, known, series
 from ._read import RunFiles
+from ._rollouts import counts_sentence, hacking_sentence, samples_view, stop_sentences
 from ._words import Limits, capital, mapping, number, rows, text
 from .charts import Bar, Line, bar_chart, line_chart
 
@@ -19,61 +21,92 @@ EN_DASH = "\N{EN DASH}"
 
 
 def learning_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
-    """One entry per stage: its loss and its learning-rate chart, each with a caption in words."""
-    stages: dict[str, list[dict[str, Any]]] = {}
-    for event in run.events or []:
-        if number(event.get("step")) is not None:
-            stages.setdefault(text(event.get("stage") or "train", limits.names), []).append(event)
-    shown = [_stage(name, events) for name, events in list(stages.items())[:_MOST_STAGES]]
+    """One entry per stage: loss, learning rate and the curves of its objective, with captions in words; what stopped it; samples."""
+    stages = stage_events(run)
+    settings = stage_settings(run)
+    shown = [_stage(name, events, settings.get(name, {}), limits) for name, events in list(stages.items())[:_MOST_STAGES]]
     return {"stages": [stage for stage in shown if stage], "left_out": max(0, len(stages) - _MOST_STAGES)}
 
 
-def _stage(name: str, events: list[dict[str, Any]]) -> dict[str, Any] | None:
-    train, validation, rate = (_series(events, key) for key in ("loss", "eval_loss", "learning_rate"))
+def stage_events(run: RunFiles) -> dict[str, list[dict[str, Any]]]:
+    """The events that have a step, by the name of their stage, in the order of the run."""
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for event in run.events or []:
+        if number(event.get("step")) is not None:
+            stages.setdefault(str(event.get("stage") or "train"), []).append(event)
+    return stages
+
+
+def stage_settings(run: RunFiles) -> dict[str, dict[str, Any]]:
+    """The recipe's stages by name."""
+    return {str(stage.get("name")): stage for stage in rows(run.recipe.get("stages"))}
+
+
+def _stage(name: str, events: list[dict[str, Any]], settings: dict[str, Any], limits: Limits) -> dict[str, Any] | None:
+    train, validation, rate = (series(events, key) for key in ("loss", "eval_loss", "learning_rate"))
     if not (train or validation or rate):
         return None
-    marks = [(float(event["step"]), "resumed") for event in events if event.get("event") == "resumed"]
+    samples = any("eval_reward" in event for event in events)  # its eval_loss is the negative reward, which has a curve of its own
+    if samples:
+        validation = []
+    shown = text(name, limits.names)
+    marks = [(float(event["step"]), "resumed") for event in events if event.get("event") == "resumed"][:5]
     lines = [Line("training loss", train), Line("validation loss", validation, "validation")]
-    loss = line_chart(lines, name=f"Loss of stage {name}", x_label="step", y_label="loss, nats per token", marks=marks[:5])
+    loss = line_chart(lines, name=f"Loss of stage {shown}", x_label="step", y_label=_loss_label(settings), marks=marks)
     schedule = line_chart(
         [Line("learning rate", rate, "rate")],
-        name=f"Learning rate of stage {name}",
+        name=f"Learning rate of stage {shown}",
         x_label="step",
         y_label="learning rate",
-        marks=marks[:5],
+        marks=marks,
     )
     lost = sum(value is None for _, value in train + validation)
+    curves = curves_view(shown, events, settings, marks)
     return {
-        "name": name,
+        "name": shown,
         "loss": loss,
+        "validated": bool(validation),
         "rate": schedule,
-        "caption": _loss_words(train, validation),
+        "caption": _loss_words(train, None if samples else validation),
         "steps": len(train),
         "not_finite": lost,
+        "stops": stop_sentences(events, settings),
+        "hacked": hacking_sentence(events),
+        "counts": counts_sentence(events, settings),
+        "curves": curves[: limits.curves],
+        "curves_left_out": max(0, len(curves) - limits.curves),
+        "samples": samples_view(events, limits),
     }
 
 
-def _series(events: list[dict[str, Any]], key: str) -> list[tuple[float, float | None]]:
-    """The values of `key` by step; a value that is there but not finite is kept as None."""
-    return sorted({float(event["step"]): number(event[key]) for event in events if key in event}.items())
+def _loss_label(settings: dict[str, Any]) -> str:
+    """The loss's unit: only cross-entropy is in nats per token."""
+    objective = settings.get("objective")
+    kind = mapping(objective).get("type") if isinstance(objective, dict) else objective
+    if kind in ("sft", "best_of_n"):
+        return "loss, nats per token"
+    return f"loss of {text(kind, 30)}" if kind else "loss"
 
 
-def _loss_words(train: list[tuple[float, float | None]], validation: list[tuple[float, float | None]]) -> str:
+def _loss_words(train: Series, validation: Series | None) -> str:
+    """The loss in words; validation None: the stage is measured by its reward."""
     said = []
-    for label, series in (("Training loss", train), ("validation loss", validation)):
-        known = [(step, value) for step, value in series if value is not None]
-        if not known:
+    for label, points in (("Training loss", train), *((("validation loss", validation),) if validation is not None else ())):
+        there = known(points)
+        if not there:
             said.append(f"{label}: {words.NOT_MEASURED}")
         else:
-            ends = known[:1] if len(known) == 1 else [known[0], known[-1]]
+            ends = there[:1] if len(there) == 1 else [there[0], there[-1]]
             said.append(f"{label} " + ", ".join(f"{words.plain(value)} at step {words.count(step)}" for step, value in ends))
-    known = [(value, step) for step, value in validation if value is not None]
-    best = min(known, default=None)
+    if validation is None:
+        return "; ".join(said) + ". The loss of a stage that learns from its own answers says little; read the reward."
+    held = [(value, step) for step, value in known(validation)]
+    best = min(held, default=None)
     low = ""
-    if best and best not in (known[0], known[-1]):
+    if best and best not in (held[0], held[-1]):
         low = f"; lowest validation loss {words.plain(best[0])} at step {words.count(best[1])}"
-    elif len(known) > 1:
-        low = f", the {'first' if best == known[0] else 'last'} the lowest"
+    elif len(held) > 1:
+        low = f", the {'first' if best == held[0] else 'last'} the lowest"
     return "; ".join(said) + low + "."
 
 

@@ -34,6 +34,8 @@ class Limits:
     metrics: int = 24
     entries: int = 200
     """Lines of the manifest, comparisons and few-shot trials, each."""
+    curves: int = 24
+    """Charts of one stage, besides its loss."""
 
     def smaller(self) -> Limits:
         """The same limits, each at a third."""
@@ -59,6 +61,9 @@ METRICS = {
     "macro_f1": Metric("Macro F1", False),
     "rougeL": Metric("ROUGE-L", False),
     "perplexity": Metric("Perplexity", False),
+    "gold_reward": Metric("Gold reward", False, sentence="has a gold reward of {value} on average over {n} test items"),
+    "preference_accuracy": Metric("Preference accuracy", True, sentence="prefers the better answer in {value} of {n} test items"),
+    "reward": Metric("Reward", False, sentence="has a reward of {value} on average over {n} test items"),
 }
 
 CANDIDATES = {
@@ -71,7 +76,10 @@ CANDIDATES = {
     "tuned_few_shot": ("Tuned, few-shot", "the tuned model with examples in the prompt"),
     "tuned_prompted": ("Tuned, prompted", "the tuned model with a better prompt"),
     "tuned_retrieval": ("Tuned, retrieval", "the tuned model with retrieved examples"),
+    "shorter": ("The shorter answer", "the rule that the shorter answer is the better one"),
 }
+# Names that are also plain words: in a sentence they stay as they are.
+_PLAIN_WORDS = {"reward", "shorter"}
 
 
 def number(value: Any) -> float | None:
@@ -156,7 +164,7 @@ def candidate_words(name: str, examples: int | None = None) -> str:
     """A candidate as a sentence's subject, in lower case; `examples` is few_shot's k."""
     if name == "few_shot" and examples is not None:
         return f"the same model with {examples} example{'' if examples == 1 else 's'} in the prompt"
-    return CANDIDATES[name][1] if name in CANDIDATES else f"the candidate {text(name, 80)}"
+    return CANDIDATES[name][1] if name in CANDIDATES else f"the model after stage {text(name, 80)}"
 
 
 def advice(name: str, examples: int | None = None) -> str:
@@ -168,7 +176,7 @@ def humane(value: Any) -> str:
     """Text of our own with the machine names in it as words: `tuned against few_shot` -> `tuned against few-shot`."""
     raw = value if isinstance(value, str) else "" if value is None else str(value)
     for name in (*CANDIDATES, *METRICS):
-        if name in raw:
+        if name in raw and name not in _PLAIN_WORDS:
             said = CANDIDATES[name][0].lower() if name in CANDIDATES else METRICS[name].label
             raw = re.sub(rf"\b{name}\b", said if name == "rougeL" else said[:1].lower() + said[1:], raw)
     return capital(raw)

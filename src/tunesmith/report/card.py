@@ -14,7 +14,17 @@ from ..models.load import ModelIdentity
 from ..models.result import is_adapter
 from ..rundir import MANIFEST, atomic_folder, verify_folder, write_text
 
-MAIN_METRICS = ("exact_match", "field_accuracy", "macro_f1", "rougeL", "json_validity", "perplexity")
+MAIN_METRICS = (
+    "exact_match",
+    "field_accuracy",
+    "macro_f1",
+    "rougeL",
+    "json_validity",
+    "gold_reward",
+    "preference_accuracy",
+    "reward",
+    "perplexity",
+)
 
 
 def write_card(run_path: Path, base: ModelIdentity) -> None:

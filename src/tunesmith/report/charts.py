@@ -45,7 +45,7 @@ class Line:
     label: str
     points: Sequence[tuple[float, float | None]]
     kind: str = "train"
-    """`train`: thin and grey; `validation`: accent with a dot at each point; `rate`: accent without dots."""
+    """`train`: thin and grey; `validation`: accent with a dot at each point; `rate`: accent without dots; `limit`: dashed."""
 
 
 @dataclass(frozen=True)
@@ -127,16 +127,26 @@ def _interval_row(row: Interval, at: Callable[[float], float], y: float) -> Mark
     return Markup("").join(parts)
 
 
-def line_chart(lines: Sequence[Line], *, name: str, x_label: str, y_label: str, marks: Sequence[tuple[float, str]] = ()) -> Markup:
+def line_chart(
+    lines: Sequence[Line],
+    *,
+    name: str,
+    x_label: str,
+    y_label: str,
+    marks: Sequence[tuple[float, str]] = (),
+    most: int = _MOST_POINTS,
+    share: bool = False,
+) -> Markup:
     """Lines over one pair of axes with round ticks; `marks` are upright dashed lines at an x, each with a word.
 
-    Points that are not finite break their line and are counted in the chart's description.
+    Points that are not finite break their line and are counted in the chart's description. Of a line at most `most` points are drawn.
+    The axis of a `share` stays within 0 and 1.
     """
     finite = [(x, y) for line in lines for x, y in line.points if _finite(x) and _finite(y)]
     lost = sum(not _finite(y) for line in lines for _, y in line.points)
     if not finite:
         return _empty(f"{name}: {NOT_MEASURED}" + (f" ({lost} values are not finite)" if lost else " (no points)"))
-    y_ticks = nice_ticks(_floor([y for _, y in finite]), max(y for _, y in finite), 4)
+    y_ticks = _y_ticks([y for _, y in finite], share)
     x_ticks = nice_ticks(min(0.0, *(x for x, _ in finite)), max(x for x, _ in finite), 4)
     left, right, top, bottom = 44, WIDTH - _MARGIN - 4, 22, 190
     last_x = max(x for x, _ in finite)
@@ -155,8 +165,15 @@ def line_chart(lines: Sequence[Line], *, name: str, x_label: str, y_label: str, 
     for x, word in marks:
         if x_ticks[0] <= x <= last_x:
             parts += [_line(at_x(x), top, at_x(x), bottom, "mark"), _text(at_x(x) - 3, top + 9, word, "tick", "end")]
-    parts += [_draw(line, at_x, at_y) for line in lines]
+    parts += [_draw(line, at_x, at_y, most) for line in lines]
     return _svg(bottom + 34, _described(name, x_label, lines, lost), parts)
+
+
+def _y_ticks(values: Sequence[float], share: bool) -> list[float]:
+    low, high = min(values), max(values)
+    if not share or low < 0 or high > 1:
+        return nice_ticks(_floor(values), high, 4)
+    return nice_ticks(0, 1, 4) if low == high else [tick for tick in nice_ticks(_floor(values), high, 4) if 0 <= tick <= 1]
 
 
 def _described(name: str, x_label: str, lines: Sequence[Line], lost: int) -> str:
@@ -170,10 +187,10 @@ def _described(name: str, x_label: str, lines: Sequence[Line], lost: int) -> str
     return f"{name}. {'; '.join(said)}{missing}"
 
 
-def _draw(line: Line, at_x: Callable[[float], float], at_y: Callable[[float], float]) -> Markup:
+def _draw(line: Line, at_x: Callable[[float], float], at_y: Callable[[float], float], most: int) -> Markup:
     parts, pieces = [], _pieces(line.points)
     for piece in pieces:
-        shown = thin(piece)
+        shown = thin(piece, most)
         path = " ".join(f"{_f(at_x(x))},{_f(at_y(y))}" for x, y in shown)
         if len(shown) > 1:
             parts.append(Markup('<polyline class="line {}" points="{}"/>').format(line.kind, path))

@@ -69,7 +69,7 @@ class Rollouts:
             return None
         ends, answers = np.cumsum(held["lengths"]), np.cumsum(held["lengths"] - held["prompt_lengths"])
         rollouts = cls(
-            iteration=int(held["iteration"]),
+            iteration=int(held["iteration"].item()),
             items=held["items"],
             ids=np.split(held["ids"], ends)[:-1],
             prompt_lengths=held["prompt_lengths"],
