@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from .data.check import check_data
 from .data.inspect import propose_recipe
@@ -43,7 +43,7 @@ def package_version() -> str:
 
 
 def check_data_file(
-    train: str | Path, test: str | Path | None = None, *, columns: dict[str, str] | None = None, format: str = "auto"
+    train: str | Path, test: str | Path | None = None, *, columns: dict[str, str] | None = None, format: Format | str = "auto"
 ) -> dict[str, Any]:
     """Reads and checks a data file, alone and against a test file. Lengths in tokens need a model and are in `plan`.
 
@@ -54,7 +54,7 @@ def check_data_file(
         near = difflib.get_close_matches(format, get_args(Format), n=1)
         mend = f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(get_args(Format))}"
         raise RecipeError(f"no format is called `{format}`", where="--format", mend=mend)
-    section = DataSection(train=str(train), test=str(test) if test else None, columns=columns or {}, format=format, test_overlap="drop")
+    section = DataSection(train=str(train), test=str(test) if test else None, columns=columns or {}, format=cast(Format, format), test_overlap="drop")
     read = read_records(section.train, section)
     tests = read_records(section.test, section, default_split="test").records if section.test else []
     checked = check_data(read.records, tests, section)

@@ -9,7 +9,7 @@ import gc
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from .recipe import Recipe, Stage, dump_recipe, load_recipe
 from .report import write_report
 from .report.card import write_card
 from .rundir import RunDirectory, storage, storage_failures, sync, write_json
+from .score.gold import Gold, gold_function
 from .session import Report, Session
 from .train.memory import peak_memory_bytes
 from .train.signals import StopRequest
 from .train.stage import StageInputs, is_finished, locate_start, run_stage
 from .train.trackers import Trackers, require_trackers
+from .train.work import learns_from_answers
 
 HUB_CLIENTS = ("huggingface_hub", "httpx", "requests")  # whose errors say that a model could not be fetched
 UNTRAINED = {"zero_shot", "few_shot", "classical"}  # candidates that need no result of a stage
@@ -211,7 +213,7 @@ def _train(session: Session) -> None:
 def _train_stage(session: Session, stage: Stage, report: Report) -> None:
     data = session.data_of(stage)
     session.worked = True
-    with session.phase(f"train {stage.name}"):
+    with session.phase(f"train {stage.name}"), _watched(session, stage) as gold:
         inputs = StageInputs(
             loaded=session.loaded,
             section=session.recipe.model,
@@ -221,6 +223,7 @@ def _train_stage(session: Session, stage: Stage, report: Report) -> None:
             system=common_system(data),
             start=locate_start(stage, session.run.path),
             seed=session.recipe.seed if stage.seed is None else stage.seed,
+            gold=gold,
         )
         run_stage(stage, inputs, session.run, stop=session.stop, report=report)
         del inputs
@@ -228,6 +231,17 @@ def _train_stage(session: Session, stage: Stage, report: Report) -> None:
     session.loaded = None
     gc.collect()
     session.loaded = fresh_base(session)
+
+
+@contextmanager
+def _watched(session: Session, stage: Stage) -> Iterator[Gold | None]:
+    """The recipe's gold measure, while a stage samples answers; its process ends after."""
+    setting = session.recipe.task.gold_reward
+    if setting is None or not learns_from_answers(stage):
+        yield None
+        return
+    with closing(gold_function(setting)) as gold:
+        yield gold
 
 
 def common_system(data: PreparedData) -> str | None:

@@ -196,6 +196,17 @@ def test_a_resumed_evaluation_asks_gold_reward_model_and_models_nothing_twice():
     assert (again.opened, again.scored, again.inputs.gold.asked) == ([], [], [])
 
 
+def test_other_answers_and_another_measure_are_measured_again():
+    bench, done = Bench(gold_task()), {}
+    bench.run(done=done, save=done.__setitem__, candidates=["tuned"])
+    bench.models["tuned"].script = lambda prompt: "no"
+    bench.inputs = replace(bench.inputs, tuned_id="another hash")
+    assert values(bench.run(done=done, save=done.__setitem__, candidates=["tuned"]), "tuned")["gold_reward"] == 0.5
+    bench.inputs.gold.sha256 = "changed"
+    bench.run(done=done, candidates=["tuned"])
+    assert len(bench.inputs.gold.asked) == 3
+
+
 def test_an_answer_without_gold_leaves_the_measure_and_its_gate_not_measured():
     result = Bench(gold_task(), gold=Ends(lost="no")).run(candidates=["sft", "tuned"], gates=[GATE])
     reason = "10 of 10 answers could not be measured: raised KeyError"
@@ -323,8 +334,17 @@ def test_pairs_are_answered_only_where_a_metric_of_answers_is_asked_for():
     assert set(values(bench.run(candidates=["tuned"]), "tuned")) >= {"preference_accuracy", "gold_reward"}
 
 
+def test_a_result_whose_start_is_not_there_is_not_compared_and_says_why():
+    bench = compared(PAIRS)
+    bench.inputs = replace(bench.inputs, results={"ppo": bench.inputs.results["ppo"]})
+    result = bench.run(candidates=["zero_shot", "tuned"])
+    assert result.evaluation["tasks"]["task"]["not_measured"] == {"tuned": "what it started from is not there to compare it with"}
+    assert "preference_accuracy" in values(result, "zero_shot")
+
+
 def test_the_hash_of_a_task_covers_the_answers_compared():
-    hashes = {freeze_task("task", [pair("q", *answers)]).sha256 for answers in (("a", "b"), ("b", "a"), ("a", "c"))}
+    rows = [replace(pair("q", *answers), row_id="r1") for answers in (("a", "b"), ("b", "a"), ("a", "c"))]
+    hashes = {freeze_task("task", [one]).sha256 for one in rows}
     assert len(hashes) == 3
 
 

@@ -147,7 +147,7 @@ def test_a_run_killed_at_a_call_of_the_writing_package_ends_as_the_unbroken_run(
         return counting.calls
 
     calls = in_child(counted).result
-    for call in sorted(random.Random(row).sample(range(1, len(calls) + 1), 5)):
+    for call in sorted(random.Random(row).sample(range(1, len(calls) + 1), 3)):
         path = tmp_path / str(call)
 
         def at_call(path: Path = path, call: int = call) -> str:

@@ -62,6 +62,8 @@ class StubServer:
 
     def _complete(self, body):
         assert set(body) <= FIELDS, set(body) - FIELDS
+        if body["temperature"] > 2:  # as vLLM 0.32 words it
+            return error(400, f"temperature must be in [0, 2], got {body['temperature']}.")
         if body["model"] != "base" and body["model"] not in self.adapters:
             return error(404, f"The model `{body['model']}` does not exist.")
         model = tiny_model("llama")
@@ -80,8 +82,14 @@ class StubServer:
             logits = plain_logits(model, body["prompt"] + said.token_ids)[len(body["prompt"]) - 1 : -1] / temperature
             logs = logits.log_softmax(-1)
             chosen = logs[range(len(said.token_ids)), said.token_ids].tolist()
-            choice["logprobs"] = {"token_logprobs": chosen, "top_logprobs": [{"x": row.max().item()} for row in logs]}
+            choice["logprobs"] = {"token_logprobs": chosen, "top_logprobs": [likeliest(row, body["logprobs"]) for row in logs]}
         return choice
+
+
+def likeliest(logprobs_V, count):
+    """The likeliest tokens with their log-probabilities."""
+    best = logprobs_V.topk(count)
+    return {str(token): value for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
 
 
 def echoed(model, ids):

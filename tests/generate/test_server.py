@@ -9,7 +9,17 @@ import pytest
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from tests.families import tiny_model
-from tests.generate.helpers import ANSWERS, NumberTokenizer, generator, plain_greedy, prompts_with_prefix, reference_logprobs, tokens_of
+from tests.generate import stub_server
+from tests.generate.helpers import (
+    ANSWERS,
+    NumberTokenizer,
+    generator,
+    plain_greedy,
+    plain_logits,
+    prompts_with_prefix,
+    reference_logprobs,
+    tokens_of,
+)
 from tests.generate.stub_server import StubServer, error, serving
 from tunesmith.errors import ModelError, RecipeError, RolloutFailed
 from tunesmith.generate import GREEDY, Sampling, ServerGenerator, _http
@@ -98,6 +108,18 @@ def test_log_probabilities_that_are_not_of_the_sampled_distribution_are_refused(
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
     with pytest.raises(RolloutFailed, match="after top-p and top-k"):
         processed.generate(PROMPTS, max_new_tokens=2, sampling=Sampling(0.7, top_k=5), logprobs=True)
+
+
+def test_the_temperature_is_seen_where_the_first_token_is_sure_under_every_one(serve, monkeypatch):
+    monkeypatch.setattr(stub_server, "plain_logits", lambda model, ids: 60 * plain_logits(model, ids))
+    stub, processed = serve(processed=True)
+    assert processed.generate(PROMPTS[:1], max_new_tokens=1, sampling=Sampling(0.7), logprobs=True)
+    assert [body["temperature"] for _, _, body in stub.requests] == [0, 2, 0.7]  # vLLM takes none above 2
+    sure = stub.answer("/v1/completions", {}, stub.requests[1][2])[2]["choices"][0]["logprobs"]["top_logprobs"][0]
+    assert max(sure.values()) > -0.01
+    _, raw = serve()
+    with pytest.raises(RolloutFailed, match="before the temperature"):
+        raw.generate(PROMPTS[:1], max_new_tokens=1, sampling=Sampling(0.7), logprobs=True)
 
 
 def test_adapters_are_loaded_under_new_names_used_and_unloaded(serve, adapters):

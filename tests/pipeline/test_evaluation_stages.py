@@ -182,6 +182,25 @@ def test_one_base_is_in_memory_at_a_time(finished, monkeypatch):
     assert set(alive) == {0}
 
 
+def test_a_stage_that_starts_from_an_earlier_run_is_compared_with_what_that_run_gave(finished, tiny, tmp_path):
+    _, earlier, _ = finished
+    rows = str(write_rows(tmp_path / "pairs.jsonl", pairs(16)))
+    start = earlier.path / "stages" / "sft"
+    made = recipe(
+        tmp_path,
+        tiny,
+        stages=[stage("dpo", objective="dpo", data={"train": rows}, start_from=str(start))],
+        data={"test": str(write_rows(tmp_path / "held_out.jsonl", pairs(8, seed=5)))},
+        task={"metrics": ["preference_accuracy"]},
+        evaluate={"candidates": ["tuned"], "gates": []},
+    )
+    events: list = []
+    result = tunesmith.run(made, out=tmp_path / "run", report=events.append)
+    assert announced(events) == [f"{model}: logprobs of 16 answers to compare" for model in ("dpo.start", "tuned")]
+    held = [line["scores"]["preference_accuracy"] for line in read_lines(result.path / "samples" / "task.tuned.jsonl")]
+    assert held == [line["scores"]["preference_accuracy"] for line in read_lines(earlier.path / "samples" / "task.tuned.jsonl")]
+
+
 def test_test_rows_that_are_prompts_are_answered_and_measured_without_references(tiny, tmp_path):
     draw = random.Random(3)
     test = write_rows(tmp_path / "prompts.jsonl", [{"prompt": words(draw, 3)} for _ in range(6)])

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tests.report.stages import PPO, ppo_events, put
 
 from tunesmith.report import render_report
 
@@ -129,6 +130,26 @@ def test_no_width_scrolls_sideways_and_nothing_is_fetched(browser, run_path, tmp
     assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(17, 20, 23)"}[scheme]
     assert asked == [target.as_uri()]
     context.close()
+
+
+@pytest.mark.parametrize("payload", [PAYLOADS[0], PAYLOADS[3], PAYLOADS[10]], ids=range(3))
+def test_hostile_or_endless_samples_names_and_rules_of_a_stage_that_samples_do_nothing(browser, run_path, tmp_path, payload):
+    events = [{**event, "stage": f"ppo{payload}", f"reward/{payload}": 0.5} for event in ppo_events(stop={"rule": payload})]
+    for event in events:
+        for sample in event.get("samples", []):
+            sample |= {"prompt": payload + sample["prompt"] + "x" * 700, "answer": payload + "y" * 700}
+    put(run_path, events, {**PPO, "name": f"ppo{payload}", "objective": {"type": payload}})
+    target = tmp_path / "page.html"
+    target.write_text(render_report(run_path).replace('http-equiv="Content-Security-Policy"', 'name="none"'), encoding="utf-8")
+    tab = browser.new_page(viewport={"width": 360, "height": 800})
+    tab.goto(target.as_uri())
+    tab.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    tab.wait_for_timeout(50)
+    assert tab.evaluate("window.__ran") is None
+    assert tab.evaluate("document.querySelectorAll('script, iframe, img, [onload]').length") == 0
+    assert tab.evaluate("document.documentElement.scrollWidth") == 360
+    assert tab.evaluate("document.querySelector('#learning').innerText").count(payload) > 10
+    tab.close()
 
 
 def test_a_long_word_in_an_output_does_not_widen_a_phone_page(browser, run_path, tmp_path):

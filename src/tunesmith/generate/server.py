@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 START = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora"
 # The log-probabilities of a token under two temperatures that count as equal: what bf16 and another batch may change, in nats.
 SAME_LOGPROB = 0.3
-# A temperature at which every distribution is nearly uniform.
-FLAT_TEMPERATURE = 100.0
+# The highest temperature that vLLM takes, and how many of a token's likeliest ones it is asked for to see the temperature in them.
+FLAT_TEMPERATURE = 2.0
+SEEN_LOGPROBS = 5
 
 Answer = TypeVar("Answer")
 
@@ -201,16 +202,17 @@ class ServerGenerator:
         """Refuses settings under which the server's log-probabilities are not those of softmax(logits / temperature).
 
         vLLM gives them of the logits as they are (the default), or, with --logprobs-mode processed_logprobs, after temperature, top-k and
-        top-p. Which one is seen by asking: at a very high temperature the likeliest token's only stays where they are raw.
+        top-p. Which one is seen by asking: at a high temperature those of the likeliest tokens only stay where they are raw. One token's
+        alone would not do: a sure token's is near 0 under any temperature.
         """
         truncated = sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k > 0)
         if sampling.temperature in (0, 1) and not truncated:
             return
         if self._processed is None:
-            ask = {"prompt": [int(token) for token in prompt], "logprobs": 1}
-            greedy = self._top_logprob(self._request(1, GREEDY) | ask)
-            flat = self._top_logprob(self._request(1, Sampling(temperature=FLAT_TEMPERATURE)) | ask)
-            self._processed = abs(greedy - flat) > SAME_LOGPROB
+            ask = {"prompt": [int(token) for token in prompt], "logprobs": SEEN_LOGPROBS}
+            greedy = self._top_logprobs(self._request(1, GREEDY) | ask)
+            flat = self._top_logprobs(self._request(1, Sampling(temperature=FLAT_TEMPERATURE)) | ask)
+            self._processed = max(abs(greedy[token] - flat[token]) for token in greedy.keys() & flat.keys()) > SAME_LOGPROB
         if self._processed and truncated:
             mend = "sample with top_p 1 and top_k 0"
             raise self._odd("its log-probabilities are those after top-p and top-k", mend=mend)
@@ -218,12 +220,12 @@ class ServerGenerator:
             mend = "start it with --logprobs-mode processed_logprobs, or sample at temperature 1"
             raise self._odd(f"its log-probabilities are those before the temperature of {sampling.temperature}", mend=mend)
 
-    def _top_logprob(self, request: dict[str, Any]) -> float:
-        """The log-probability that the server gives for the likeliest first token."""
+    def _top_logprobs(self, request: dict[str, Any]) -> dict[str, float]:
+        """The log-probabilities that the server gives for the likeliest first tokens, by their text."""
         top = (self._choice(request).get("logprobs") or {}).get("top_logprobs")
         if not isinstance(top, list) or not top or not isinstance(top[0], dict) or not top[0]:
             raise self._odd("it gives no log-probabilities")
-        return max(top[0].values())
+        return top[0]
 
     def _odd(self, what: str, mend: str | None = None) -> RolloutFailed:
         return RolloutFailed(f"the server cannot be sampled from: {what}", where=self._client.url, mend=mend)

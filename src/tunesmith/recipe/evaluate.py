@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from ._base import PathText, Section
 
-CANDIDATES = ("zero_shot", "few_shot", "classical", "tuned")
+CANDIDATES = ("zero_shot", "few_shot", "classical", "tuned", "shorter")
 CandidateName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 

@@ -78,8 +78,6 @@ CANDIDATES = {
     "tuned_retrieval": ("Tuned, retrieval", "the tuned model with retrieved examples"),
     "shorter": ("The shorter answer", "the rule that the shorter answer is the better one"),
 }
-# Names that are also plain words: in a sentence they stay as they are.
-_PLAIN_WORDS = {"reward", "shorter"}
 
 
 def number(value: Any) -> float | None:
@@ -176,7 +174,7 @@ def humane(value: Any) -> str:
     """Text of our own with the machine names in it as words: `tuned against few_shot` -> `tuned against few-shot`."""
     raw = value if isinstance(value, str) else "" if value is None else str(value)
     for name in (*CANDIDATES, *METRICS):
-        if name in raw and name not in _PLAIN_WORDS:
+        if name in raw:
             said = CANDIDATES[name][0].lower() if name in CANDIDATES else METRICS[name].label
             raw = re.sub(rf"\b{name}\b", said if name == "rougeL" else said[:1].lower() + said[1:], raw)
     return capital(raw)

@@ -153,10 +153,11 @@ class RolloutSource:
         orders = {epoch: epoch_order(self.seed, epoch, count) for epoch in {place // count for place in places}}
         return [self.prompts[orders[place // count][place % count]] for place in places]
 
-    def _sample(self, prompts: Sequence[Prompt], iteration: int, group: int) -> list[Answer]:
+    def _sample(self, prompts: Sequence[Prompt], iteration: int, group: int, first: int = 0) -> list[Answer]:
+        """Answers number `first` and on to each prompt, `group` of them."""
         rollout = self.stage.rollout
         asked = [prompt for prompt in prompts for _ in range(group)]
-        seeds = [stream(self.seed, iteration, prompt.record.row_id, g) for prompt in prompts for g in range(group)]
+        seeds = [stream(self.seed, iteration, prompt.record.row_id, g) for prompt in prompts for g in range(first, first + group)]
         with self.parts.policy.deterministic():
             made = self.parts.sampler(
                 [prompt.ids.tolist() for prompt in asked],
@@ -177,7 +178,7 @@ class RolloutSource:
             drawn = np.random.Generator(np.random.Philox(key=[self.seed, (iteration + 1) * 1000 + attempt])).choice(
                 len(self.prompts), size=min(len(dull), len(self.prompts)), replace=False
             )
-            fresh = self._sample([self.prompts[i] for i in drawn], iteration, group)
+            fresh = self._sample([self.prompts[i] for i in drawn], iteration, group, first=(attempt + 1) * group)
             found = self.parts.scorer(fresh)
             for place, (g, _) in enumerate(zip(dull, drawn, strict=False)):
                 new = slice(place * group, (place + 1) * group)

@@ -92,12 +92,12 @@ def stage_work(stage: Stage, inputs: WorkInputs, run: RunDirectory) -> Iterator[
     if not learns_from_answers(stage):
         policy = _policy(stage, inputs, objective)
         folder = run.file(f"stages/{stage.name}/reference")
-        source = partial(make_source, stage, policy=policy, seed=inputs.seed, key=inputs.key)
-        train = source(inputs.data.items, accumulation=stage.gradient_accumulation_steps, folder=folder / "train")
+        made = partial(make_source, stage, policy=policy, seed=inputs.seed, key=inputs.key)
+        train = made(inputs.data.items, accumulation=stage.gradient_accumulation_steps, folder=folder / "train")
         held_out = inputs.data.validation_items
         evaluate = None
         if held_out is not None:
-            rows = source(held_out, accumulation=1, folder=folder / "validation")
+            rows = made(held_out, accumulation=1, folder=folder / "validation")
             evaluate = partial(_evaluate_rows, policy, objective, rows)
         yield Work(policy, objective, train, evaluate)
         return
