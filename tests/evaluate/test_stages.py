@@ -317,6 +317,14 @@ def test_the_shorter_answer_is_never_recommended():
     assert result.evaluation["recommendation"]["candidate"] == "zero_shot"
 
 
+def test_the_shorter_answer_may_be_asked_for_by_name_and_is_not_measured_without_pairs():
+    assert values(compared(PAIRS).run(candidates=["shorter"]), "shorter") == {"preference_accuracy": 0.0}
+    gate = Gate(metric="preference_accuracy", better_than="shorter")
+    assert compared(PAIRS).run(candidates=["tuned", "shorter"], gates=[gate]).evaluation["verdict"] == "PASS"
+    alone = Bench(gold_task()).run(candidates=["shorter", "tuned"])
+    assert alone.evaluation["tasks"]["task"]["not_measured"] == {"shorter": "it stands beside preference_accuracy, which is not asked for"}
+
+
 def test_a_reward_model_has_its_account_and_gives_no_answers():
     bench = compared([ranking(f"question {n}", "the best answer of all", "bad", "a middling one", line=n) for n in range(8)])
     entry = candidates(bench.run(candidates=["reward"]))["reward"]

@@ -205,8 +205,9 @@ def test_a_sources_state_is_in_the_checkpoint_and_taken_up_by_the_resumed_run(tm
     assert [line["made"] for line in lines if line["step"] > 4] == [5, 6]
 
 
-def test_a_source_that_says_stop_ends_the_stage_before_the_update_with_a_checkpoint_and_for_good(tmp_path):
-    stage = make_stage(max_steps=9, save_steps=9)
+@pytest.mark.parametrize("save_steps", [3, 9])
+def test_a_source_that_says_stop_ends_the_stage_before_the_update_with_a_checkpoint_and_for_good(tmp_path, save_steps):
+    stage = make_stage(max_steps=9, save_steps=save_steps)
     for _ in range(2):
         with RunDirectory.open(tmp_path / "run", resume=True) as run:
             progress = train(make_job(Policy(tiny_model("llama")), stage, run, ROWS, source=growing(enough=3)))

@@ -116,7 +116,9 @@ class Comparison:
         self.numbers: dict[tuple[str, str], Numbers] = {}
         self.seconds: dict[str, float] = {}
         self._rows: list[list[Dialogue]] = []
-        if task is None or not task.is_compared or PREFERENCE not in task.metrics:
+        self.asked = task is not None and task.is_compared and PREFERENCE in task.metrics
+        if not self.asked:
+            work.absent[SHORTER] = f"it stands beside {PREFERENCE}, which is not asked for"
             return
         for candidate in work.wanted:
             model = work.inputs.model_of(candidate)
@@ -167,7 +169,7 @@ class Comparison:
             if compares == "score":
                 entry["reward_model"] = reward_model_json(values, self.lengths)
             self._keep(candidate, values, entry, self.seconds.get(model, 0.0), self.work.inputs.encoder.sha256)
-        if self.candidates:
+        if self.candidates or (self.asked and SHORTER in self.work.wanted):
             texts = [[sum(len(m.content) for m in one.messages[len(item.messages) :]) for one in item.compared] for item in self.task.items]
             self._keep(SHORTER, [[-float(size) for size in item] for item in texts], {"compares": "by characters, fewer first"}, 0.0, None)
 
@@ -212,7 +214,7 @@ def _each(combine: Callable[[float, float], float], first: Numbers, second: Numb
 
 def models_in_order(work: Work, comparison: Comparison) -> list[str]:
     """The models besides the base that something is asked of: stages in order and other starts, then the tuned one."""
-    wanted = {work.inputs.model_of(name) for name in work.wanted if name not in ("zero_shot", "few_shot", "classical")}
+    wanted = {work.inputs.model_of(name) for name in work.wanted if name not in ("zero_shot", "few_shot", "classical", SHORTER)}
     wanted |= set(comparison.needs) - {BASE}
     order = [name for name in work.inputs.results if name in wanted]
     return [*order, *sorted(wanted - set(order))]

@@ -2,7 +2,8 @@
 
 Takes the server's address, prompts as token ids; gives generations, with each token's log-probability. Routes: /v1/completions,
 /v1/load_lora_adapter and /v1/unload_lora_adapter, the last two of which a server has only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True
-and --enable-lora. Tested against those routes on a loopback server, not against vLLM itself.
+and --enable-lora. Tested against those routes on a loopback server, and against vLLM 0.32 on a CPU (tests/generate/test_vllm.py, which
+needs one that runs); not against vLLM on a GPU.
 """
 
 from __future__ import annotations
@@ -93,7 +94,10 @@ class ServerGenerator:
         return self._together(self._generation, requests)
 
     def logprobs(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Natural log-probability of every answer token given its prompt and the answer before it: float32 [len(answer)] a pair."""
+        """Natural log-probability of every answer token given its prompt and the answer before it: float32 [len(answer)] a pair.
+
+        A vLLM 0.32 on a CPU that has --enable-lora breaks down over several prompts at once: give a concurrency of 1 there.
+        """
         if len(prompts) != len(answers):
             raise ValueError(f"{len(prompts)} prompts, {len(answers)} answers")
         return self._together(self._scores, list(zip(prompts, answers, strict=True)))
@@ -102,7 +106,7 @@ class ServerGenerator:
         """Has the server load an adapter folder, which it must see under the same path; generations come from it from then on.
 
         name: new for every version of the weights (`policy-12`). The server's cache of prompts goes by the name, so a name that was used
-        before, here or on the server, is refused.
+        before by this generator, or that the server holds, is refused; what another client loaded and unloaded cannot be seen.
         """
         if name in self._used or name == self.model:
             raise self._reused(name)

@@ -134,6 +134,8 @@ def _update(job: Job, progress: Progress) -> None:
     if window.stop is not None:
         progress.stopped_early = True
         _log(job, {"event": "stopped", "step": step, **window.stop})
+        if step:
+            _save(job, progress, anew=True)
         return
     if step == 0:
         starts_where_it_compares(job.policy, window.batches)
@@ -215,9 +217,10 @@ def _evaluate(job: Job, progress: Progress) -> None:
         _save(job, progress)
 
 
-def _save(job: Job, progress: Progress) -> None:
+def _save(job: Job, progress: Progress, *, anew: bool = False) -> None:
+    """Writes the step's checkpoint unless there is one; `anew`: also then, since what it should hold has changed."""
     newest, _ = job.run.newest_valid_checkpoint(job.stage.name)
-    if newest != _folder(job, progress.step):
+    if anew or newest != _folder(job, progress.step):
         save_checkpoint(job.run, job.stage.name, progress, job.optimiser, job.fingerprint, job.source.state())
         _log(job, {"event": "checkpoint", "step": progress.step})
     best = None
