@@ -54,7 +54,9 @@ def check_data_file(
         near = difflib.get_close_matches(format, get_args(Format), n=1)
         mend = f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(get_args(Format))}"
         raise RecipeError(f"no format is called `{format}`", where="--format", mend=mend)
-    section = DataSection(train=str(train), test=str(test) if test else None, columns=columns or {}, format=cast(Format, format), test_overlap="drop")
+    section = DataSection(
+        train=str(train), test=str(test) if test else None, columns=columns or {}, format=cast(Format, format), test_overlap="drop"
+    )
     read = read_records(section.train, section)
     tests = read_records(section.test, section, default_split="test").records if section.test else []
     checked = check_data(read.records, tests, section)

@@ -34,7 +34,7 @@ from .train.trackers import Trackers, require_trackers
 from .train.work import learns_from_answers
 
 HUB_CLIENTS = ("huggingface_hub", "httpx", "requests")  # whose errors say that a model could not be fetched
-UNTRAINED = {"zero_shot", "few_shot", "classical"}  # candidates that need no result of a stage
+UNTRAINED = {"zero_shot", "few_shot", "classical", "shorter"}  # candidates that need no result of a stage
 NOTHING_TO_DO = "nothing_to_do"  # the event of a part that found everything finished
 
 

@@ -4,12 +4,14 @@ verdict, said before anything is trained. Raises DoesNotFit."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .data.batching import DatasetSource
+from .data.preference import AnyRecord, kind_of_record
 from .errors import DoesNotFit
 from .evaluate.run import GUARDED
 from .evaluate.verdict import gate_name
@@ -33,6 +35,7 @@ from .score import minimum_items
 from .session import Session
 from .tasks import Tasks
 from .train.memory import peak_memory_bytes, resident_bytes
+from .train.offline import compares_with_reference
 from .train.samplers import ROLLOUT_BATCH
 from .train.scoring import named_models
 from .train.shaping import Shaping
@@ -59,7 +62,10 @@ def make_plan(session: Session) -> dict[str, Any]:
         if learns_from_answers(stage):
             peak = max(peak, _sampling_memory(session, shape, stage, need))
             phases += _answer_phases(session, shape, machine, stage)
-        elif held_out is not None:
+        elif compares_with_reference(stage):
+            once = session.data_of(stage).train.lengths.sum() * computed / max(rows, 1)
+            phases.append(forward_phase(f"reference {stage.name}", shape, machine, tokens=float(once), heads=supervised))
+        if held_out is not None and not learns_from_answers(stage):
             length = float(held_out.lengths.sum()) * computed / max(rows, 1)
             evaluations = max(1, stage.max_steps // stage.eval_steps)
             phases.append(forward_phase(f"validate {stage.name}", shape, machine, tokens=length * evaluations, heads=supervised))
@@ -181,15 +187,30 @@ def _evaluation(session: Session, shape: Any, machine: Any) -> list[Phase]:
     own = max(1.0, session.data.lengths["mean"] - answer - shared)
     held = len(session.data.validation_records)
     trials = len(section.few_shot_k) * section.few_shot_sets * held if "few_shot" in section.candidates else 0
-    counts = {"zero_shot": items, "few_shot": items + trials, "tuned": items}
+    stages = {stage.name for stage in session.stages}
+    asked = dict.fromkeys([*section.candidates, *(name for gate in section.gates for name in gate_sides(gate) if name in stages)])
     phases = []
-    for name in section.candidates:
-        if name in counts:
-            n = counts[name]
-            phases.append(forward_phase(f"read prompts {name}", shape, machine, tokens=n * own, heads=n))
-            phases.append(decode_phase(f"answer {name}", shape, machine, items=n, new_tokens=answer, batch=section.batch_size))
-            phases.append(forward_phase(f"perplexity {name}", shape, machine, tokens=items * (own + answer), heads=items * answer))
+    for name in asked:
+        if name in ("classical", "shorter"):
+            continue
+        n = items + trials if name == "few_shot" else items
+        if preferred(session.data.test_records):  # each of two answers, by the model and by what it is compared with
+            phases.append(forward_phase(f"compare {name}", shape, machine, tokens=4 * items * (own + answer), heads=4 * items * answer))
+            continue
+        phases.append(forward_phase(f"read prompts {name}", shape, machine, tokens=n * own, heads=n))
+        phases.append(decode_phase(f"answer {name}", shape, machine, items=n, new_tokens=answer, batch=section.batch_size))
+        phases.append(forward_phase(f"perplexity {name}", shape, machine, tokens=items * (own + answer), heads=items * answer))
     return phases
+
+
+def preferred(records: Sequence[AnyRecord]) -> bool:
+    """Whether what is measured is which of several answers is preferred."""
+    return bool(records) and kind_of_record(records[0]) in ("pair", "ranking")
+
+
+def gate_sides(gate: Gate) -> list[str]:
+    """The two candidates that a gate compares."""
+    return [gate.candidate, gate.better_than or gate.not_worse_than or ""]
 
 
 def _shared_beginning(session: Session) -> int:
@@ -231,8 +252,11 @@ def verdict_warnings(recipe: Recipe, tasks: Tasks) -> list[str]:
 
 def _why_undecided(gate: Gate, recipe: Recipe, tasks: Tasks) -> str | None:
     """Why a gate can only read NOT MEASURED, whatever the run will measure; None where it can be decided."""
-    sides = [gate.candidate, gate.better_than or gate.not_worse_than]
-    missing = [name for name in sides if name not in recipe.evaluate.candidates]
+    sides = gate_sides(gate)
+    known = {*recipe.evaluate.candidates, *(stage.name for stage in recipe.stages)}  # a stage is measured where a gate names it
+    if gate.metric == "preference_accuracy":
+        known.add("shorter")
+    missing = [name for name in sides if name not in known]
     task = tasks.general if gate.task == "general" else tasks.task
     if task is None:
         return "evaluate.general names no file" if gate.task == "general" else "there is no data.test"

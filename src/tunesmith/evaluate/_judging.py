@@ -13,10 +13,10 @@ import numpy as np
 from ..errors import NonFinite
 from ..score.gold import Unscorable
 from ..score.metrics import PREFERENCE
+from ..score.preferences import SHORTER, item_accuracy, reward_model_json
 from ._work import Work
 from .encode import Dialogue
 from .inputs import BASE, Compares
-from .preferences import SHORTER, item_accuracy, reward_model_json
 from .scoring import Scored, unscored
 from .task import Task
 

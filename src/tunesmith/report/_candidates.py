@@ -12,6 +12,7 @@ from markupsafe import Markup
 from . import _words as words
 from ._learning import part_seconds
 from ._read import RunFiles
+from ._rollouts import reward_model_words
 from ._verdict import difference_words, few_shot_part, main_metric, measured
 from ._words import Limits, mapping, number, rows, text
 from .charts import Interval, interval_chart
@@ -53,7 +54,7 @@ def _task(run: RunFiles, name: str, task: dict[str, Any], limits: Limits) -> dic
         "hash": text(task.get("hash"), 17),
         "tables": [_table(run, name, part, {one: mapping(entries[one]) for one in names}) for part in (whole, parts) if part],
         "reward_models": [
-            (words.candidate_label(one), _reward_model(mapping(mapping(entries[one]).get("reward_model"))))
+            (words.candidate_label(one), reward_model_words(mapping(mapping(entries[one]).get("reward_model"))))
             for one in names
             if mapping(entries[one]).get("reward_model")
         ],
@@ -61,28 +62,6 @@ def _task(run: RunFiles, name: str, task: dict[str, Any], limits: Limits) -> dic
         "missing": _missing(run, name, task, entries)[: limits.candidates],
         "left_out": len(entries) - len(names) + len(metrics) - len(whole) - len(parts),
     }
-
-
-def _reward_model(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a reward model's scores depend on besides how good an answer is, as (what, how much)."""
-    calibration, bias = mapping(found.get("calibration")), mapping(found.get("length_bias"))
-    shown = [("Expected calibration error", _with_n(number(calibration.get("expected_calibration_error")), calibration, share=True))]
-    shown += [
-        (f"Correlation of score and length ({name.capitalize()})", _with_n(number(bias.get(name)), bias))
-        for name in ("pearson", "spearman")
-    ]
-    for side in ("shorter", "longer"):
-        part = mapping(bias.get(f"accuracy_where_{side}_is_preferred"))
-        shown.append((f"Accuracy where the {side} answer is preferred", _with_n(number(part.get("value")), part, share=True)))
-    for part in rows(found.get("accuracy_by_place"))[:10]:
-        shown.append((f"Accuracy of place {words.count(part.get('place'))}", _with_n(number(part.get("value")), part, share=True)))
-    return shown
-
-
-def _with_n(value: float | None, part: dict[str, Any], *, share: bool = False) -> str:
-    if value is None:
-        return words.NOT_MEASURED
-    return f"{100 * value:.1f}%, n {words.count(part.get('n'))}" if share else f"{words.signed(value, 2)}, n {words.count(part.get('n'))}"
 
 
 def _missing(run: RunFiles, name: str, task: dict[str, Any], entries: dict[str, Any]) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 from . import _words as words
 from ._curves import Series, curves_view, known, series
 from ._read import RunFiles
-from ._rollouts import counts_sentence, hacking_sentence, samples_view, stop_sentences
+from ._rollouts import counts_sentence, hacking_sentence, reward_model_words, samples_view, stop_sentences
 from ._words import Limits, capital, mapping, number, rows, text
 from .charts import Bar, Line, bar_chart, line_chart
 
@@ -61,9 +61,11 @@ def _stage(name: str, events: list[dict[str, Any]], settings: dict[str, Any], li
         marks=marks,
     )
     lost = sum(value is None for _, value in train + validation)
+    judged = next((event for event in reversed(events) if event.get("event") == "reward_model"), None)
     curves = curves_view(shown, events, settings, marks)
     return {
         "name": shown,
+        "judged": reward_model_words(judged) if judged else [],
         "loss": loss,
         "validated": bool(validation),
         "rate": schedule,

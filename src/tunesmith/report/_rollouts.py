@@ -166,3 +166,27 @@ def _dull_share(events: Events, stage: Mapping[str, Any]) -> float | None:
     last = {number(event.get("iteration")): number(event.get("groups_without_spread")) for event in events if "iteration" in event}
     values = [value for value in last.values() if value is not None]
     return sum(values) / (prompts * len(values)) if prompts and values else None
+
+
+def reward_model_words(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a reward model's scores depend on besides how good an answer is, as (what, how much)."""
+    calibration, bias = mapping(found.get("calibration")), mapping(found.get("length_bias"))
+    accuracy = mapping(found.get("accuracy"))
+    shown = [("Accuracy on held-out pairs", _with_n(number(accuracy.get("value")), accuracy, share=True))] if accuracy else []
+    shown += [("Expected calibration error", _with_n(number(calibration.get("expected_calibration_error")), calibration, share=True))]
+    shown += [
+        (f"Correlation of score and length ({name.capitalize()})", _with_n(number(bias.get(name)), bias))
+        for name in ("pearson", "spearman")
+    ]
+    for side in ("shorter", "longer"):
+        part = mapping(bias.get(f"accuracy_where_{side}_is_preferred"))
+        shown.append((f"Accuracy where the {side} answer is preferred", _with_n(number(part.get("value")), part, share=True)))
+    for part in rows(found.get("accuracy_by_place"))[:10]:
+        shown.append((f"Accuracy of place {words.count(part.get('place'))}", _with_n(number(part.get("value")), part, share=True)))
+    return shown
+
+
+def _with_n(value: float | None, part: dict[str, Any], *, share: bool = False) -> str:
+    if value is None:
+        return words.NOT_MEASURED
+    return f"{100 * value:.1f}%, n {words.count(part.get('n'))}" if share else f"{words.signed(value, 2)}, n {words.count(part.get('n'))}"

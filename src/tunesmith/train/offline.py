@@ -23,6 +23,7 @@ from ..models.policy import Policy
 from ..objectives import kto_z0
 from ..recipe import Stage
 from ..rundir import atomic_folder, verify_folder
+from ..score.preferences import item_accuracy, reward_model_json
 
 SUMS, KEY = "sums.safetensors", "key.json"
 ITEM_COLUMNS = ("margin", "label")
@@ -42,6 +43,21 @@ def row_sums(policy: Policy, batches: Iterable[Batch]) -> np.ndarray:
             logprobs = policy(batch.forest).logprobs.double().cpu().numpy()
             sums.append(np.bincount(batch.forest.row_S, weights=logprobs, minlength=len(batch.forest.lengths_B)))
     return np.concatenate(sums) if sums else np.zeros(0)
+
+
+def judge_reward_model(policy: Policy, items: Items, batch_size: int) -> dict[str, Any]:
+    """Accuracy on held-out items, each item's counting once, and what scores depend on besides: see `score.preferences`."""
+    scores, lengths = [], []
+    source = DatasetSource(items, batch_size=batch_size, accumulation=1, seed=0, trim=True)
+    with torch.no_grad(), policy.deterministic():
+        for batch in source.once():
+            found = policy(batch.forest, {"scores"}).scores.double().cpu().numpy()
+            tokens = np.bincount(batch.forest.row_S, minlength=len(found)).astype(float)
+            cuts = np.flatnonzero(np.diff(batch.item_B)) + 1
+            scores += [part.tolist() for part in np.split(found, cuts)]
+            lengths += [part.tolist() for part in np.split(tokens, cuts)]
+    right = item_accuracy(scores)
+    return {"accuracy": {"value": float(np.mean(right)), "n": len(right)}, **reward_model_json(scores, lengths)}
 
 
 def make_source(stage: Stage, items: Items, policy: Policy, *, seed: int, accumulation: int, folder: Path, key: str) -> DatasetSource:

@@ -40,6 +40,7 @@ from .invariants import (
 )
 from .loop import Job, train
 from .memory import keep_freed_memory
+from .offline import judge_reward_model
 from .optimiser import FlatAdamW
 from .rollouts import steps_per_pass
 from .scoring import Gold, locate_result, named_files, named_models
@@ -199,6 +200,9 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
         keep_freed_memory()
         torch.manual_seed(seed)
         progress = train(job)
+        if stage.objective.type == "reward" and data.validation_items is not None:
+            judged = judge_reward_model(work.policy, data.validation_items, stage.per_device_train_batch_size)
+            _tell(run, report, {"event": "reward_model", "stage": stage.name, "step": progress.step, **judged})
         card = {
             "template_sha256": inputs.template.sha256 if inputs.template else None,
             "stage": stage.name,

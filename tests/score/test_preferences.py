@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tunesmith.evaluate.preferences import accuracy_by_place, calibration, item_accuracy, length_bias
+from tunesmith.score.preferences import accuracy_by_place, calibration, item_accuracy, length_bias
 
 
 def test_an_items_accuracy_is_the_share_of_its_pairs_and_a_tie_counts_a_half():
