@@ -56,7 +56,7 @@ def adapters(tmp_path_factory):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
-                    parameter.normal_(0, 0.02)
+                    parameter.normal_(0, 0.1)
         folder = tmp_path_factory.mktemp(f"adapter{seed}")
         model.save_pretrained(folder)
         made.append((folder, LocalGenerator(model.eval(), loaded.tokenizer)))

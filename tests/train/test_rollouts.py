@@ -201,6 +201,7 @@ def test_dynamic_sampling_replaces_groups_without_spread_by_other_prompts(times)
     assert np.count_nonzero(rewards.std(axis=1) == 0) == left
     groups = np.array([str(row[:length]) for row, length in zip(source.rollouts.ids, source.rollouts.prompt_lengths, strict=True)])
     assert all(len(set(group)) == 1 for group in groups.reshape(-1, 3))  # a group is of one prompt still
+    assert sum(str(prompt.ids) in groups for prompt in source.prompts[:4]) == left  # the answers are replaced with their scores
     assert len({str(answers_of(source)[i : i + 3]) for i in range(0, 36, 3)}) == 12  # of a prompt asked already, these are other answers
     again = make_source(objective_of("grpo", dynamic_sampling=times), **settings)
     again.window(0)
