@@ -65,6 +65,6 @@ def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter
     found = {}
     for name, parameter in model.named_parameters():
         before, own, after = name.partition(f".{adapter}")
-        if own and ("lora_" in before or "trainable_tokens" in before):
+        if own and after[:1] in ("", ".") and ("lora_" in before or "trainable_tokens" in before):
             found[before + after] = parameter
     return found

@@ -96,6 +96,14 @@ class Stage(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _every_part_has_answers(self) -> Stage:
+        parts = getattr(self.objective, "num_mini_batches", 1)
+        answers = self.rollout.prompts_per_step * getattr(self.objective, "num_generations", 1)
+        if parts > answers:
+            raise ValueError(f"objective.num_mini_batches: {answers} answers cannot be cut into {parts} parts; lower it")
+        return self
+
     @field_validator("objective", mode="before", json_schema_input_type=_or_its_name(Objective))
     @classmethod
     def _bare_objective(cls, value: Any) -> Any:

@@ -137,6 +137,10 @@ def _update(job: Job, progress: Progress) -> None:
         if step:
             _save(job, progress, anew=True)
         return
+    if not window.batches:  # nothing sampled could be learned from
+        progress.step += 1
+        _log(job, {"event": "nothing_learned", "step": progress.step, **window.metrics})
+        return
     if step == 0:
         starts_where_it_compares(job.policy, window.batches)
     optimiser.zero_grad()

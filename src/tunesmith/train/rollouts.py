@@ -3,7 +3,7 @@
     iteration -> prompts -> answers -> rewards -> (old, reference, values) in one pass each -> columns -> `updates` windows
 
 An iteration is a pure function of the weights at its start, the seed and its number: the sample of prompt p is drawn from a stream of its
-own, hash(seed, iteration, p, sample). A checkpoint inside an iteration holds its rollouts; one between two holds none.
+own, hash(seed, iteration, p, sample). A checkpoint holds the rollouts last made, for the updates that are still to come from them.
 """
 
 from __future__ import annotations
@@ -236,7 +236,8 @@ class RolloutSource:
 
     def _batches(self, rollouts: Rollouts) -> list[Batch]:
         """The rollouts in forward passes of the stage's batch size, with the columns known so far; a pair stays together."""
-        size = max(self.shaping.together, self.stage.per_device_train_batch_size // self.shaping.together * self.shaping.together)
+        most = min(self.stage.per_device_train_batch_size, -(-len(rollouts.ids) // self.shaping.parts))  # a part is whole batches
+        size = max(self.shaping.together, most // self.shaping.together * self.shaping.together)
         return [self._batch(rollouts, range(a, min(a + size, len(rollouts.ids)))) for a in range(0, len(rollouts.ids), size)]
 
     def _batch(self, rollouts: Rollouts, rows: range) -> Batch:
