@@ -3,7 +3,7 @@
 Start it on this machine (it reads the adapters that the tests write), the folder being that of `load_model(...).identity.folder`:
 
 VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve FOLDER --served-model-name smollm2-135m-instruct --enable-lora --max-lora-rank 16
---max-model-len 1024 --dtype bfloat16, with or without --logprobs-mode processed_logprobs.
+--max-model-len 1024 --dtype bfloat16, with or without --logprobs-mode processed_logprobs. No other client should use it meanwhile.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Takes the server's address, prompts as token ids; gives generations, with each token's log-probability. Routes: /v1/completions,
 /v1/load_lora_adapter and /v1/unload_lora_adapter, the last two of which a server has only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True
 and --enable-lora. Tested against those routes on a loopback server, and against vLLM 0.32 on a CPU (tests/generate/test_vllm.py, which
-needs one that runs); not against vLLM on a GPU.
+needs one that runs); not against vLLM on a GPU. On a CPU, vLLM 0.32 gives requests for the base model the adapter's answers where both
+are in one batch: a server there should have one client.
 """
 
 from __future__ import annotations
