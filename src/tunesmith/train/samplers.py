@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from peft import PeftModel
 
-from ..errors import RecipeError
+from ..errors import RecipeError, RolloutFailed
 from ..generate import LocalGenerator, ServerGenerator
 from ..generate.protocol import Generation, Sampling
 from ..models.load import LoadedModel
@@ -30,6 +31,9 @@ class LocalSampler:
     ) -> list[Generation]:
         """One answer a prompt, with its log-probabilities."""
         return self.generator.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling, seeds=seeds, logprobs=True)
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
 
 class ServerSampler:
@@ -57,6 +61,14 @@ class ServerSampler:
         """One answer a prompt by the adapter as it is now, with its log-probabilities."""
         self._publish(f"policy-{iteration}-{time.time_ns():x}")
         return self.generator.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling, seeds=seeds, logprobs=True)
+
+    def close(self) -> None:
+        """Takes the last adapter off the server and the disk."""
+        if self.generator.adapter is not None:
+            with suppress(RolloutFailed):  # a server that is gone holds nothing; what ended the stage is said elsewhere
+                self.generator.unload_adapter(self.generator.adapter)
+        if self.folder.exists():
+            remove_folder(self.folder)
 
     def _publish(self, name: str) -> None:
         with atomic_folder(self.folder / name) as temporary:

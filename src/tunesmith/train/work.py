@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..recipe import Stage
 from ..rundir import RunDirectory
 from .loop import Source
 from .offline import make_source
-from .rollouts import Parts, RolloutSource, Sampler
+from .rollouts import Parts, RolloutSource
 from .samplers import LocalSampler, ServerSampler
 from .scoring import Gold, Prompt, gold_of, locate_result, stage_scorer
 from .shaping import SHAPINGS
@@ -103,15 +103,18 @@ def stage_work(stage: Stage, inputs: WorkInputs, run: RunDirectory) -> Iterator[
         return
     reference = _reference(stage, inputs)  # before the policy: its layers make room for every adapter that there is
     scorer = stage_scorer(stage.objective, inputs.loaded, inputs.model, partial(locate_result, run=run.path))
-    with scorer:
+    with ExitStack() as ends:
+        ends.enter_context(scorer)
         policy = _policy(stage, inputs, objective)
         scorer.bind(policy)
         data = inputs.data
         prompts = _prompts(data.records, data.items)
         scorer.check(prompts)
+        sampler = _sampler(stage, policy, inputs, run)
+        ends.callback(sampler.close)
         source = RolloutSource(
             stage,
-            Parts(policy, _sampler(stage, policy, inputs, run), scorer, partial(reference, policy), gold_of(inputs.gold)),
+            Parts(policy, sampler, scorer, partial(reference, policy), gold_of(inputs.gold)),
             prompts,
             _prompts(data.validation_records, data.validation_items),
             seed=inputs.seed,
@@ -178,7 +181,7 @@ def _frozen(policy: Policy, adapter: str | None, forest: Forest) -> torch.Tensor
         return policy(forest).logprobs
 
 
-def _sampler(stage: Stage, policy: Policy, inputs: WorkInputs, run: RunDirectory) -> Sampler:
+def _sampler(stage: Stage, policy: Policy, inputs: WorkInputs, run: RunDirectory) -> LocalSampler | ServerSampler:
     if stage.rollout.server is None:
         return LocalSampler(policy, inputs.loaded, inputs.stop_ids)
     return ServerSampler(stage, policy, inputs.loaded, inputs.stop_ids, run)
