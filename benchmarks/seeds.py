@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from tunesmith.report.charts import Line, line_chart
 STYLE = """<style>text{font:11px system-ui,sans-serif;fill:#666}.grid{stroke:#8884}.axis{stroke:#888}polyline{fill:none;stroke-width:1.5}
 .train{stroke:#777}.validation{stroke:#c2410c}.rate{stroke:#1d4ed8}circle{fill:#c2410c}</style>"""
 KINDS = ("train", "validation", "rate")
+ROOT = Path(__file__).resolve().parents[1]
+ABSOLUTE = re.compile(r"""(?:^|(?<=[\s=\[{,'"]))(?:~|\.\.)?/[^\s,}\]'"]*""")  # a path in a word, also inside a setting's YAML
 
 
 def main() -> None:
@@ -85,11 +89,7 @@ def _is_metric(metric: str, wanted: str) -> bool:
 
 
 def _page(wanted: argparse.Namespace, runs: list[dict[str, Any]]) -> str:
-    sets = "".join(f" --set {word}" for word in wanted.sets)
-    command = (
-        f"python benchmarks/seeds.py {wanted.recipe} --stage {wanted.stage} --metric {wanted.metric} --baseline {wanted.baseline}{sets}"
-    )
-    lines = [f"# {wanted.title or Path(wanted.recipe).stem}", "", f"    {command}", ""]
+    lines = [f"# {wanted.title or Path(wanted.recipe).stem}", "", f"    {_command(wanted)}", ""]
     lines += [f"| seed | {wanted.baseline} | tuned | difference, 95% interval | n | KL at the end | stopped by | verdict | minutes |"]
     lines += ["| --- " * 9 + "|"]
     for run in runs:
@@ -114,6 +114,26 @@ def _page(wanted: argparse.Namespace, runs: list[dict[str, Any]]) -> str:
     name = Path(wanted.write).name if wanted.write else "curve"
     lines += ["", *(f"![{curve} by update, one line a seed]({name}-{_word(curve)}.svg)" for curve in wanted.curves), ""]
     return "\n".join(lines)
+
+
+def _command(wanted: argparse.Namespace) -> str:
+    """The command that makes the page again, without what only this machine has: see `_portable`."""
+    words = ["python", "benchmarks/seeds.py", wanted.recipe, "--stage", wanted.stage, "--metric", wanted.metric]
+    words += ["--baseline", wanted.baseline, "--curves", ",".join(wanted.curves), "--seeds", ",".join(map(str, wanted.seeds))]
+    for given in wanted.sets:
+        words += ["--set", given]
+    words += ["--write", wanted.write] if wanted.write else []
+    return shlex.join(map(_portable, words))
+
+
+def _portable(word: str) -> str:
+    """The word with each path that is not relative cut: to what it is in the repository, or to its last name."""
+
+    def cut(found: re.Match[str]) -> str:
+        path = Path(found[0]).expanduser().resolve()
+        return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name)
+
+    return ABSOLUTE.sub(cut, word)
 
 
 def _value(candidate: dict[str, Any] | None, metric: str) -> str:

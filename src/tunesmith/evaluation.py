@@ -22,10 +22,9 @@ from .generate import Constraint, LocalGenerator, choice_constraint, json_schema
 from .models.heads import load_head
 from .models.load import LoadedModel, hash_weights, load_model
 from .models.methods import load_adapter
-from .models.policy import Policy
 from .models.result import is_adapter, read_card, require_unaltered
 from .models.reward import Scored, Separate
-from .recipe import DPOObjective, ModelSection, Stage
+from .recipe import ModelSection, Stage
 from .rundir import MANIFEST, write_json, write_text
 from .score.metrics import PREFERENCE
 from .session import Session
@@ -83,7 +82,7 @@ class _Models:
     def scores(self, folder: Path) -> RowScores:
         """A reward model's score head on rows of token ids."""
         model, loaded = self.result(folder), self.session.loaded
-        judge = Separate(Policy(model), load_head(folder, "score", loaded.width).to(loaded.device), loaded.tokenizer, None)
+        judge = Separate.of(model, load_head(folder, "score", loaded.width).to(loaded.device))
         return lambda rows: judge.scores([Scored((), "", np.array(row, dtype=np.int64)) for row in rows])
 
     def _untouched(self) -> None:
@@ -193,13 +192,18 @@ def _needed(session: Session, stages: dict[str, Stage]) -> set[str]:
 
 
 def compares(stage: Stage) -> Compares:
-    """How a stage's result says which of two answers is better."""
+    """How a stage's result says which of two answers is better: by what its objective compares answers by, where it does."""
     objective = stage.objective
     if objective.type == "reward":
         return "score"
-    if objective.type in ("sft", "best_of_n", "simpo"):
+    if objective.type in ("sft", "best_of_n", "simpo", "orpo"):
         return "mean_logprob"
-    return "mean_log_ratio" if isinstance(objective, DPOObjective) and objective.length_normalised else "log_ratio"
+    if objective.type == "cpo":
+        return "logprob"
+    mean = getattr(objective, "length_normalised", False) or getattr(objective, "loss", "") == "ipo"
+    if getattr(objective, "reference", "start") == "none":
+        return "mean_logprob" if mean else "logprob"
+    return "mean_log_ratio" if mean else "log_ratio"
 
 
 def _constraint(schema: dict[str, Any] | None, labels: Sequence[str] | None, loaded: LoadedModel, stops: list[int]) -> Constraint | None:

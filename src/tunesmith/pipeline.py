@@ -18,8 +18,9 @@ from .data.preference import prompt_of
 from .data.prepare import PreparedData
 from .errors import GateFailed, ModelError
 from .evaluation import evaluate_run
+from .forewarning import quarantine_notes, verdict_warnings
 from .models.load import EMBEDDED
-from .planning import make_plan, quarantine_notes, verdict_warnings
+from .planning import make_plan
 from .preparation import fresh_base, prepare, require_files
 from .recipe import Recipe, Stage, dump_recipe, load_recipe
 from .report import write_report

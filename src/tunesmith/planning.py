@@ -1,23 +1,20 @@
-"""The plan of a session: what each phase will cost, from its own batches and the machine's measured speeds; and what stands in the way of a
-verdict, said before anything is trained. Raises DoesNotFit."""
+"""The plan of a session: what each phase will cost, from its own batches and the machine's measured speeds. Raises DoesNotFit."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .data.batching import DatasetSource
 from .data.preference import AnyRecord, kind_of_record
 from .errors import DoesNotFit
-from .evaluate.run import GUARDED
-from .evaluate.verdict import gate_name
 from .generate.engine import BATCH_TOKENS, LOGIT_ELEMENTS
 from .models.load import has_fast_bf16
 from .models.plan import (
+    Machine,
     Phase,
     Shape,
     available_memory,
@@ -30,21 +27,19 @@ from .models.plan import (
     train_memory,
     train_phase,
 )
-from .recipe import FullMethod, Gate, Recipe, Stage
-from .score import minimum_items
+from .models.result import is_adapter, read_card
+from .recipe import FullMethod, Stage
 from .session import Session
-from .tasks import Tasks
 from .train.memory import peak_memory_bytes, resident_bytes
 from .train.offline import compares_with_reference
 from .train.samplers import ROLLOUT_BATCH
-from .train.scoring import named_models
+from .train.scoring import locate_result, named_models
 from .train.shaping import Shaping
 from .train.work import learns_from_answers
 
 SAMPLED_WINDOWS = 20  # updates looked at to know how many tokens are shared
 SAMPLED_ROWS = 32
 SLOW_PROCESSOR = "this processor has no bfloat16 arithmetic: the base is held in float32 and takes about twice the time"
-SHOWN = 3  # quarantined rows and unknown labels named in a line
 
 
 def make_plan(session: Session) -> dict[str, Any]:
@@ -53,22 +48,10 @@ def make_plan(session: Session) -> dict[str, Any]:
     phases: list[Phase] = []
     peak, tokens = 0, 0
     for stage in session.stages:
-        rows, computed, supervised, largest = _sample(session, stage)
-        tokens += int(rows * stage.max_steps)
-        phases.append(train_phase(shape, machine, stage, tokens=computed * stage.max_steps, supervised=supervised * stage.max_steps))
-        need = train_memory(shape, stage, resident=peak_memory_bytes(), batch_tokens=largest, trainable=_trainable(session, stage))
-        peak = max(peak, need)
-        held_out = session.data_of(stage).validation
-        if learns_from_answers(stage):
-            peak = max(peak, _sampling_memory(session, shape, stage, need))
-            phases += _answer_phases(session, shape, machine, stage)
-        elif compares_with_reference(stage):
-            once = session.data_of(stage).train.lengths.sum() * computed / max(rows, 1)
-            phases.append(forward_phase(f"reference {stage.name}", shape, machine, tokens=float(once), heads=supervised))
-        if held_out is not None and not learns_from_answers(stage):
-            length = float(held_out.lengths.sum()) * computed / max(rows, 1)
-            evaluations = max(1, stage.max_steps // stage.eval_steps)
-            phases.append(forward_phase(f"validate {stage.name}", shape, machine, tokens=length * evaluations, heads=supervised))
+        update = _update(session, stage)
+        tokens += int(update.rows * stage.max_steps)
+        peak = max(peak, _stage_memory(session, shape, stage, update))
+        phases += _stage_phases(session, shape, machine, stage, update)
     phases += _evaluation(session, shape, machine)
     room = available_memory() + resident_bytes()
     if peak > room:
@@ -93,10 +76,19 @@ def make_plan(session: Session) -> dict[str, Any]:
     }
 
 
-def _sample(session: Session, stage: Stage) -> tuple[float, float, float, int]:
-    """Per update: row tokens, computed tokens, supervised tokens (means over some updates), and the largest batch's computed tokens."""
+class _Update(NamedTuple):
+    """What an update takes, in tokens: of its rows, computed (shared ones once), supervised; and computed of its largest batch."""
+
+    rows: float
+    computed: float
+    supervised: float
+    largest: int
+
+
+def _update(session: Session, stage: Stage) -> _Update:
+    """The means over some updates; of answers yet to be sampled, see `_update_of_answers`."""
     if learns_from_answers(stage):
-        return _sample_answers(session, stage)
+        return _update_of_answers(session, stage)
     source = DatasetSource(
         session.data_of(stage).items,
         batch_size=stage.per_device_train_batch_size,
@@ -111,17 +103,76 @@ def _sample(session: Session, stage: Stage) -> tuple[float, float, float, int]:
         ]
     )
     rows, computed, supervised = totals.mean(0)
-    return float(rows), float(computed), float(supervised), max(len(batch.forest.tokens_T) for window in windows for batch in window)
+    largest = max(len(batch.forest.tokens_T) for window in windows for batch in window)
+    return _Update(float(rows), float(computed), float(supervised), largest)
 
 
-def _sample_answers(session: Session, stage: Stage) -> tuple[float, float, float, int]:
-    """As `_sample`, of answers yet to be sampled, each taken to be as long as it may; a prompt is computed once for its group."""
-    prompt, new = float(session.data_of(stage).train.lengths.mean()), stage.rollout.max_new_tokens
-    prompts, group = stage.rollout.prompts_per_step, stage.objective.num_generations
-    answers = prompts * group
-    batch = min(answers, stage.per_device_train_batch_size)
+def _update_of_answers(session: Session, stage: Stage) -> _Update:
+    """One mini-batch of the answers that are learned from, each taken to be as long as it may; a prompt is computed once for its group."""
+    prompt, new, group = _prompt_tokens(session, stage), stage.rollout.max_new_tokens, stage.objective.num_generations
+    parts = Shaping.of(stage).parts
+    answers = _learned(stage) / parts
+    batch = min(math.ceil(answers), stage.per_device_train_batch_size)
     largest = math.ceil(batch / group) * prompt + batch * new
-    return answers * (prompt + new), prompts * prompt + answers * new, float(answers * new), int(largest)
+    prompts = min(stage.rollout.prompts_per_step / parts, answers)
+    return _Update(answers * (prompt + new), prompts * prompt + answers * new, answers * new, int(largest))
+
+
+def _prompt_tokens(session: Session, stage: Stage) -> float:
+    return float(session.data_of(stage).train.lengths.mean())
+
+
+def _sampled(stage: Stage) -> int:
+    """Answers of an iteration."""
+    return stage.rollout.prompts_per_step * stage.objective.num_generations
+
+
+def _learned(stage: Stage) -> int:
+    """Those of an iteration's answers that are learned from, where no two rewards are alike."""
+    return len(Shaping.of(stage).select(np.arange(_sampled(stage), dtype=np.float64)))
+
+
+def _stage_memory(session: Session, shape: Shape, stage: Stage, update: _Update) -> int:
+    """Peak bytes of a stage, with the models that it holds beside its policy."""
+    need = train_memory(shape, stage, resident=peak_memory_bytes(), batch_tokens=update.largest, trainable=_trainable(session, stage))
+    if not learns_from_answers(stage):
+        return need
+    need += _models_beside(session, shape, stage)
+    return max(need, _sampling_memory(session, shape, stage, need))
+
+
+def _models_beside(session: Session, shape: Shape, stage: Stage) -> int:
+    """Bytes of a sampling stage's reference, where it is a copy (of an adapter it is the base, or another adapter), and reward models.
+
+    A reward model that is an adapter on the policy's base costs its weights; any other is a model of its own, and one of this run as large
+    as the policy. Of what an earlier run or another tool made, the files' sizes count.
+    """
+    full, stages = isinstance(stage.method, FullMethod), {one.name: one for one in session.stages}
+    model = shape.parameters * shape.itemsize
+    need = model if full else 0
+    for name in named_models(stage.objective):
+        if name in stages:
+            one, whole = stages[name], model
+            adapter = None if isinstance(one.method, FullMethod) else 4 * _trainable(session, one)
+            base = _base(session, one)
+        else:
+            folder = locate_result(name, session.run.path)
+            files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            adapter, whole = (files, model) if is_adapter(folder) else (None, files)
+            base = None if read_card(folder).get("base", {}).get("sha256") == session.loaded.identity.sha256 else str(folder)
+        if adapter is None:
+            need += whole
+        else:
+            need += adapter + (whole if full or base != _base(session, stage) else 0)
+    return need
+
+
+def _base(session: Session, stage: Stage) -> str | None:
+    """The stage or folder whose whole model a stage's adapter is on, by name; None for the recipe's base."""
+    start, stages = stage.start_from, {one.name: one for one in session.stages}
+    if start in stages:
+        return start if isinstance(stages[start].method, FullMethod) else _base(session, stages[start])
+    return None if start is None or is_adapter(locate_result(start, session.run.path)) else start
 
 
 def _sampling_memory(session: Session, shape: Shape, stage: Stage, resident: int) -> int:
@@ -129,7 +180,7 @@ def _sampling_memory(session: Session, shape: Shape, stage: Stage, resident: int
     return evaluation_memory(
         shape,
         resident=resident,
-        items=stage.rollout.prompts_per_step * stage.objective.num_generations,
+        items=_sampled(stage),
         batch_size=ROLLOUT_BATCH,
         prompt_tokens=float(session.data_of(stage).train.lengths.max()),
         new_tokens=stage.rollout.max_new_tokens,
@@ -155,17 +206,39 @@ def _evaluation_memory(session: Session, shape: Shape, resident: int) -> int:
     )
 
 
-def _answer_phases(session: Session, shape: Any, machine: Any, stage: Stage) -> list[Phase]:
-    """What a stage that samples computes besides its updates: answers, and passes of policy, reference and reward models over them."""
-    _, computed, supervised, _ = _sample_answers(session, stage)
-    iterations = math.ceil(stage.max_steps / Shaping.of(stage).updates)
-    answers = stage.rollout.prompts_per_step * stage.objective.num_generations
-    passes = 2 + len(named_models(stage.objective))
+def _stage_phases(session: Session, shape: Shape, machine: Machine, stage: Stage, update: _Update) -> list[Phase]:
+    """What a stage computes: its updates, and what comes before, between and beside them."""
+    name, steps = stage.name, stage.max_steps
+    phases = [train_phase(shape, machine, stage, tokens=update.computed * steps, supervised=update.supervised * steps)]
+    if learns_from_answers(stage):
+        return phases + _answer_phases(session, shape, machine, stage, update)
+    data = session.data_of(stage)
+
+    def pass_over(what: str, updates: float) -> Phase:
+        """A forward pass over as many rows as so many updates have."""
+        return forward_phase(f"{what} {name}", shape, machine, tokens=update.computed * updates, heads=update.supervised * updates)
+
+    train, held_out = (0.0 if part is None else float(part.lengths.sum()) / max(update.rows, 1) for part in (data.train, data.validation))
+    passes = 2 if stage.objective.type == "kto" else 1  # its estimate of the KL takes a pass over as many other rows
+    if compares_with_reference(stage):
+        phases.append(pass_over("reference", (train + held_out) * passes))
+    if passes > 1:
+        phases.append(pass_over("estimate", steps))
+    if held_out:
+        phases.append(pass_over("validate", held_out * passes * max(1, steps // stage.eval_steps)))
+    return phases
+
+
+def _answer_phases(session: Session, shape: Shape, machine: Machine, stage: Stage, update: _Update) -> list[Phase]:
+    """What a stage that samples computes besides its updates: answers, a pass of each reward model over them, and of policy and reference
+    over those that are learned from."""
+    shaping, new, answers = Shaping.of(stage), stage.rollout.max_new_tokens, _sampled(stage)
+    iterations = math.ceil(stage.max_steps / shaping.updates)
+    learned, supervised = update.computed * shaping.parts, update.supervised * shaping.parts
+    judged = (stage.rollout.prompts_per_step * _prompt_tokens(session, stage) + answers * new) * len(named_models(stage.objective))
     return [
-        decode_phase(
-            f"sample {stage.name}", shape, machine, items=answers * iterations, new_tokens=stage.rollout.max_new_tokens, batch=ROLLOUT_BATCH
-        ),
-        forward_phase(f"score {stage.name}", shape, machine, tokens=computed * iterations * passes, heads=supervised * iterations * 2),
+        decode_phase(f"sample {stage.name}", shape, machine, items=answers * iterations, new_tokens=new, batch=ROLLOUT_BATCH),
+        forward_phase(f"score {stage.name}", shape, machine, tokens=(2 * learned + judged) * iterations, heads=2 * supervised * iterations),
     ]
 
 
@@ -177,7 +250,7 @@ def _trainable(session: Session, stage: Stage) -> int:
     return sum(stage.method.r * sum(m.weight.shape) for name, m in modules if any(name == w or name.endswith(f".{w}") for w in wanted))
 
 
-def _evaluation(session: Session, shape: Any, machine: Any) -> list[Phase]:
+def _evaluation(session: Session, shape: Shape, machine: Machine) -> list[Phase]:
     """The candidates' answers and perplexities; an answer is taken to be as long as the training answers."""
     section, items = session.recipe.evaluate, len(session.data.test_records)
     if not items:
@@ -187,8 +260,8 @@ def _evaluation(session: Session, shape: Any, machine: Any) -> list[Phase]:
     own = max(1.0, session.data.lengths["mean"] - answer - shared)
     held = len(session.data.validation_records)
     trials = len(section.few_shot_k) * section.few_shot_sets * held if "few_shot" in section.candidates else 0
-    stages = {stage.name for stage in session.stages}
-    asked = dict.fromkeys([*section.candidates, *(name for gate in section.gates for name in gate_sides(gate) if name in stages)])
+    sides = {side for gate in section.gates for side in (gate.candidate, gate.better_than, gate.not_worse_than)}
+    asked = dict.fromkeys([*section.candidates, *(stage.name for stage in session.stages if stage.name in sides)])
     phases = []
     for name in asked:
         if name in ("classical", "shorter"):
@@ -208,77 +281,9 @@ def preferred(records: Sequence[AnyRecord]) -> bool:
     return bool(records) and kind_of_record(records[0]) in ("pair", "ranking")
 
 
-def gate_sides(gate: Gate) -> list[str]:
-    """The two candidates that a gate compares."""
-    return [gate.candidate, gate.better_than or gate.not_worse_than or ""]
-
-
 def _shared_beginning(session: Session) -> int:
     """The tokens that the first rows all begin with: a system message that all have in common."""
     rows = [session.data.train[i][0] for i in range(min(SAMPLED_ROWS, len(session.data.train)))]
     shortest = min(len(row) for row in rows)
     same = np.all([row[:shortest] == rows[0][:shortest] for row in rows], axis=0)
     return shortest if same.all() else int(np.argmin(same))
-
-
-def verdict_warnings(recipe: Recipe, tasks: Tasks) -> list[str]:
-    """Why the run cannot end in PASS or FAIL, which gates cannot be decided, and test labels that no training row has, in sentences.
-
-    Empty where every gate can be decided: then only the measured numbers count.
-    """
-    gates = recipe.evaluate.gates
-    never = "the verdict will be NOT MEASURED, neither PASS nor FAIL"
-    found = []
-    if not gates:
-        found.append(f"{never}: evaluate.gates states no gate")
-    if tasks.task is None and not any(gate.task == "task" for gate in gates):
-        found.append(f"{f'{never}: ' if not gates else ''}there is no data.test, so nothing is measured on the task itself")
-    reasons: dict[str, list[str]] = {}
-    for gate in gates:
-        if why := _why_undecided(gate, recipe, tasks):
-            reasons.setdefault(why, []).append(gate_name(gate))
-    undecided = sum(map(len, reasons.values()))
-    head = never if undecided == len(gates) else "the verdict cannot be PASS"
-    found += [f"{head}: {why}, so no result is possible of the gate {'; '.join(names)}" for why, names in reasons.items()]
-    if tasks.task and not tasks.labels_hold:
-        known = set(tasks.task.labels or ())
-        odd = [item.reference.strip() for item in tasks.task.items if item.reference.strip() not in known]
-        shown = ", ".join(repr(label[:40]) for label in sorted(set(odd))[:SHOWN]) + (" and others" if len(set(odd)) > SHOWN else "")
-        found.append(
-            f"{len(odd)} of {len(tasks.task.items)} test items have a label that no training row has ({shown}): wrong for every candidate"
-        )
-    return found
-
-
-def _why_undecided(gate: Gate, recipe: Recipe, tasks: Tasks) -> str | None:
-    """Why a gate can only read NOT MEASURED, whatever the run will measure; None where it can be decided."""
-    sides = gate_sides(gate)
-    known = {*recipe.evaluate.candidates, *(stage.name for stage in recipe.stages)}  # a stage is measured where a gate names it
-    if gate.metric == "preference_accuracy":
-        known.add("shorter")
-    missing = [name for name in sides if name not in known]
-    task = tasks.general if gate.task == "general" else tasks.task
-    if task is None:
-        return "evaluate.general names no file" if gate.task == "general" else "there is no data.test"
-    if missing:
-        return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not in evaluate.candidates"
-    if gate.task == "general" and (strangers := [name for name in sides if name not in GUARDED]):
-        return f"{' and '.join(strangers)} is not measured on the general set"
-    if gate.metric == "perplexity" and "classical" in sides:
-        return "classical has no perplexity"
-    least = minimum_items(recipe.evaluate.confidence)
-    if len(task.items) < least:
-        return f"{len(task.items)} items are too few to show anything at {recipe.evaluate.confidence:.0%} (at least {least})"
-    return None
-
-
-def quarantine_notes(session: Session, folder: Path) -> list[str]:
-    """How many rows are not used, the first of them, and the file of the run directory `folder` that lists them all; none where all are."""
-    parts = {"data": session.data, **{f"data/{name}": data for name, data in session.stage_data.items()}}
-    notes = []
-    for part, data in parts.items():
-        if rows := data.quarantine:
-            first = "; ".join(f"{row['path']}:{row['line']}: {row['reason']}" for row in rows[:SHOWN])
-            what = "1 row is" if len(rows) == 1 else f"{len(rows)} rows are"
-            notes.append(f"{what} quarantined and not used, listed by a run in {folder / part / 'quarantine.jsonl'}; first: {first}")
-    return notes

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .data.preference import AnyRecord, Kind
+from .data.preference import AnyRecord, Kind, PromptOnly
 from .data.prepare import PreparedData, Rendering, prepare_data
 from .data.read import locate
 from .data.render import TrainOn
@@ -21,10 +21,12 @@ from .errors import MissingFile, RecipeError
 from .evaluate import TemplateEncoder, derive_max_new_tokens
 from .models.load import LoadedModel, load_model
 from .models.result import read_card, require_unaltered
-from .recipe import DataSection, FullMethod, LoraMethod, Recipe, Stage, dump_recipe
+from .recipe import DataSection, FullMethod, LoraMethod, ModelReward, Recipe, Stage, dump_recipe
 from .rundir import manifest, write_json, write_text
+from .score.rewards import make_rewards
 from .session import Session
 from .tasks import encodable_tasks, make_tasks
+from .train.scoring import locate_result, named_files, named_models
 from .train.stage import add_new_tokens, check_targets, derive_stage, locate_start, stage_fingerprint
 from .train.work import kind_of, learns_from_answers
 
@@ -32,6 +34,10 @@ from .train.work import kind_of, learns_from_answers
 def require_files(recipe: Recipe) -> None:
     """Names a missing local file before anything is loaded. Raises MissingFile."""
     named = {"task.output_schema": recipe.task.output_schema, "evaluate.general": recipe.evaluate.general}
+    for stage in recipe.stages:
+        named |= {f"stages.{stage.name}.objective.rewards.{i}": file for i, file in enumerate(named_files(stage.objective))}
+    if recipe.task.gold_reward:
+        named["task.gold_reward"] = recipe.task.gold_reward.rpartition(":")[0]
     for key, value in named.items():
         if value is not None and not Path(value).is_file():
             raise MissingFile("no such file", where=f"{key}: {value}", mend="paths in a recipe start at the recipe's folder")
@@ -54,6 +60,7 @@ def prepare(session: Session) -> None:
     session.stages = _derived_stages(session)
     for stage in session.stages:
         _require_same_result(session, stage)
+        _require_rewards(session, stage)
     session.data.write_account(session.run)
     for name, data in session.stage_data.items():
         data.write_account(session.run, f"data/{name}")
@@ -69,6 +76,21 @@ def prepare(session: Session) -> None:
     about["stage_data"] = {name: data.sources for name, data in session.stage_data.items()}
     about["chat_template_sha256"] = session.template.sha256 if session.template else None
     write_json(session.run.file("manifest.json"), about)
+
+
+def _require_rewards(session: Session, stage: Stage) -> None:
+    """Tries a stage's rewards out before anything is trained: functions, columns, and reward models that are there already."""
+    if not learns_from_answers(stage):
+        return
+    stages = {other.name for other in session.stages}
+    for name in named_models(stage.objective):
+        if name not in stages:
+            locate_result(name, session.run.path, where=f"stages.{stage.name}.objective")
+    programs = [reward for reward in stage.objective.rewards if not isinstance(reward, ModelReward)]
+    if programs:
+        with make_rewards(programs) as rewards:
+            rows = [set(record.columns) for record in session.data_of(stage).records if isinstance(record, PromptOnly)]
+            rewards.check_columns({"messages", *set.intersection(*rows)})
 
 
 def fresh_base(session: Session) -> LoadedModel:

@@ -271,6 +271,43 @@ def test_the_share_of_trainable_tokens_names_rows_without_any():
     assert trainable_share([], []).row_ids == []
 
 
+# dialogues
+
+
+def dialogue(*said: str, path: str = "train.jsonl", line: int = 1):
+    return make_conversation([Message(("user", "assistant")[i % 2], text) for i, text in enumerate(said)], Source(path, line))
+
+
+def test_a_training_row_that_goes_on_with_a_test_row_s_dialogue_is_reported_and_kept():
+    begin = ("My card was swallowed by the cash machine.", "Which machine was it?")
+    train = [
+        dialogue(*begin, "The one at the station, yesterday about noon.", "A new card is on its way.", line=1),
+        dialogue(*begin, line=2),
+        dialogue("My card was lost.", begin[1], "At the station.", "A new card is on its way.", line=3),
+        dialogue("Hello!", "Hi, what is it?", "How do I change my number?", "In the settings.", line=4),
+    ]
+    test = [
+        dialogue(begin[0].upper(), begin[1], "How long does it take until I have a new one?", "Five days.", path="test.jsonl"),
+        dialogue("Hello!", "Hi, what is it?", "How do I get a new card?", "In the app.", path="test.jsonl", line=2),
+    ]
+    result = check_data(train, test, section())
+    (finding,) = [one for one in result.findings if one.check == "shared_dialogue"]
+    assert finding.row_ids == [train[0].row_id]
+    assert finding.related_ids == [test[0].row_id]
+    assert "1 of 4 training rows begin with the first question and answer of a test row: train.jsonl:1 and test.jsonl:1" in finding.evidence
+    assert "put all rows of a dialogue into one of the files" in finding.mend
+    assert result.records == train
+
+
+def test_a_pair_that_goes_on_with_a_test_row_s_dialogue_is_reported_too():
+    begin = ("My card was swallowed by the cash machine.", "Which machine was it?")
+    turns = [Message(role, text) for role, text in zip(("user", "assistant", "user"), (*begin, "At the station."), strict=True)]
+    judged_ = make_pair(turns, [Message("assistant", "yes")], [Message("assistant", "no")], Source("train.jsonl", 1))
+    test = dialogue(*begin, "How long does it take until I have a new one?", "Five days.", path="test.jsonl")
+    assert [one.row_ids for one in check_data([judged_], [test], section()).findings] == [[judged_.row_id]]
+    assert check_data([judged_], [row(begin[0], begin[1], path="test.jsonl")], section()).findings == []
+
+
 # preferences
 
 

@@ -148,7 +148,8 @@ def test_a_ranking_is_best_first_by_rank_or_score(tmp_path, more, order):
         ({**PAIR, "prompt": ""}, "preference", "empty prompt"),
         ({**PAIR, "prompt": [assistant("a")]}, "preference", "nothing stands before the answer"),
         ({**PAIR, "margin": 10**400}, "preference", "a number is too large"),
-        ({**PAIR, "margin": -1e39}, "preference", "margin is -1e+39; at most 1e+06"),
+        ({**PAIR, "margin": 1e39}, "preference", "margin is 1e+39; at most 1e+06"),
+        ({**PAIR, "margin": -0.5}, "preference", "margin is -0.5, below 0: the rejected answer would be the better one"),
         ({**PAIR, "margin": "much"}, "preference", "margin is 'much', not a number"),
         ({**PAIR, "chosen": [user("q")]}, "preference", "the last turn of chosen is not the assistant's"),
         ({**PAIR, "chosen": [assistant("a"), user("b"), assistant("c")]}, "preference", "chosen holds a user turn"),
@@ -297,3 +298,46 @@ def test_no_json_value_makes_a_reader_raise_anything_but_a_rejection(tmp_path, v
     except DataRefused as error:
         refused = error.what
     assert kept + len(quarantine) == len(values) or "mixture" in refused
+
+
+def test_a_pair_whose_dialogues_have_another_system_message_than_its_prompt_is_quarantined(tmp_path):
+    def row(prompt, dialogue):
+        turns = [[system, user("2+2?")] if system else [user("2+2?")] for system in (prompt, dialogue)]
+        return {"prompt": turns[0], "chosen": [*turns[1], assistant("4")], "rejected": [*turns[1], assistant("5")]}
+
+    brief, long = {"role": "system", "content": "Be brief."}, {"role": "system", "content": "Explain."}
+    assert "another system message than the row's `prompt`" in rejected(tmp_path, row(brief, long), "preference")
+    for prompt, dialogue in ((brief, brief), (brief, None), (None, brief)):
+        record = read_one(tmp_path, row(prompt, dialogue))
+        assert said(record.prompt) == [("system", "Be brief."), ("user", "2+2?")]
+
+
+def test_labels_1_and_0_are_truth_values_where_labels_are_wanted(tmp_path):
+    path = jsonl(tmp_path, [{**UNPAIRED, "label": 1}, {**UNPAIRED, "label": 0}, UNPAIRED])
+    read = read_records(path, section(), kinds=("unpaired",))
+    assert [record.label for record in read.records] == [True, False, True]
+    assert any("labels 1 and 0 are read as true and false (2 times)" in note for note in read.notes)
+    other = jsonl(tmp_path, [{**UNPAIRED, "label": label} for label in (1, 0, 1, 0, 2, 1.0)])
+    found = read_records(other, section(max_rejected=0.5), kinds=("unpaired",))
+    assert [entry.reason for entry in found.rejected] == ["label is 2, not true or false", "label is 1.0, not true or false"]
+    table = write(tmp_path, "train.csv", "prompt,completion,label\n2+2?,4,1\n2+2?,5,0\n")
+    assert [record.label for record in read_records(table, section(), kinds=("unpaired",)).records] == [True, False]
+
+
+def test_labelled_answers_in_place_of_conversations_are_refused_with_the_way_to_train_on_them(tmp_path):
+    path = jsonl(tmp_path, [UNPAIRED])
+    with pytest.raises(DataRefused) as caught:
+        read_records(path, section(), kinds=("conversation",))
+    assert "data.format: prompt_completion trains on the completions of these rows" in caught.value.mend
+    (record,) = read_records(path, section(format="prompt_completion"), kinds=("conversation",)).records
+    assert record.answer == "4"
+
+
+def test_prompts_and_prompts_with_a_completion_are_one_file_where_prompts_are_wanted(tmp_path):
+    path = jsonl(tmp_path, [{"prompt": "2+2?", "answer": "4"}, {"prompt": "3+3?", "completion": "6"}])
+    read = read_records(path, section(), kinds=("prompt", "conversation"))
+    assert (read.format, len(read.records), read.rejected) == ("prompt", 2, [])
+    assert any("the completion is their column `answer`" in note for note in read.notes)
+    assert not any("completion" in note and "given to reward functions" in note for note in read.notes)
+    with pytest.raises(DataRefused):
+        read_records(path, section(), kinds=("conversation",))

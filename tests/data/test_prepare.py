@@ -83,3 +83,32 @@ def test_without_a_limit_the_longest_validation_row_stays_whole(prepared):
     data = prepared([row(20), row(21, words=300)])
     assert len(data.validation) == 2
     assert max(data.validation.lengths) == data.max_length > 300 > max(data.train.lengths)
+
+
+@pytest.fixture
+def prompts(tmp_path, smollm2_tokenizer, smollm2_template):
+    """Prepares rows for an objective that asks prompts."""
+
+    def preparer(rows, **settings):
+        how = Rendering(smollm2_template, smollm2_tokenizer, 8192)
+        with RunDirectory.open(tmp_path / "run", resume=True) as run:
+            return prepare_data(DataSection(train=jsonl(tmp_path, rows), **settings), run, how, seed=0, kind="prompt")
+
+    return preparer
+
+
+def test_texts_are_refused_where_prompts_are_wanted(prompts):
+    with pytest.raises(DataRefused, match="nothing is asked") as caught:
+        prompts([{"text": f"number {number}"} for number in range(5)], validation=0.0)
+    assert "{prompt: text}" in caught.value.mend
+    assert len(prompts([{"text": f"number {number}"} for number in range(5)], columns={"prompt": "text"}, validation=0.0).records) == 5
+
+
+def test_prompts_with_a_completion_are_asked_beside_prompts_without(prompts):
+    data = prompts([{"prompt": "number 0", "answer": "ok"}, row(1), row(2)], validation=0.0)
+    assert [(record.prompt[-1].content, record.columns) for record in data.records] == [
+        ("number 0", {"answer": "ok"}),
+        ("number 1 of the list", {"answer": "ok"}),
+        ("number 2 of the list", {"answer": "ok"}),
+    ]
+    assert data.quarantine == []

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from tunesmith.data.preference import make_pair
-from tunesmith.data.records import Message, Source, make_document
+from tunesmith.data.preference import make_pair, make_prompt
+from tunesmith.data.records import Message, Source, make_conversation, make_document
 from tunesmith.data.split import split_validation
 
 
@@ -63,3 +63,48 @@ def test_a_held_out_pair_is_of_a_prompt_that_no_training_pair_has():
     assert len(train) + len(held) == 100
     assert 10 <= len(held) < 14
     assert {record.prompt for record in train}.isdisjoint(record.prompt for record in held)
+
+
+def conversations(count: int, prompts: int, weight: float | None = None):
+    return [
+        make_conversation(
+            [
+                Message("user", "hello"),
+                Message("assistant", "hi", weight=weight),
+                Message("user", f"question {number % prompts}"),
+                Message("assistant", f"answer {number}"),
+            ],
+            Source("a.jsonl", number),
+        )
+        for number in range(count)
+    ]
+
+
+def test_a_file_read_as_conversations_and_as_prompts_holds_out_the_same_prompts():
+    rows = conversations(60, 60)
+    asked = [make_prompt(row.prompt(), {"answer": row.answer}, row.source) for row in conversations(60, 60, weight=0.0)]
+    for seed in range(3):
+        held, again = split_validation(rows, 0.1, seed)[1], split_validation(asked, 0.1, seed)[1]
+        assert len(held) == 6
+        assert [record.source for record in held] == [record.source for record in again]
+
+
+def test_a_held_out_conversation_is_of_a_prompt_that_none_was_trained_on():
+    train, held = split_validation(conversations(100, 25), 0.1, seed=0)
+    assert 10 <= len(held) < 14
+    assert {record.messages[2].content for record in train}.isdisjoint(record.messages[2].content for record in held)
+
+
+def test_one_prompt_of_most_rows_is_never_held_out_and_of_one_prompt_alone_rows_are():
+    mixed = [*conversations(80, 1), *conversations(20, 20)[1:]]
+    for seed in range(20):
+        train, held = split_validation(mixed, 0.1, seed)
+        assert (len(held), len(train)) == (10, 89)
+    train, held = split_validation(conversations(30, 1), 0.1, seed=0)
+    assert (len(held), len(train)) == (3, 27)
+
+
+def test_where_every_prompt_has_more_rows_than_are_wanted_the_smallest_is_held_out():
+    _, held = split_validation([*conversations(10, 2), *conversations(4, 4)[2:3] * 4], 0.05, seed=0)
+    assert {record.messages[2].content for record in held} == {"question 2"}
+    assert len(held) == 4

@@ -317,6 +317,19 @@ def test_the_shorter_answer_is_never_recommended():
     assert result.evaluation["recommendation"]["candidate"] == "zero_shot"
 
 
+def test_a_reward_model_that_compares_best_is_not_recommended_since_it_writes_nothing():
+    result = compared(PAIRS).run(candidates=["zero_shot", "reward"])
+    assert values(result, "reward")["preference_accuracy"] > values(result, "zero_shot")["preference_accuracy"]
+    assert result.evaluation["recommendation"]["candidate"] == "zero_shot"
+
+
+def test_a_result_that_is_compared_by_its_own_log_probability_needs_no_start():
+    bench = compared(PAIRS)
+    own = replace(bench.inputs.results["ppo"], compares="logprob", start="gone")
+    bench.inputs = replace(bench.inputs, results={**bench.inputs.results, "ppo": own})
+    assert values(bench.run(candidates=["tuned"]), "tuned") == {"preference_accuracy": 1.0}
+
+
 def test_the_shorter_answer_may_be_asked_for_by_name_and_is_not_measured_without_pairs():
     assert values(compared(PAIRS).run(candidates=["shorter"]), "shorter") == {"preference_accuracy": 0.0}
     gate = Gate(metric="preference_accuracy", better_than="shorter")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.toys import batch_of, loaded, make_rows, make_stage, tiny_model
+from tests.toys import batch_of, items_of, loaded, make_rows, make_stage, tiny_model
 
 from tunesmith.errors import DoesNotFit
 from tunesmith.models import plan
@@ -170,7 +170,7 @@ def test_a_plan_that_needs_more_memory_than_there_is_is_refused_with_what_would_
     from tunesmith import planning
 
     rows = make_rows(12)
-    data = SimpleNamespace(train=rows, validation=None, test_records=[])
+    data = SimpleNamespace(train=rows, items=items_of(rows), validation=None, test_records=[])
     session = SimpleNamespace(
         data_of=lambda stage: data,
         loaded=loaded(tiny_model("llama")),

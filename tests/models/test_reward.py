@@ -11,15 +11,22 @@ import numpy as np
 import pytest
 import torch
 from tests.toys import loaded, make_items, make_stage, model_folder, tiny_model, tiny_tokenizer, train_stage
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from tunesmith.data.batching import DatasetSource
 from tunesmith.data.forest import build_forest
 from tunesmith.data.records import Message
+from tunesmith.data.template import load_template
 from tunesmith.errors import AdapterError, CheckpointError, ModelError
-from tunesmith.models.heads import HEADS
+from tunesmith.models.heads import HEADS, make_head, save_heads
 from tunesmith.models.load import load_model
-from tunesmith.models.methods import attach
+from tunesmith.models.methods import attach, save_result
 from tunesmith.models.policy import Policy
 from tunesmith.models.reward import Foreign, Scored, Separate, Shared, open_reward_model
 from tunesmith.objectives import OBJECTIVES
@@ -27,6 +34,7 @@ from tunesmith.recipe import FullMethod, LoraMethod, ModelSection, RewardObjecti
 from tunesmith.rundir import atomic_folder, read_events
 from tunesmith.train import stage as module
 from tunesmith.train.loop import train
+from tunesmith.train.stage import add_new_tokens
 from tunesmith.train.window import run_window
 
 PAIRS = make_items(12)
@@ -102,7 +110,8 @@ def test_a_fully_tuned_reward_model_scores_as_it_did_in_memory_with_the_policys_
     want = in_memory(policy, PAIRS.rows)
     found = open_reward_model(result, load_model(ModelSection(name=str(folder), dtype="float32")), None, "reward")
     assert isinstance(found, Separate)
-    assert found.template is None
+    assert found.writer is None
+    assert not found.policy.fast_paths.used
     np.testing.assert_allclose(found.scores(ANSWERS), want, rtol=1e-4, atol=1e-4)
 
 
@@ -203,11 +212,81 @@ def test_a_reward_adapter_on_a_base_of_its_own_with_other_tokens_reads_the_answe
     asking = loaded(tiny_model("llama"), tiny_tokenizer(markers=False, template=None))
     found = open_reward_model(result, asking, attach(asking, LORA, seed=0), "reward_0")
     assert isinstance(found, Separate)
-    assert found.template is not None
+    assert found.writer is not None
     text = "<|im_start|>user\nq0<|im_end|>\n<|im_start|>assistant\na0<|im_end|>"
     ids = np.array(base.tokenizer(text, add_special_tokens=False).input_ids)
     want = in_memory(policy, [(ids, np.r_[0, np.ones(len(ids) - 1)])])
     np.testing.assert_allclose(found.scores([ANSWERS[0], ANSWERS[1]])[0], want[0], rtol=1e-4, atol=1e-4)
+
+
+OTHER = "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}"
+OTHER += "<|im_start|>assistant: {% endif %}"  # the same tokens in another order
+
+
+@pytest.mark.parametrize("named", [OTHER, None], ids=["of another template", "of the policy's"])
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_reward_model_reads_answers_as_its_own_training_rows_were_written_on_a_base_of_the_same_tokens(tmp_path, beside, named):
+    """Its base's folder holds chatml, its result's folder what it was trained with."""
+    folder = model_folder(tmp_path / "base", seed=3)
+    base = load_model(ModelSection(name=str(folder), dtype="float32"))
+    base.tokenizer.chat_template = named or base.tokenizer.chat_template
+    policy, result = trained(tmp_path / "run", LORA, base)
+    asking = load_model(ModelSection(name=str(folder), dtype="float32"))
+    model = attach(asking, LORA, seed=0) if beside else asking.model
+    found = open_reward_model(result, asking, model, "reward_0")
+    assert isinstance(found, Shared if beside else Separate)
+    if beside:
+        found.policy = Policy(model)
+    if named is None:
+        assert found.writer is None
+        want = in_memory(policy, PAIRS.rows[:3])
+    else:
+        texts = [f"<|im_start|>user: q{i}<|im_end|><|im_start|>assistant: a{i}<|im_end|>" for i in range(3)]
+        rows = [np.array(base.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+        want = in_memory(policy, [(ids, np.r_[0, np.ones(len(ids) - 1)]) for ids in rows])
+    np.testing.assert_allclose(found.scores(ANSWERS[:3]), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_without_a_template_is_asked_in_the_one_its_reward_adapter_was_trained_with(tmp_path):
+    folder = model_folder(tmp_path / "base", seed=3, template=None, markers=False)
+    base = load_model(ModelSection(name=str(folder), dtype="float32"))
+    chatml = load_template(base.tokenizer, ModelSection(name="base", chat_template="chatml"))
+    new = add_new_tokens(base, chatml)
+    assert new
+    inner = replace(base, model=attach(base, LORA, seed=0, new_tokens=new))
+    with torch.no_grad():
+        for name, parameter in inner.model.named_parameters():
+            if "lora_B" in name or "trainable_tokens" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)) * 0.2)
+    policy = Policy(inner.model)
+    policy.heads["score"] = make_head(32, seed=0)
+    with atomic_folder(tmp_path / "reward") as temporary:
+        save_result(policy.model, base, temporary, {}, policy.heads)
+    asking = load_model(ModelSection(name=str(folder), dtype="float32"))
+    asking.tokenizer.chat_template = OTHER
+    for beside in (attach(asking, LORA, seed=0), None):  # neither has a row for the tokens that chatml brings
+        found = open_reward_model(tmp_path / "reward", asking, beside, "reward_0")
+        assert isinstance(found, Separate)
+        ids = base.tokenizer("<|im_start|>user\nq0<|im_end|>\n<|im_start|>assistant\na0<|im_end|>", add_special_tokens=False).input_ids
+        assert set(new) <= set(ids)
+        want = in_memory(policy, [(np.array(ids), np.r_[0, np.ones(len(ids) - 1)])])
+        np.testing.assert_allclose(found.scores(ANSWERS[:1]), want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_call_left_in_a_tokenizer_does_not_make_it_another(reward):
+    base = loaded(tiny_model("llama"))
+    base.tokenizer(["a", "long one"], padding=True, truncation=True, max_length=3)
+    assert open_reward_model(reward[1], base, attach(base, LORA, seed=0), "reward_0").writer is None
+
+
+def test_a_row_longer_than_the_reward_models_positions_has_no_score(tmp_path):
+    _, folder = trained(tmp_path / "run", LORA, loaded(tiny_model("gpt2")))
+    base = loaded(tiny_model("gpt2"))
+    model = attach(base, LORA, seed=0)
+    found = open_reward_model(folder, base, model, "reward_0")
+    found.policy = Policy(model)
+    long = [ANSWERS[0], Scored((), "", np.ones(129, dtype=np.int64)), Scored((), "", np.ones(128, dtype=np.int64))]
+    assert np.isnan(found.scores(long)).tolist() == [False, True, False]
 
 
 def classifier(path: Path, *, labels: int = 1, template: str | None = "chatml") -> Path:
@@ -253,3 +332,63 @@ def test_a_model_without_a_trained_score_is_not_taken_for_a_reward_model(tmp_pat
     (folder / "config.json").write_text(json.dumps(config | {"id2label": {"0": "score"}, "label2id": {"score": 0}}))
     with pytest.raises(ModelError, match=r"lacks score\.weight"):
         open_reward_model(folder, loaded(tiny_model("llama")), None, "reward_0")
+
+
+REFUSES_SYSTEM = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+REFUSES_SYSTEM += "{{ m['role'] + m['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [REFUSES_SYSTEM, None])
+def test_what_a_foreign_model_cannot_read_has_no_score_and_the_rest_has(tmp_path, template):
+    folder = classifier(tmp_path / "foreign", template=None)
+    tokenizer = tiny_tokenizer(template=None, markers=False)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+    found = open_reward_model(folder, loaded(tiny_model("llama")), None, "reward_0")
+    odd = [
+        ANSWERS[0],
+        Scored((Message("system", "be kind"), Message("user", "q")), "a", ANSWERS[0].ids),
+        Scored((Message("user", "q"),), "a" * 41, ANSWERS[0].ids),
+        Scored((Message("user", {1, 2}),), "a", ANSWERS[0].ids),
+        ANSWERS[1],
+    ]
+    scores = found.scores(odd)
+    assert np.isnan(scores).tolist() == [False, template is not None, True, True, False]
+    np.testing.assert_allclose(scores[[0, 4]], found.scores(ANSWERS[:2]))
+
+
+def test_a_foreign_models_template_is_rendered_outside_this_process(tmp_path):
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+    folder = classifier(tmp_path / "foreign")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = endless
+    tokenizer.save_pretrained(folder)
+    found = open_reward_model(folder, loaded(tiny_model("llama")), None, "reward_0")
+    assert np.isnan(found.scores(ANSWERS[:1])).all()
+
+
+def test_positions_that_begin_after_the_padding_are_not_counted(tmp_path):
+    tokenizer = tiny_tokenizer(template=None, markers=False)
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=20)
+    config = RobertaConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=1, **shape)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path / "roberta")
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    found = open_reward_model(tmp_path / "roberta", loaded(tiny_model("llama")), None, "reward_0")
+    scores = found.scores([Scored((), "a" * length, ANSWERS[0].ids) for length in (17, 18, 19, 20)])
+    assert np.isnan(scores).tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_reward_model_that_needs_code_of_its_own_is_an_error_that_says_so(tmp_path, ours):
+    folder = classifier(tmp_path / "own-code")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "unheard-of"}
+    names = ("AutoConfig", "AutoModelForSequenceClassification", "AutoModelForCausalLM")
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {name: "modeling.Own" for name in names}}))
+    (folder / "modeling.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    if ours:
+        save_heads(torch.nn.ModuleDict({"score": make_head(16, seed=0)}), folder)
+    with pytest.raises(ModelError, match="brings code of its own"):
+        open_reward_model(folder, loaded(tiny_model("llama")), None, "reward_0")
+    assert not (tmp_path / "ran").exists()

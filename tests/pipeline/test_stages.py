@@ -82,8 +82,8 @@ def test_full_stages_go_on_from_each_other_and_an_adapter_is_put_on_a_full_one(t
     "stages, place, message",
     [
         ([stage(start_from="nowhere")], "stages.sft.start_from", "`nowhere` is no earlier stage, run or model folder"),
-        ([stage("one", start_from="two"), stage("two")], "stages.one.start_from", "`two` is no earlier stage"),
-        ([stage("one", start_from="one")], "stages.one.start_from", "`one` is no earlier stage"),
+        ([stage("one", start_from="two"), stage("two")], "recipe", "stages.0.start_from: stage two comes no earlier than one"),
+        ([stage("one", start_from="one")], "recipe", "stages.0.start_from: stage one comes no earlier than one"),
         ([stage("one"), stage("two", start_from="one", method="full")], "stages.two.method", "cannot start from an adapter"),
         ([stage("one"), stage("two", start_from="one", method={"type": "lora", "r": 3})], "stages.two.method.r", "an adapter of r 16"),
         ([stage("one"), stage("two", method={"type": "lora", "target_modules": ["q_prj"]})], "method.target_modules", "`q_prj` matches no"),

@@ -341,3 +341,36 @@ def test_a_revision_of_a_model_that_has_none_is_refused(name, tmp_path, monkeypa
     refused_recipe = refused(values(model={"name": name, "revision": "v1.0"}))
     assert "model.revision" in refused_recipe.what
     assert load_recipe(values(model={"name": "owner/name", "revision": "v1.0"})).model.revision == "v1.0"
+
+
+@pytest.mark.parametrize("name", ["zero_shot", "tuned", "shorter", "base"])
+def test_a_stage_that_bears_the_name_of_a_candidate_is_refused(name):
+    given = values()
+    given["stages"][0]["name"], given["stages"][1]["start_from"] = name, name
+    assert f"stages.0.name: {name} is the name of a candidate" in str(refused(given))
+
+
+REWARD = {"name": "reward", "objective": "reward", "learning_rate": 1.0e-4}
+SCORED = {"name": "grpo", "learning_rate": 1.0e-4, "objective": {"type": "grpo", "rewards": [{"type": "model", "model": "reward"}]}}
+PPO = {"name": "ppo", "learning_rate": 1.0e-4, "objective": {"type": "ppo", "reward_model": ["elsewhere/model", "reward"]}}
+
+
+@pytest.mark.parametrize(("stage", "key"), [(SCORED, "rewards.0.model"), (PPO, "reward_model.1")], ids=["rewards", "reward_model"])
+def test_a_reward_model_that_is_a_stage_is_an_earlier_one_of_objective_reward(stage, key):
+    load_recipe(values(stages=[REWARD, stage]))
+    late = refused(values(stages=[stage, REWARD]))
+    assert f"stages.0.objective.{key}: stage reward comes no earlier than {stage['name']}; put it before" in str(late)
+    other = refused(values(stages=[{**REWARD, "objective": "sft"}, stage]))
+    assert f"stages.1.objective.{key}: stage reward is of objective sft and scores nothing" in str(other)
+    alone = {"name": "reward", "learning_rate": 1.0e-4, "objective": {"type": "ppo", "reward_model": "reward"}}
+    assert "comes no earlier than reward" in str(refused(values(stages=[alone])))
+
+
+def test_ipo_with_flipped_labels_is_refused_and_the_other_losses_take_them():
+    def given(loss):
+        objective = {"type": "dpo", "loss": loss, "label_smoothing": 0.1}
+        return values(stages=[{"name": "dpo", "objective": objective, "learning_rate": 1.0e-4}])
+
+    assert "label_smoothing: ipo has no flipped labels" in str(refused(given("ipo")))
+    for loss in ("sigmoid", "robust"):
+        assert load_recipe(given(loss)).stages[0].objective.label_smoothing == 0.1

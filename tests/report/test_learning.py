@@ -31,7 +31,7 @@ def test_a_stage_that_samples_shows_a_curve_for_all_that_is_watched(run_path):
     assert list(curves) == [*watched, "Sampler against trainer", "Clipped", "Value loss", "Loss: policy"]
     assert "nats a sequence" in curves["KL to the reference"]["svg"]
     assert curves["Reward"]["caption"].startswith("Sampled answers ")
-    assert "; held-out prompts 0.00 at step 1, 1.95 at step 40. " in curves["Reward"]["caption"]
+    assert "; prompts not trained on 0.00 at step 1, 1.95 at step 40. " in curves["Reward"]["caption"]
     assert "ended by themselves 90% at step 1, 32% at step 40" in curves["Answer length"]["caption"]
 
 
@@ -114,7 +114,7 @@ def test_an_answer_without_a_score_says_so_and_one_evaluation_stands_alone(run_p
     [
         ("max_kl", 12.3, 10.0, "12.30 nats a sequence from its reference, over the limit of 10.00"),
         ("max_length_ratio", 3.1, 3.0, "3.10 times as long as the first ones, over the limit of 3.00"),
-        ("min_distinct", 0.02, 0.05, "only 2.0% of the answers were distinct, under the limit of 5.0%"),
+        ("min_distinct_ratio", 0.02, 0.05, "prompts got answers of their own 0.02 times as often as at first, under 0.05"),
         ("min_entropy", 0.1, 0.5, "0.10 nats a token, under the limit of 0.50"),
         ("another", 1.0, 2.0, "the value was 1.00, the limit 2.00"),
         ("max_kl", None, None, "watch.max_kl."),
@@ -136,8 +136,9 @@ def test_a_stage_that_ran_out_of_patience_says_so(run_path):
 
 def test_a_reward_that_rises_while_gold_falls_is_called_hacking(run_path):
     run = put(run_path, ppo_events(), PPO)
-    assert shown(run)[0]["hacked"].endswith("the reward is being hacked.")
-    assert "Stage ppo hacks its reward" in [finding["title"] for finding in findings_view(run, LIMITS)["training"]]
+    assert shown(run)[0]["hacked"].startswith("The reward rose from 0.00 to 1.95 on prompts not trained on in this stage while")
+    assert shown(run)[0]["hacked"].endswith("(means of the first and the last fifth, n 5 and 5 measurements): the reward may be hacked.")
+    assert "Stage ppo may hack its reward" in [finding["title"] for finding in findings_view(run, LIMITS)["training"]]
 
 
 @pytest.mark.parametrize("gold", [lambda x: 0.3 + 0.2 * x, lambda x: 0.3], ids=["gold rises", "gold stays"])

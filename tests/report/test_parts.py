@@ -9,7 +9,7 @@ import pytest
 
 from tunesmith.report._account import findings_view, ledger_view, repeat_view
 from tunesmith.report._candidates import candidates_view
-from tunesmith.report._examples import choose, examples_view
+from tunesmith.report._examples import _marked, choose, examples_view
 from tunesmith.report._learning import costs_view, learning_view
 from tunesmith.report._read import read_run
 from tunesmith.report._words import Limits, excerpt, number, text
@@ -178,6 +178,32 @@ def test_only_items_of_both_candidates_are_compared_and_counted(run_path):
     put_samples(run_path, few_shot=[sample("a", "{}", 0), sample("b", "{}", 1)], tuned=[sample("a", "{}", 1), sample("c", "{}", 1)])
     got = examples_view(read_run(run_path), LIMITS)
     assert (got["n"], dict(got["counts"])) == (1, {"Win": 1, "Loss": 0, "Both wrong": 0, "Both right": 0})
+
+
+def graded(item, score):
+    """A sample of a task whose answers have a gold reward, in place of right and wrong."""
+    return {"item_id": item, "output": f"answer {item}", "scores": {} if score is None else {"gold_reward": score}}
+
+
+def test_of_a_graded_metric_two_equal_answers_are_no_different_and_neither_right_nor_wrong(run_path, monkeypatch):
+    monkeypatch.setattr("tunesmith.report._examples.main_metric", lambda run: "gold_reward")
+    theirs = [graded(*one) for one in (("a", 0.5), ("b", 0.25), ("c", 0.75), ("d", None))]
+    put_samples(run_path, few_shot=theirs, tuned=[graded(*one) for one in (("a", 0.5), ("b", 0.5), ("c", 0.25), ("d", 1.0))])
+    got = examples_view(read_run(run_path), LIMITS)
+    assert dict(got["counts"]) == {"Better": 1, "Worse": 1, "No difference": 1}
+    assert got["unscored"] == 1
+    assert [(one["item"], one["title"], one["meaning"]) for one in got["examples"]] == [
+        ("b", "Better", "the tuned model is better"),
+        ("c", "Worse", "the base is better"),
+        ("a", "No difference", "no difference"),
+    ]
+    marks = [(cell["mark"], cell["note"]) for cell in got["examples"][0]["fields"][0]["cells"]]
+    assert marks == [("close", "Gold reward 0.25"), ("close", "Gold reward 0.50")]
+
+
+def test_an_answer_without_a_score_says_so_and_has_none_of_0():
+    assert _marked(graded("a", None), "gold_reward") == {"mark": "none", "note": "no score"}
+    assert _marked(graded("a", 0.0), "gold_reward") == {"mark": "close", "note": "Gold reward 0.00"}
 
 
 def test_fields_are_marked_by_the_scores_of_the_evaluation(run_path):

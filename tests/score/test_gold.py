@@ -71,6 +71,21 @@ def test_an_answer_on_which_it_hangs_dies_or_raises_takes_no_other_with_it(measu
     np.testing.assert_array_equal(np.isnan(measure()(["lamp"] * 2, ["raise", "please"])), [True, False])
 
 
+def test_the_limit_is_one_answer_s_and_not_that_of_all_together_nor_of_the_start(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import time\ntime.sleep(1.6)\n\ndef checks(prompt, answer):\n    time.sleep(float(answer))\n    return {'ends': 1.0}\n"
+    )
+    gold = gold_function(f"{tmp_path / 'slow.py'}:checks", seconds=1.5)
+    found = gold.checks(["lamp"] * 6, ["0.4"] * 5 + ["1000"])
+    assert found == [{"ends": 1.0}] * 5 + [Unscorable("took longer than 1.5 s and was ended")]
+
+
+def test_prompts_and_answers_of_more_than_a_pipe_holds_are_measured(measure):
+    long = "please " * 100_000
+    assert measure().checks(["lamp"] * 3, [long] * 3) == [{"polite": 1.0, "echoes": 0.0}] * 3
+    assert isinstance(measure().checks(["lamp"] * 2, ["die", long])[1], dict)
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [

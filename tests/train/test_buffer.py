@@ -61,11 +61,12 @@ def test_the_rest_of_an_iteration_is_the_same_from_a_checkpoint_and_nothing_is_s
 def test_what_later_iterations_compare_with_comes_back_too(tmp_path):
     source = make_source(KINDS["ppo"], policy=make_policy(changed=0.3))
     source.window(0)
-    coefficient, length = source.shaping.kl_coef, source.baseline.length
+    coefficient, first = source.shaping.kl_coef, source.baseline.first
+    assert first.keys() == {"length", "distinct"}
     assert coefficient != source.stage.objective.kl_coef
     again = make_source(KINDS["ppo"], policy=make_policy(changed=0.3))
     again.load(through_a_file(source.state(), tmp_path / "state.safetensors"))
-    assert (again.shaping.kl_coef, again.baseline.length) == (coefficient, length)
+    assert (again.shaping.kl_coef, again.baseline.first) == (coefficient, first)
     ours, theirs = source.window(source.updates), again.window(source.updates)
     assert ours.metrics == theirs.metrics
     assert ours.metrics["kl_coef"] == coefficient
@@ -80,12 +81,21 @@ def test_a_state_without_rollouts_gives_none():
     assert Rollouts.load({}, lambda rollouts: []) is None
 
 
-def test_rollouts_of_no_row_come_back_as_none(tmp_path):
-    source = make_source("online_dpo", reward=lambda answers: [0.0] * len(answers))
+@pytest.mark.parametrize("kind", ["online_dpo", "grpo"])  # of no row, and of rows that teach nothing
+def test_rollouts_that_teach_nothing_come_back_as_such(tmp_path, kind):
+    source = make_source(KINDS[kind], reward=lambda answers: [0.0] * len(answers))
     assert source.window(0).batches == []
-    again = make_source("online_dpo", sampler=no_sampler)
+    again = make_source(KINDS[kind], sampler=no_sampler)
     again.load(through_a_file(source.state(), tmp_path / "state.safetensors"))
-    assert again.window(0).batches == []
+    assert [again.window(step).batches for step in range(source.updates)] == [[]] * source.updates
+
+
+def test_words_among_the_metrics_come_back_too(tmp_path):
+    source = make_source(reward=lambda answers: [float("nan"), *(float(i) for i in range(1, len(answers)))])
+    source.window(0)
+    again = make_source(sampler=no_sampler)
+    again.load(through_a_file(source.state(), tmp_path / "state.safetensors"))
+    assert again.window(0).metrics["unscorable_because"] == "it broke"
 
 
 def test_only_the_answers_tokens_carry_loss():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from tests.families import FAMILIES
 from tests.toys import Rows, batch_of, loaded, make_rows, make_stage, tiny_model, train_stage
+from tests.train.answers import make_policy, make_source, objective_of
 
 from tunesmith.errors import InvariantViolated
 from tunesmith.models import attention, fused
@@ -27,6 +29,7 @@ from tunesmith.train.invariants import (
     no_leak,
     one_start_of_text,
     something_trains,
+    starts_where_it_compares,
 )
 
 ROWS = make_rows(6)
@@ -114,6 +117,29 @@ def test_a_model_in_which_nothing_trains_is_named():
     policy.requires_grad_(False)
     with pytest.raises(InvariantViolated, match="no parameter trains"):
         something_trains(policy)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["grpo", "online_dpo", "best_of_n"])
+def test_a_policy_that_starts_elsewhere_than_what_it_is_compared_with_is_named(kind, dropout):
+    source = make_source(objective_of(kind), policy=make_policy(changed=0.0, lora_dropout=dropout))
+    policy, batches = source.parts.policy, source.window(0).batches
+    starts_where_it_compares(policy, batches)
+    compared = "reference_B" if kind == "online_dpo" else "reference_S"
+    for column, what in (("old_S", "the policy that sampled"), (compared, "the reference")):
+        moved = [replace(batch, columns=batch.columns | {column: batch.columns[column] - 3.0}) for batch in batches]
+        with pytest.raises(InvariantViolated, match=f"away from {what}, not at it"):
+            starts_where_it_compares(policy, moved)
+
+
+def test_dropout_does_not_make_a_start_look_like_another_place():
+    source = make_source("best_of_n", policy=make_policy(changed=0.3, lora_dropout=0.5))
+    batches = [
+        replace(batch, columns={name: v for name, v in batch.columns.items() if name != "reference_S"})
+        for batch in source.window(0).batches
+    ]
+    starts_where_it_compares(source.parts.policy, batches)
+    assert any(module.training for module in source.parts.policy.modules()), "dropout is on again"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

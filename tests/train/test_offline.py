@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.toys import ItemsOf, loaded, make_items, make_stage, tiny_model
+from tests.toys import ItemsOf, Rows, loaded, make_items, make_stage, tiny_model
 from tests.train.answers import make_policy
 
 from tunesmith.data.batching import DatasetSource
@@ -20,7 +20,7 @@ from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.recipe import FullMethod
 from tunesmith.train import offline
-from tunesmith.train.offline import Mismatched, compares_with_reference, kept_sums, make_source, row_sums
+from tunesmith.train.offline import Mismatched, compares_with_reference, evaluate_rows, kept_sums, make_source, row_sums
 from tunesmith.train.window import evaluate_loss, run_window
 
 PAIRS, RANKINGS, LABELLED = make_items(11), make_items(7, answers=4), make_items(11, answers=1)
@@ -165,6 +165,47 @@ def test_a_mismatched_row_is_a_prompt_with_the_next_items_answer():
     found = [Mismatched(ItemsOf([(row,) for row in rows], rows))[i][0] for i in range(3)]
     assert [row.tolist() for row, _ in found] == [[1, 2, 8, 7], [9, 6], [6, 6, 6, 3, 4]]
     assert [row.tolist() for _, row in found] == [[0, 0, 1, 1], [0, 1], [0, 0, 0, 0.5, 0.5]]
+
+
+def test_a_mismatched_row_is_never_longer_than_the_longest_of_the_items(tmp_path):
+    """A model with learned positions, GPT-2 here, has none for what lies beyond the longest row that the data may have."""
+    limit = 128
+    lengths = [(120, 8), (3, 125), (60, 60), (127, 1)]  # of prompt and answer: the first prompt meets the second answer
+    rows = [(np.arange(asked + given) % 90 + 1, np.r_[np.zeros(asked), np.ones(given)].astype(np.float32)) for asked, given in lengths]
+    items = ItemsOf([(row,) for row in rows], Rows(rows), {"label": np.array([True, False, True, False])})
+    found = [Mismatched(items)[i][0] for i in range(4)]
+    assert [(len(ids), int(weights.sum())) for ids, weights in found] == [(limit, 8), (63, 60), (61, 1), (limit, 1)]
+    np.testing.assert_array_equal(found[0][0], np.r_[rows[0][0][:120], rows[1][0][3:11]])
+    policy = Policy(attach(loaded(tiny_model("gpt2")), FullMethod(), seed=0))
+    assert policy.causal.config.max_position_embeddings == limit
+    stage = make_stage(objective="kto", rows=4)
+    source = make_source(stage, items, policy, seed=0, accumulation=2, folder=tmp_path, key="key")
+    assert [float(batch.columns["kto_z0"][0]) for batch in source.once()] == pytest.approx([0, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize("name, passes", [("kto", 4 + 4), ("dpo", 4)])
+def test_a_held_out_evaluation_can_be_interrupted_before_each_forward_pass(tmp_path, monkeypatch, name, passes):
+    policy = policy_of()
+    stage = make_stage(objective=objective_of(name))
+    objective, source = OBJECTIVES[name](stage.objective), source_of(name, policy, tmp_path, size=3, accumulation=1)
+    ran = []
+    forward = policy.forward
+    monkeypatch.setattr(policy, "forward", lambda *args, **kwargs: ran.append(1) or forward(*args, **kwargs))
+
+    def stop_at(count: int):
+        def between() -> None:
+            if len(ran) == count:
+                raise InterruptedError
+
+        return between
+
+    for count in range(passes):
+        ran.clear()
+        with pytest.raises(InterruptedError):
+            evaluate_rows(policy, objective, source, stop_at(count))
+        assert len(ran) == count
+    want = evaluate_loss(policy, objective, source.once())
+    assert evaluate_rows(policy, objective, source, lambda: None) == want
 
 
 def test_ktos_estimate_is_the_mean_log_ratio_of_the_windows_mismatched_rows_cut_at_0(tmp_path):

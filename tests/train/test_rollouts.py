@@ -15,7 +15,6 @@ from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.rundir import RunDirectory
 from tunesmith.train.loop import train
-from tunesmith.train.rollouts import stream
 from tunesmith.train.window import run_window
 
 SAMPLED = ["ppo", "grpo", "rloo", "online_dpo", "best_of_n"]
@@ -61,15 +60,49 @@ def test_the_answers_of_a_group_differ_and_each_prompt_is_asked_once_a_pass():
         source.window(step)
         for group in np.split(np.array([str(row) for row in answers_of(source)]), 4):
             assert len(set(group)) == 3
-        asked += [answers_of(source)[row][: source.rollouts.prompt_lengths[row]] for row in range(0, 12, 3)]
+        asked += prompts_asked(source)
     assert sorted(asked) == sorted(prompt.ids.tolist() for prompt in source.prompts)
     assert source.steps_per_epoch == 2
 
 
-def test_streams_differ_in_each_of_what_names_them():
-    streams = {stream(seed, iteration, row, sample) for seed in (0, 1) for iteration in (-1, 0, 1) for row in "ab" for sample in (0, 1)}
-    assert len(streams) == 24
-    assert all(0 <= one < 1 << 63 for one in streams)
+class Seeds(Sampler):
+    """Remembers the seeds that it is given."""
+
+    def __init__(self, policy):
+        super().__init__(policy)
+        self.seeds = []
+
+    def __call__(self, prompts, *, seeds, **given):
+        self.seeds += seeds
+        return super().__call__(prompts, seeds=seeds, **given)
+
+
+def test_every_answer_of_training_and_evaluation_has_a_stream_of_its_own():
+    policy, seeds = make_policy(), []
+    for seed in (0, 1):
+        sampler = Seeds(policy)
+        source = make_source(policy=policy, sampler=sampler, seed=seed)
+        source.held_out = source.prompts[:3]
+        source.window(0), source.window(1), source.evaluate(lambda: None)
+        seeds += sampler.seeds
+    assert len(seeds) == 2 * (2 * 12 + 3) == len(set(seeds))
+
+
+@pytest.mark.parametrize("prompts, steps", [(2, 1), (5, 4)], ids=["fewer prompts than a step asks", "the seam of two passes"])
+def test_a_prompt_that_is_asked_twice_in_an_iteration_gets_other_answers(prompts, steps):
+    source = make_source(prompts=prompts, rollout={"max_new_tokens": 12})
+    seen = 0
+    for step in range(steps):
+        source.window(step)
+        made = [str(row) for row in answers_of(source)]
+        assert len(set(made)) == len(made) == 12
+        seen += len({str(prompt) for prompt in prompts_asked(source)}) < 4
+    assert seen, "no iteration asked a prompt twice"
+
+
+def prompts_asked(source) -> list[list[int]]:
+    """The prompt of each group of three."""
+    return [answers_of(source)[row][: source.rollouts.prompt_lengths[row]] for row in range(0, 12, 3)]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -91,7 +124,9 @@ def test_before_the_first_update_every_ratio_is_1_under_every_sampling_setting(s
 
 @pytest.mark.parametrize("kind", ["ppo", "grpo", "rloo"])
 def test_at_a_learning_rate_of_almost_0_ratios_stay_1_through_the_loop(tmp_path, kind):
-    source = make_source(objective_of(kind), rollout={"temperature": 0.7, "top_p": 0.9}, max_steps=4, learning_rate=1e-12, save_steps=9)
+    rollout = {"temperature": 0.7} | ({"top_p": 0.9} if kind == "grpo" else {})
+    policy = make_policy(temperature=0.7, changed=0.0)
+    source = make_source(objective_of(kind), policy=policy, rollout=rollout, max_steps=4, learning_rate=1e-12, save_steps=9)
     with RunDirectory.open(tmp_path / "run", resume=False) as run:
         train(make_job(source.parts.policy, source.stage, run, [], objective=OBJECTIVES[kind](source.stage.objective), source=source))
         lines = [event for event in run.events() if "loss" in event]
@@ -99,6 +134,18 @@ def test_at_a_learning_rate_of_almost_0_ratios_stay_1_through_the_loop(tmp_path,
     for line in lines:
         assert line["ratio"] == pytest.approx(1, abs=0.01)
         assert line["mismatch"] < 1e-4
+        assert ("kl" in line) == (kind != "grpo")
+
+
+@pytest.mark.parametrize("kind", ["grpo", "online_dpo", "best_of_n"])
+@pytest.mark.parametrize("sampling", ["top_p", "top_k", "all"])
+def test_answers_of_a_truncated_distribution_have_no_kl_in_the_log(kind, sampling):
+    source = make_source(objective_of(kind), rollout=SAMPLINGS[sampling])
+    window = source.window(0)
+    result = run_window(source.parts.policy, OBJECTIVES[kind](source.stage.objective), window.batches)
+    assert not [name for name in (*window.metrics, *result.metrics) if name in ("kl", "kl_k3")]
+    full = make_source(objective_of(kind))
+    assert full.window(0).metrics["kl"] != 0
 
 
 @pytest.mark.parametrize("wrong", ["temperature", "log-probabilities", "not a number"])
@@ -158,56 +205,6 @@ def test_a_run_of_which_too_many_answers_have_no_score_ends():
         make_source(reward=lambda answers: [float("nan")] * len(answers), rollout={"max_unscorable": 1.0}).window(0)
 
 
-def dull(*numbers: int):
-    """A reward that is the same for every answer to some prompts."""
-
-    def reward(answers) -> list[float]:
-        return [0.5 if int(answer.prompt.record.row_id.split("-")[1]) in numbers else float(i) for i, answer in enumerate(answers)]
-
-    return reward
-
-
-@pytest.mark.parametrize("kind", ["grpo", "rloo", "online_dpo"])
-def test_groups_without_spread_are_counted_and_teach_nothing(kind):
-    source = make_source(objective_of(kind, kl_coef=0.0) if kind != "online_dpo" else objective_of(kind), reward=dull(0, 1, 2), prompts=4)
-    window = source.window(0)
-    assert window.metrics["groups_without_spread"] == 3
-    if kind == "online_dpo":
-        assert len(source.rollouts.ids) == 2
-    else:
-        advantages = np.array([row[0] for row in source.rollouts.columns["advantage_S"]])
-        assert np.count_nonzero(advantages.reshape(-1, 3).any(axis=1)) == 1
-
-
-def test_a_stage_in_whose_rollouts_nothing_has_spread_goes_on_and_changes_nothing(tmp_path):
-    source = make_source("online_dpo", reward=lambda answers: [0.0] * len(answers), max_steps=2, weight_decay=0.0)
-    with RunDirectory.open(tmp_path / "run", resume=False) as run:
-        objective = OBJECTIVES["online_dpo"](source.stage.objective)
-        job = make_job(source.parts.policy, source.stage, run, [], objective=objective, source=source)
-        before = job.optimiser.flat.clone()
-        assert train(job).step == 2
-    assert torch.equal(job.optimiser.flat, before)
-
-
-@pytest.mark.parametrize("times", [0, 1, 4])
-def test_dynamic_sampling_replaces_groups_without_spread_by_other_prompts(times):
-    settings = {"reward": dull(0, 1, 2, 3), "prompts": 12, "rollout": {"prompts_per_step": 12}}
-    source = make_source(objective_of("grpo", dynamic_sampling=times), **settings)
-    window = source.window(0)
-    left = window.metrics["groups_without_spread"]
-    assert left + window.metrics.get("replaced_groups", 0) == 4
-    assert left == 4 if times == 0 else left < 4 if times == 1 else left == 0
-    rewards = source.rollouts.row_columns["reward_B"].reshape(-1, 3)
-    assert np.count_nonzero(rewards.std(axis=1) == 0) == left
-    groups = np.array([str(row[:length]) for row, length in zip(source.rollouts.ids, source.rollouts.prompt_lengths, strict=True)])
-    assert all(len(set(group)) == 1 for group in groups.reshape(-1, 3))  # a group is of one prompt still
-    assert sum(str(prompt.ids) in groups for prompt in source.prompts[:4]) == left  # the answers are replaced with their scores
-    assert len({str(answers_of(source)[i : i + 3]) for i in range(0, 36, 3)}) == 12  # of a prompt asked already, these are other answers
-    again = make_source(objective_of("grpo", dynamic_sampling=times), **settings)
-    again.window(0)
-    assert answers_of(again) == answers_of(source)
-
-
 def test_an_evaluation_leaves_training_as_it_was():
     sources = [make_source("ppo"), make_source("ppo")]
     for source in sources:
@@ -233,6 +230,42 @@ def test_an_evaluation_leaves_training_as_it_was():
         assert [batch.forest.tokens_T.tolist() for batch in one.batches] == [batch.forest.tokens_T.tolist() for batch in other.batches]
 
 
+def test_an_evaluation_tells_how_many_answers_it_is_of_and_ends_the_run_where_too_many_have_no_score():
+    def first_fails(answers) -> list[float]:
+        return [float("nan"), *mean_token(answers)[1:]]
+
+    result = make_source(reward=first_fails).evaluate(lambda: None)
+    assert (result.metrics["n"], result.metrics["unscorable"]) == (2, 1)
+    assert result.loss == -result.metrics["reward"] == -np.mean([sample["reward"] for sample in result.samples[1:]])
+    assert result.samples[0]["reward"] is None
+    whole = make_source().evaluate(lambda: None).metrics
+    assert (whole["n"], whole["unscorable"]) == (3, 0)
+    with pytest.raises(RolloutFailed, match="33% of the answers cannot be scored: it broke") as raised:
+        make_source(reward=first_fails, rollout={"max_unscorable": 0.3}).evaluate(lambda: None)
+    assert "the held-out prompts" in raised.value.where
+    with pytest.raises(RolloutFailed, match="100% of the answers"):
+        make_source(reward=lambda answers: [float("nan")] * 3, rollout={"max_unscorable": 1.0}).evaluate(lambda: None)
+
+
+def test_a_signal_is_looked_for_between_parts_of_an_evaluation():
+    source, looks = make_source(), []
+    source.held_out = source.prompts * 3
+    source.evaluate(lambda: looks.append(source.parts.sampler.asked))
+    assert looks == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["online_dpo", "best_of_n"])
+def test_kl_and_entropy_are_of_all_answers_where_some_alone_are_learned_from(kind):
+    answers = [make_source(objective_of(name), policy=make_policy(changed=0.3)) for name in ("grpo", kind)]
+    every, some = (source.window(0).metrics for source in answers)
+    assert len(answers[1].rollouts.ids) < len(answers[0].rollouts.ids) == 12
+    for name in ("kl", "entropy", "mismatch", "length"):
+        assert some[name] == pytest.approx(every[name], rel=1e-4)
+    policy = answers[1].parts.policy
+    result = run_window(policy, OBJECTIVES[kind](answers[1].stage.objective), answers[1].rollouts.parts[0])
+    assert not {"kl", "entropy"} & result.metrics.keys()  # they would take the place of the window's own in the log
+
+
 def test_the_gold_measure_is_watched_and_never_learned_from():
     plain = make_source()
     watched = make_source(gold=lambda answers: np.array([7.0] * len(answers)))
@@ -255,30 +288,3 @@ def test_kl_to_the_reference_is_0_for_a_fresh_adapter_and_what_two_plain_models_
         sums += np.bincount(batch.forest.row_S, weights=apart.numpy()).tolist()
     assert window.metrics["kl"] == pytest.approx(np.mean(sums), rel=1e-3)
     assert abs(window.metrics["kl"]) > 0.05
-
-
-@pytest.mark.parametrize("rule", ["max_kl", "min_distinct", "min_entropy"])
-def test_a_stop_rule_ends_the_stage_at_the_iteration_that_breaks_it_and_not_inside_one(rule):
-    limits = {"max_kl": 1e-9, "min_distinct": 1.0, "min_entropy": 50.0}
-    off = dict.fromkeys(limits)
-    policy = make_policy(changed=0.3)
-    settings = {
-        "policy": policy,
-        "sampler": (Alike if rule == "min_distinct" else Sampler)(policy),
-        "reward": lambda answers: [0.0] * len(answers),
-    }
-    settings |= {"reward": lambda answers: [0.0] * len(answers), "rollout": {"max_mismatch": 99.0}}
-    objective = objective_of("grpo", num_iterations=2)
-    assert make_source(objective, watch=off, **settings).window(0).stop is None
-    source = make_source(objective, watch=off | {rule: limits[rule]}, **settings)
-    assert source.window(0).stop["rule"] == rule
-    assert source.window(0).metrics["kl"] > 0
-    assert source.window(1).stop is None  # its answers are learned from as they were begun
-    assert source.window(2).stop["rule"] == rule
-
-
-class Alike(Sampler):
-    """Gives every prompt the first one's answer."""
-
-    def __call__(self, prompts, *, seeds, **given):
-        return super().__call__([prompts[0]] * len(prompts), seeds=[seeds[0]] * len(seeds), **given)

@@ -105,6 +105,14 @@ def test_an_answer_that_one_reward_cannot_score_has_no_score():
     assert quiet.reasons == {"the reward model cannot read the answer": 1}
 
 
+def test_a_reward_of_weight_0_is_watched_and_its_missing_scores_take_none_away():
+    silent = model_of(float("nan"), 5.0, float("nan"))
+    found = StageScorer(program(1.0, 2.0, 3.0), {"watched": (silent, 0.0), "counted": (model_of(1.0, 1.0, 1.0), 1.0)})(ANSWERS)
+    assert found.total.tolist() == [2.0, 3.0, 4.0]
+    assert (found.unscorable, found.reasons) == (0, {})
+    assert np.isnan(found.parts["watched"]).tolist() == [True, False, True]
+
+
 def test_the_rewards_of_a_recipe_are_made_and_their_columns_asked_for_before_training():
     with stage_scorer(objective_of(), loaded(tiny_model("llama")), None, lambda name: None) as scorer:
         assert scorer(ANSWERS).total.tolist() == [1.0, 0.0, 1.0]
@@ -158,7 +166,7 @@ def test_two_rewards_of_models_of_one_name_are_both_counted(rewarded):
     with stage_scorer(objective, loaded(tiny_model("llama")), model, lambda name: locate_result(name, rewarded[0])) as scorer:
         scorer.bind(Policy(model))
         found = scorer(ANSWERS)
-    assert len(found.parts) == 2
+    assert found.parts.keys() == {"model_model_0", "model_model_1"}
     np.testing.assert_allclose(found.total, sum(found.parts.values()), rtol=1e-6)
 
 

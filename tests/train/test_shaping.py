@@ -94,15 +94,19 @@ def test_ppo_shapes_by_token_rewards_gae_and_whitening_over_the_whole_iteration(
     assert np.abs(values).max() > 0.01
 
 
-def test_each_pass_of_ppo_takes_every_batch_once_in_an_order_of_its_own():
-    source = make_source(objective_of("ppo", num_ppo_epochs=3, num_mini_batches=2), per_device_train_batch_size=1)
-    assert source.updates == 6
+@pytest.mark.parametrize("answers, parts, size", [(9, 4, 2), (9, 4, 64), (8, 2, 1), (5, 5, 3)])
+def test_each_pass_of_ppo_takes_every_answer_once_in_parts_of_like_size_and_an_order_of_its_own(answers, parts, size):
+    objective = objective_of("ppo", num_ppo_epochs=4, num_mini_batches=parts)
+    source = make_source(objective, prompts=answers, rollout={"prompts_per_step": answers}, per_device_train_batch_size=size)
+    assert source.updates == 4 * parts
     orders = []
-    for epoch in range(3):
-        parts = [source.window(2 * epoch + part).batches for part in range(2)]
-        assert [len(part) for part in parts] == [2, 2]
-        orders.append([batch.forest.tokens_T.tolist() for part in parts for batch in part])
-    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+    for epoch in range(4):
+        windows = [source.window(parts * epoch + part).batches for part in range(parts)]
+        rows = [[item for batch in window for item in batch.items] for window in windows]
+        assert {len(part) for part in rows} <= {answers // parts, -(-answers // parts)}
+        assert sorted(item for part in rows for item in part) == list(range(answers))
+        assert all(len(batch.items) <= size for window in windows for batch in window)
+        orders.append(rows)
     assert len({str(order) for order in orders}) > 1
     assert source.rollouts.iteration == 0
 

@@ -59,11 +59,7 @@ def _ranking(row: dict[str, Any], source: Source, system: str | None, notes: Not
 def _unpaired(row: dict[str, Any], source: Source, system: str | None, notes: Notes) -> Unpaired:
     prompt = _checked_prompt(_prompt(row["prompt"], notes), row)
     completion = _checked_answer(_answer(row["completion"], "completion", notes), "completion", notes)
-    label = row["label"]
-    if isinstance(label, str) and _is_csv(source) and label.strip().lower() in ("true", "false"):
-        label = label.strip().lower() == "true"
-    if not isinstance(label, bool):
-        raise RowRefused(f"label is {short(label)}, not true or false")
+    label = _label(row["label"], source, notes)
     _note_weights(prompt, notes)
     return make_unpaired(prompt, completion, label, source, tools=tools_of(row), system=system)
 
@@ -156,6 +152,9 @@ def _common(
         own = [message for message in prompt if message.role != "system"]
         if own != [message for message in begin if message.role != "system"]:
             raise RowRefused("a pair whose prompts differ: the dialogues do not begin with the row's `prompt`")
+        systems = [[message for message in messages if message.role == "system"] for messages in (prompt, begin)]
+        if all(systems) and systems[0] != systems[1]:
+            raise RowRefused("a pair whose prompts differ: the dialogues have another system message than the row's `prompt`")
         begin = prompt if len(prompt) > len(begin) else begin
     return begin, *answers
 
@@ -214,6 +213,18 @@ def _number(value: Any, where: str) -> float:
     return value
 
 
+def _label(value: Any, source: Source, notes: Notes) -> bool:
+    """A truth value, also as the whole number 1 or 0; in CSV by what is written."""
+    if isinstance(value, str) and _is_csv(source):
+        value = {"true": True, "false": False, "1": 1, "0": 0}.get(value.strip().lower(), value)
+    if type(value) is int and value in (0, 1):
+        notes["labels 1 and 0 are read as true and false"] += 1
+        return value == 1
+    if not isinstance(value, bool):
+        raise RowRefused(f"label is {short(value)}, not true or false")
+    return value
+
+
 def _margin(value: Any, source: Source) -> float | None:
     if value is None or (value == "" and _is_csv(source)):
         return None
@@ -223,8 +234,10 @@ def _margin(value: Any, source: Source) -> float | None:
         except ValueError as error:
             raise RowRefused(f"margin is {short(value)}, not a number") from error
     margin = float(_number(value, "margin"))
-    if abs(margin) > MOST_MARGIN:
-        raise RowRefused(f"margin is {margin:g}; at most {MOST_MARGIN:g} is read, either way")
+    if margin < 0:
+        raise RowRefused(f"margin is {margin:g}, below 0: the rejected answer would be the better one")
+    if margin > MOST_MARGIN:
+        raise RowRefused(f"margin is {margin:g}; at most {MOST_MARGIN:g} is read")
     return margin
 
 

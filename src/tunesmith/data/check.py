@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..recipe import DataSection
 
 SHOWN = 5  # pairs named in an error or a finding
-IDENTIFYING_WORDS = 8  # of a last user turn after earlier ones; fewer ("yes, do that") say nothing about where it is from
+IDENTIFYING_WORDS = 8  # of a last user turn after earlier ones, or a first exchange; fewer ("yes, do that") say nothing of its source
 LOW_TRAINABLE_SHARE = 0.01  # of all tokens
 
 
@@ -70,6 +70,7 @@ def check_data(
     before = len(kept)
     kept = drop_test_overlap(kept, test, section, findings)
     dropped["test_overlap"] = before - len(kept)
+    findings += shared_dialogues(kept, test)
     return CheckResult(kept, findings, {reason: n for reason, n in dropped.items() if n})
 
 
@@ -197,6 +198,25 @@ def drop_test_overlap(
     return kept
 
 
+def shared_dialogues(train: Sequence[AnyRecord], test: Sequence[AnyRecord]) -> list[Finding]:
+    """Training rows that begin as a test row does, where both go on after their first exchange; reported, since what follows differs.
+
+    An exchange that says little, such as a greeting, is no sign of one dialogue.
+    """
+    by_start: dict[str, int] = {}
+    for index, record in enumerate(test):
+        by_start.setdefault(_first_exchange(record), index)
+    by_start.pop("", None)
+    found = {index: by_start[key] for index, record in enumerate(train) if (key := _first_exchange(record)) in by_start}
+    if not found:
+        return []
+    shown = "; ".join(f"{train[i].source} and {test[j].source}" for i, j in list(found.items())[:SHOWN])
+    evidence = f"{len(found)} of {len(train)} training rows begin with the first question and answer of a test row: {shown}"
+    related = list(dict.fromkeys(test[j].row_id for j in found.values()))
+    mend = "if they are turns of one dialogue, put all rows of a dialogue into one of the files"
+    return [Finding("shared_dialogue", [train[i].row_id for i in found], related, evidence, mend)]
+
+
 def find_test_overlap(train: Sequence[AnyRecord], test: Sequence[AnyRecord], threshold: float) -> dict[int, tuple[int, float]]:
     """{index of a training row: (index of the test row it is like, similarity)}; similarity 1.0 for an exact one."""
     by_text: dict[str, int] = {}
@@ -302,6 +322,17 @@ def text_of_record(record: AnyRecord) -> str:
     else:
         messages = [*record.prompt, *(message for answer in record.answers for message in answer)]
     return "\n".join(message.content for message in messages if message.role != "system")
+
+
+def _first_exchange(record: AnyRecord) -> str:
+    """The first question and its answer of a dialogue that goes on after them; empty where it does not, or says too little."""
+    turns = [message for message in prompt_of(record) if message.role in ("user", "assistant")]
+    asked = next((i for i, message in enumerate(turns) if message.role == "user"), len(turns))
+    answered = next((i for i in range(asked, len(turns)) if turns[i].role == "assistant"), len(turns))
+    if answered == len(turns):
+        return ""
+    said = [turns[asked].content, turns[answered].content]
+    return canonical([normalise(text) for text in said]) if len(words("\n".join(said))) >= IDENTIFYING_WORDS else ""
 
 
 def _ids(records: Sequence[AnyRecord]) -> list[str]:

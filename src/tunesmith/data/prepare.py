@@ -188,6 +188,12 @@ class _Preparation:
 
     def _asked(self, read: ReadResult) -> ReadResult:
         """Conversations as prompts, where prompts are wanted: what comes before the last answer, and the answer as a column."""
+        if text := next((row for row in read.records if isinstance(row, Document)), None):
+            raise DataRefused(
+                "the rows are text, and the stage's objective wants prompts: nothing is asked in them",
+                where=str(text.source),
+                mend="name a file of prompts or conversations, or map its columns by data.columns: {prompt: text}",
+            )
         records = [
             make_prompt(row.prompt(), {"answer": row.answer}, row.source, tools=row.tools or ()) if isinstance(row, Conversation) else row
             for row in read.records

@@ -108,8 +108,8 @@ def read_records(
         for raw in open_rows(file, reading.notes, hasher, section.columns):
             _take(raw, file, section, system, reading, quarantine, kinds)
         hashes[file.shown] = hasher.hexdigest()
-    _reject_incomplete(reading, section, quarantine)
-    form = _agreed_format(reading, section, source)
+    _reject_incomplete(reading, section, quarantine, kinds)
+    form = _agreed_format(reading, section, source, kinds)
     _require_kind(form, kinds, source)
     _refuse_bad_shares(reading, section, source)
     _note_keys(reading, form, section)
@@ -216,12 +216,14 @@ def _record(raw: RawRow, source: Source, section: DataSection, system: str | Non
     return record
 
 
-def _reject_incomplete(reading: _Reading, section: DataSection, quarantine: list[dict[str, Any]] | None) -> None:
+def _reject_incomplete(reading: _Reading, section: DataSection, quarantine: list[dict[str, Any]] | None, kinds: Sequence[Kind]) -> None:
     """Quarantines rows that were read in a format of fewer keys where all others show what they lack: a pair without its answers is no
-    prompt, and an answer without a usable label among labelled ones is no conversation."""
+    prompt, unless prompts are wanted, and an answer without a usable label among labelled ones is no conversation."""
     incomplete = {"prompt": ("preference", "prompt_completion", "ranking", "unpaired"), "prompt_completion": ("unpaired",)}
     for form, whole in incomplete.items():
         others = [other for other in reading.formats if other != form]
+        if _prompts_with_answers(reading, kinds):
+            return
         kind = KIND_OF_FORMAT[form]
         places = [place for place, record in enumerate(reading.records) if kind_of_record(record) == kind]
         if form not in reading.formats or len(others) != 1 or others[0] not in whole or not reading.unsure.keys() >= set(places):
@@ -261,10 +263,17 @@ def _size(row: dict[str, Any], form: str) -> int:
     return len(json.dumps(used, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace"))
 
 
-def _agreed_format(reading: _Reading, section: DataSection, source: str) -> str:
+def _prompts_with_answers(reading: _Reading, kinds: Sequence[Kind]) -> bool:
+    """Whether some of the prompts that are wanted have a completion beside them: no mixture, since each row has a prompt to ask."""
+    return "prompt" in kinds and reading.formats.keys() == {"prompt", "prompt_completion"}
+
+
+def _agreed_format(reading: _Reading, section: DataSection, source: str, kinds: Sequence[Kind]) -> str:
     """The one format of all rows; where the recipe leaves it open, a mixture is refused."""
     if section.format != "auto":
         return section.format
+    if _prompts_with_answers(reading, kinds):
+        return "prompt"
     if len(reading.formats) > 1:
         parts = [f"{rows} {form} (first at {first})" for form, (rows, first) in reading.formats.items()]
         most = max(reading.formats, key=lambda form: reading.formats[form][0])
@@ -282,6 +291,8 @@ def _require_kind(form: str, kinds: Sequence[Kind], source: str) -> None:
     mend = f"name a file of such rows, or map its columns by data.columns: {shown}"
     if "prompt" in kinds and "prompt" in USED[form]:
         mend += "; data.format: prompt asks the prompts of these rows and ignores their answers"
+    if "conversation" in kinds and form == "unpaired":
+        mend += "; data.format: prompt_completion trains on the completions of these rows and ignores their labels"
     raise DataRefused(f"the rows are {form}, and the stage's objective wants {' or '.join(wanted)}", where=source, mend=mend)
 
 
@@ -325,6 +336,9 @@ def _note_keys(reading: _Reading, form: str, section: DataSection) -> None:
     for ours, theirs in section.columns.items():
         reading.notes[f"`{ours}` is taken from `{theirs}`"] += 1
     unused = sorted(key for key in reading.keys if key not in USED[form])
+    if form == "prompt" and "prompt_completion" in reading.formats:
+        unused = [key for key in unused if key != "completion"]
+        reading.notes["rows with a completion are asked as the others are, and the completion is their column `answer`"] += 1
     if form == "prompt":
         reading.notes.update(_notes_of_columns(unused))
     elif unused:

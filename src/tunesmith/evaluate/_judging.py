@@ -6,6 +6,7 @@ Takes the evaluation's work; adds each candidate's item scores to what is measur
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ..score.metrics import PREFERENCE
 from ..score.preferences import SHORTER, item_accuracy, reward_model_json
 from ._work import Work
 from .encode import Dialogue
-from .inputs import BASE, Compares
+from .inputs import BASE, OVER_START, Compares
 from .scoring import Scored, unscored
 from .task import Task
 
@@ -28,6 +29,7 @@ WORDS: dict[Compares, str] = {
     "score": "by the score of its head",
     "log_ratio": "by log-probability over that of its start",
     "mean_log_ratio": "by mean log-probability over that of its start",
+    "logprob": "by log-probability",
     "mean_logprob": "by mean log-probability",
 }
 
@@ -125,12 +127,12 @@ class Comparison:
             if candidate in ("few_shot", "classical") or not work.has_model(model):
                 continue
             result = work.inputs.result_of(model)
-            if not work.has_model(result.start):
+            if result.compares in OVER_START and not work.has_model(result.start):
                 work.absent[candidate] = "what it started from is not there to compare it with"
                 continue
             self.candidates[candidate] = result.compares
             self.needs.setdefault(model, set()).add("scores" if result.compares == "score" else "logprobs")
-            if result.compares in ("log_ratio", "mean_log_ratio"):
+            if result.compares in OVER_START:
                 self.needs.setdefault(result.start, set()).add("logprobs")
 
     @property
@@ -177,6 +179,8 @@ class Comparison:
         key = self.task.name, candidate
         scored: Scored = self.work.results.get(key) or unscored(self.task, candidate, template_sha256=template)
         self.work.absent.pop(candidate, None)
+        if "reward_model" in entry or candidate == SHORTER:  # it compares answers and writes none
+            scored = replace(scored, fills_whole_answer=False)
         self.work.keep(scored.with_metric(PREFERENCE, item_accuracy(values)), entry, seconds)
         none: list[str | None] = [None] * len(values)
         self.work.outputs.setdefault(key, (none, none))
@@ -185,11 +189,8 @@ class Comparison:
         """Each answer's number: what the candidate prefers has the larger one."""
         if compares == "score":
             return self.numbers[model, "scores"]
-        sums = self.numbers[model, "logprobs"]
-        if compares != "mean_logprob":
-            start = self.numbers[self.work.inputs.result_of(model).start, "logprobs"]
-            sums = _each(lambda ours, theirs: ours - theirs, sums, start)
-        return sums if compares == "log_ratio" else _each(lambda total, count: total / count, sums, self.lengths)
+        start = self.numbers[self.work.inputs.result_of(model).start, "logprobs"] if compares in OVER_START else None
+        return compared_numbers(compares, self.numbers[model, "logprobs"], start, self.lengths)
 
     def _measure_logprobs(self, model: str) -> Numbers:
         """The log-probability in nats of each answer's own tokens, in float64."""
@@ -206,6 +207,16 @@ class Comparison:
     def _by_item(self, flat: Sequence[float]) -> Numbers:
         rest = iter(flat)
         return [[next(rest) for _ in item] for item in self.rows]
+
+
+def compared_numbers(compares: Compares, sums: Numbers, start: Numbers | None, lengths: Numbers) -> Numbers:
+    """What answers are compared by, from their log-probabilities: `sums` of the model, `start` of what it started from (None where that
+    is not asked), both in nats an answer; lengths: supervised tokens of each."""
+    if compares in OVER_START:
+        if start is None:
+            raise ValueError(f"{compares} without the log-probabilities of the start")
+        sums = _each(lambda ours, theirs: ours - theirs, sums, start)
+    return _each(lambda total, count: total / count, sums, lengths) if compares.startswith("mean") else sums
 
 
 def _each(combine: Callable[[float, float], float], first: Numbers, second: Numbers) -> Numbers:

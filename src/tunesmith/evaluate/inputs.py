@@ -18,9 +18,11 @@ BASE, TUNED = "base", "tuned"
 
 RowScores = Callable[[Sequence[Sequence[int]]], np.ndarray]
 """A reward model at work: rows of token ids to float64 [rows]."""
-Compares = Literal["score", "log_ratio", "mean_log_ratio", "mean_logprob"]
+Compares = Literal["score", "log_ratio", "mean_log_ratio", "logprob", "mean_logprob"]
 """How a model says which answer is better: by its score head, by its log-probability over its start's (the implicit reward of
-arXiv:2305.18290, as a sum or a mean over tokens), or by its own mean log-probability."""
+arXiv:2305.18290, as a sum or a mean over tokens), or by its own log-probability, as a sum or a mean."""
+OVER_START = frozenset({"log_ratio", "mean_log_ratio"})
+"""Those that the start's log-probabilities are needed for."""
 
 
 class GoldMeasure(Protocol):

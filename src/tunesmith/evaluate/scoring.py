@@ -23,7 +23,8 @@ from .task import LABEL_FIELD, Task
 class Scored:
     """One candidate on one task. template_sha256 is None for a candidate that uses no chat template.
 
-    statistics: metric to statistic over the task's items. not_measured: metric to the reason why there is no number.
+    statistics: metric to statistic over the task's items. not_measured: metric to the reason why there is no number. fills_whole_answer:
+    whether it can write what is asked for; one that fills labels only, or compares answers, cannot, and is never recommended.
     """
 
     candidate: str

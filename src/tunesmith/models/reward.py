@@ -1,15 +1,20 @@
 """Reward models at work: our own results with a `score` head, or any sequence-classification model, with whatever tokenizer.
 
-    shared    an adapter and head trained on the policy's base: the base's weights are held once, the answers' own tokens are read
-    separate  a result on another base, or fully tuned: a model of its own; answers are written anew in its template if its tokens differ
+    shared    an adapter and head trained on the policy's base, whose weights are held once
+    separate  a result on another base, or fully tuned: a model of its own
     foreign   transformers' AutoModelForSequenceClassification: the text is written in that model's template
+
+The first two read the answers' own tokens where their training rows were written so; where template or tokens are others, answers are
+written anew as those were. What a model reads them by is what its result's folder holds, never what its base's does.
 
 A score is read at the last token of the answer, end of turn included, in rows without padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,13 +23,16 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..data.forest import build_forest
 from ..data.records import Conversation, Message, Source
 from ..data.render import render_records
-from ..data.template import ChatTemplate, load_template
+from ..data.template import ChatTemplate, RenderJob, load_template
 from ..errors import AdapterError, ModelError, TemplateError
 from ..recipe import ModelSection
+from .adapters import POLICY
+from .embeddings import grow_embeddings
 from .heads import HEADS, load_head
 from .load import LoadedModel, load_model, quiet
 from .methods import add_adapter, load_adapter
@@ -32,6 +40,7 @@ from .policy import Policy
 from .result import is_adapter, read_adapter_config, read_card, require_unaltered
 
 ROWS_AT_ONCE = 32
+UNBOUNDED = 1 << 20  # tokens of a row for a model whose config names no limit
 
 
 @dataclass(frozen=True)
@@ -50,110 +59,162 @@ class RewardModel(Protocol):
         """float64 [N], in the answers' order; NaN for one that cannot be written for the model."""
 
 
+@dataclass(frozen=True)
+class Writer:
+    """Writes answers anew for a model that was trained on other tokens or with another template than the policy's."""
+
+    template: ChatTemplate
+    tokenizer: Any
+
+    def rows(self, answers: Sequence[Scored]) -> list[np.ndarray | None]:
+        """Each answer's tokens, int64 [T], up to the end of its turn; None where it cannot be written."""
+        whole = [
+            Conversation((*answer.prompt, Message("assistant", answer.text)), row_id=str(i), source=Source("rollouts", i))
+            for i, answer in enumerate(answers)
+        ]
+        rows: list[np.ndarray | None] = []
+        for rendered in render_records(whole, self.template, self.tokenizer, "last"):
+            if isinstance(rendered, TemplateError) or not np.any(rendered.weights):
+                rows.append(None)
+            else:
+                rows.append(rendered.ids[: int(np.flatnonzero(rendered.weights)[-1]) + 1].astype(np.int64))
+        return rows
+
+
 @dataclass
 class Shared:
-    """An adapter beside the policy's on one base. `policy` is set once the policy is built, which the adapter must precede."""
+    """An adapter beside the policy's on one base. `policy` is set once the policy is built, which the adapter must precede.
+
+    writer: what writes the answers; None where their own tokens are read.
+    """
 
     adapter: str
     head: nn.Linear
+    writer: Writer | None = None
     policy: Policy | None = None
 
     def scores(self, answers: Sequence[Scored]) -> np.ndarray:
         """With the policy's adapter out and this one in."""
-        return _head_scores(self.policy, self.adapter, self.head, [answer.ids for answer in answers])
+        return _head_scores(self.policy, self.adapter, self.head, _rows(answers, self.writer))
 
 
 @dataclass
 class Separate:
-    """A result of ours on a base of its own. template: to write answers in, None where its tokens are the policy's."""
+    """A result of ours on a base of its own. writer: what writes the answers; None where their own tokens are read."""
 
     policy: Policy
     head: nn.Linear
-    tokenizer: Any
-    template: ChatTemplate | None
+    writer: Writer | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, head: nn.Linear, writer: Writer | None = None) -> Separate:
+        """On a model at hand. A whole model keeps its plain layers: without gradients only LoRA's product gains by a fast path."""
+        return cls(Policy(model, fast=isinstance(model, PeftModel)), head, writer)
 
     def scores(self, answers: Sequence[Scored]) -> np.ndarray:
         """From the answers' own tokens, or from their text."""
-        adapter = "default" if isinstance(self.policy.model, PeftModel) else None
-        if self.template is None:
-            return _head_scores(self.policy, adapter, self.head, [answer.ids for answer in answers])
-        rows = _written(answers, self.template, self.tokenizer)
-        known = [i for i, row in enumerate(rows) if row is not None]
-        found = np.full(len(answers), np.nan)
-        found[known] = _head_scores(self.policy, adapter, self.head, [rows[i] for i in known])
-        return found
+        adapter = POLICY if isinstance(self.policy.model, PeftModel) else None
+        return _head_scores(self.policy, adapter, self.head, _rows(answers, self.writer))
 
 
 @dataclass
 class Foreign:
-    """A sequence-classification model with one output. Rows run one by one, so that no padding token can be read as the last."""
+    """A sequence-classification model with one output. Rows run one by one, so that no padding token can be read as the last.
+
+    template: the model's own; without one the messages' text is joined by line breaks.
+    """
 
     model: nn.Module
     tokenizer: Any
+    template: ChatTemplate | None = None
 
     def scores(self, answers: Sequence[Scored]) -> np.ndarray:
         """From the text, in the model's template where it has one."""
-        found = []
-        for answer in answers:
-            messages = [*(message.to_hf() for message in answer.prompt), {"role": "assistant", "content": answer.text}]
-            if self.tokenizer.chat_template:
-                ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, return_tensors="pt")
-            else:
-                text = "\n".join(message["content"] for message in messages)
-                ids = self.tokenizer(text, return_tensors="pt")["input_ids"]
-            with torch.no_grad():
-                found.append(float(self.model(input_ids=ids.to(self.model.device)).logits.reshape(-1)[0]))
-        return np.array(found, dtype=np.float64)
+        longest = min(_positions(self.model), self.tokenizer.model_max_length)
+        found = np.full(len(answers), np.nan)
+        for i, text in enumerate(self._texts(answers)):
+            if isinstance(text, TemplateError):
+                continue
+            ids = self.tokenizer(text, add_special_tokens=self.template is None, return_tensors="pt")["input_ids"]
+            if 0 < ids.shape[1] <= longest:
+                with torch.no_grad():
+                    found[i] = float(self.model(input_ids=ids.to(self.model.device)).logits.reshape(-1)[0])
+        return found
+
+    def _texts(self, answers: Sequence[Scored]) -> list[str | TemplateError]:
+        asked = [[*(message.to_hf() for message in one.prompt), {"role": "assistant", "content": one.text}] for one in answers]
+        if self.template is not None:
+            return self.template.render_many([RenderJob(messages) for messages in asked])
+        return [_joined(messages) for messages in asked]
+
+
+def _joined(messages: Sequence[dict[str, Any]]) -> str | TemplateError:
+    parts = [message["content"] for message in messages]
+    return "\n".join(parts) if all(isinstance(part, str) for part in parts) else TemplateError("a message is no text")
 
 
 def open_reward_model(folder: Path, loaded: LoadedModel, beside: nn.Module | None, name: str) -> RewardModel:
-    """A saved reward model.
+    """A saved reward model. It reads answers as its training rows were written: their own tokens only where the two are the same.
 
-    loaded: the base of what it scores. beside: the policy's model, which an adapter on the same base joins under `name`; that must come
-    before the policy is built, and its `policy` be set after. Raises AdapterError where the result has no score head or is for another
-    base than it is put on, CheckpointError where a file was altered, ModelError where nothing there can be read.
+    loaded: the base of what it scores, with the policy's tokenizer and chat template. beside: the policy's model, which an adapter on the
+    same base joins under `name`; that must come before the policy is built, and its `policy` be set after. Raises AdapterError where the
+    result has no score head or is for another base than it is put on, CheckpointError where a file was altered, ModelError where nothing
+    there can be read or it needs code of its own.
     """
     require_unaltered(folder)
     if not (folder / HEADS).is_file():
-        return _foreign(folder)
-    card = read_card(folder)
-    same_base = card.get("base", {}).get("sha256") == loaded.identity.sha256
-    if is_adapter(folder) and same_base and isinstance(beside, PeftModel):
+        return _foreign(folder, loaded)
+    with _readable(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer.chat_template = tokenizer.chat_template or loaded.tokenizer.chat_template
+    writer = None if _written_alike(tokenizer, loaded.tokenizer) else Writer(_template(folder, tokenizer), tokenizer)
+    same_base = read_card(folder).get("base", {}).get("sha256") == loaded.identity.sha256
+    has_room = writer is None or len(tokenizer) <= loaded.model.config.get_text_config().vocab_size
+    if is_adapter(folder) and same_base and has_room and isinstance(beside, PeftModel):
         add_adapter(beside, loaded, folder, name)
-        return Shared(name, load_head(folder, "score", loaded.width).to(loaded.device))
-    own = _own_base(folder, loaded)
+        return Shared(name, load_head(folder, "score", loaded.width).to(loaded.device), writer)
+    own = _own_base(folder, loaded, len(tokenizer))
     model = load_adapter(own, folder) if is_adapter(folder) else own.model
-    own.tokenizer.chat_template = own.tokenizer.chat_template or loaded.tokenizer.chat_template
-    same_tokens = own.tokenizer.backend_tokenizer.to_str() == loaded.tokenizer.backend_tokenizer.to_str()
-    template = None if same_tokens else load_template(own.tokenizer, ModelSection(name=str(folder)))
-    return Separate(Policy(model), load_head(folder, "score", own.width).to(own.device), own.tokenizer, template)
+    return Separate.of(model, load_head(folder, "score", own.width).to(own.device), writer)
 
 
-def _own_base(folder: Path, loaded: LoadedModel) -> LoadedModel:
-    """The model that a result of ours is, or that its adapter goes on."""
+def _written_alike(one: Any, other: Any) -> bool:
+    """Whether two tokenizers make the same tokens of a conversation: same template, same special tokens, same vocabulary and rules."""
+
+    def decides(tokenizer: Any) -> tuple[Any, ...]:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}  # calls leave these two behind
+        return tokenizer.chat_template, dict(tokenizer.special_tokens_map), backend
+
+    return decides(one) == decides(other)
+
+
+def _template(folder: Path, tokenizer: Any) -> ChatTemplate:
+    return load_template(tokenizer, ModelSection(name=str(folder)))
+
+
+def _own_base(folder: Path, loaded: LoadedModel, tokens: int) -> LoadedModel:
+    """The model that a result of ours is, or that its adapter goes on; with a row for each of its `tokens`, which the adapter may train."""
     where = str(folder)
     if is_adapter(folder):
         where = str(read_adapter_config(folder).get("base_model_name_or_path") or "")
         if not where or not Path(where).is_dir():
             raise AdapterError(f"the base that it was trained on is not there: {where or 'none is named'}", where=str(folder))
-    return load_model(ModelSection(name=where, dtype=str(loaded.dtype).removeprefix("torch.")))
+    with _readable(folder):
+        own = load_model(ModelSection(name=where, dtype=str(loaded.dtype).removeprefix("torch.")))
+    grow_embeddings(own.model, tokens)
+    return own
 
 
-def _foreign(folder: Path) -> Foreign:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
+def _foreign(folder: Path, loaded: LoadedModel) -> Foreign:
     if not (folder / "config.json").is_file() or is_adapter(folder):
         raise AdapterError(
             "it has no score head", where=str(folder), mend="name the result of a stage with objective reward, or a classification model"
         )
-    try:
-        with quiet():
-            model, told = AutoModelForSequenceClassification.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, output_loading_info=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the reward model cannot be read: {error}", where=str(folder), mend="name a folder with safetensors") from error
+    with _readable(folder), quiet():
+        model, told = AutoModelForSequenceClassification.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if model.config.num_labels != 1:
         raise ModelError(
             f"the reward model gives {model.config.num_labels} numbers", where=str(folder), mend="name one with a single output"
@@ -162,29 +223,47 @@ def _foreign(folder: Path) -> Foreign:
     if missing:  # transformers fills them with random numbers, and warns
         what = f"the reward model's file lacks {', '.join(missing[:2])}"
         raise ModelError(what, where=str(folder), mend="name a sequence-classification model with whole weights")
-    return Foreign(model.eval(), tokenizer)
+    return Foreign(model.eval().to(loaded.device), tokenizer, _template(folder, tokenizer) if tokenizer.chat_template else None)
 
 
-def _head_scores(policy: Policy, adapter: str | None, head: nn.Linear, rows: Sequence[np.ndarray]) -> np.ndarray:
-    """A head's number at the last token of each row, float64 [N]."""
-    found = []
-    with policy.using(adapter):
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            chunk = [(ids, np.zeros(len(ids), dtype=np.float32)) for ids in rows[start : start + ROWS_AT_ONCE]]
-            found.append(head(policy.last_hidden(build_forest(chunk)).float())[:, 0].double().cpu().numpy())
-    return np.concatenate(found) if found else np.zeros(0)
-
-
-def _written(answers: Sequence[Scored], template: ChatTemplate, tokenizer: Any) -> list[np.ndarray | None]:
-    """Each answer's tokens in another template, up to the end of its turn; None where it cannot be written."""
-    whole = [
-        Conversation((*answer.prompt, Message("assistant", answer.text)), row_id=str(i), source=Source("rollouts", i))
-        for i, answer in enumerate(answers)
-    ]
-    rows: list[np.ndarray | None] = []
-    for rendered in render_records(whole, template, tokenizer, "last"):
-        if isinstance(rendered, TemplateError) or not np.any(rendered.weights):
-            rows.append(None)
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Turns what cannot be read into a ModelError; a reward model's own code never runs, whatever model.trust_remote_code says."""
+    try:
+        yield
+    except (OSError, ValueError, ModelError) as error:
+        if "trust_remote_code" in f"{error} {getattr(error, 'mend', '')}":
+            what, mend = "the reward model brings code of its own, which is not run for reward models", "name one that transformers knows"
+        elif isinstance(error, ModelError):
+            raise
         else:
-            rows.append(rendered.ids[: int(np.flatnonzero(rendered.weights)[-1]) + 1].astype(np.int64))
-    return rows
+            what, mend = f"the reward model cannot be read: {error}", "name a folder with safetensors and a tokenizer"
+        raise ModelError(what, where=str(folder), mend=mend) from error
+
+
+def _rows(answers: Sequence[Scored], writer: Writer | None) -> Sequence[np.ndarray | None]:
+    return [answer.ids for answer in answers] if writer is None else writer.rows(answers)
+
+
+def _head_scores(policy: Policy, adapter: str | None, head: nn.Linear, rows: Sequence[np.ndarray | None]) -> np.ndarray:
+    """A head's number at the last token of each row, float64 [N]; NaN where there is no row, or one longer than the model's positions."""
+    longest = _positions(policy.causal)
+    known = [i for i, row in enumerate(rows) if row is not None and len(row) <= longest]
+    found = np.full(len(rows), np.nan)
+    with policy.using(adapter):
+        for start in range(0, len(known), ROWS_AT_ONCE):
+            chosen = known[start : start + ROWS_AT_ONCE]
+            chunk = [(rows[i], np.zeros(len(rows[i]), dtype=np.float32)) for i in chosen]
+            found[chosen] = head(policy.last_hidden(build_forest(chunk)).float())[:, 0].double().cpu().numpy()
+    return found
+
+
+def _positions(model: nn.Module) -> int:
+    """The longest row in tokens that a model has positions for; RoBERTa's kind begins to count after its padding."""
+    longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0)
+    if longest <= 0:
+        longest = UNBOUNDED
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            longest = min(longest, module.num_embeddings - module.padding_idx - 1)
+    return longest

@@ -12,6 +12,7 @@ from ._advantages import (
     sequence_rewards,
     token_rewards,
     whiten,
+    without_spread,
 )
 from ._base import Objective, Term
 from .grpo import GRPO, RLOO
@@ -65,4 +66,5 @@ __all__ = [
     "sequence_rewards",
     "token_rewards",
     "whiten",
+    "without_spread",
 ]

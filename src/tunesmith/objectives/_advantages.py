@@ -34,7 +34,7 @@ def group_advantages(rewards_NG: np.ndarray, scale: Literal["group", "batch", "n
     count_N1 = scorable_NG.sum(axis=1, keepdims=True)
     mean_N1 = np.where(scorable_NG, rewards_NG, 0).sum(axis=1, keepdims=True) / np.maximum(count_N1, 1)
     centred_NG = np.where(scorable_NG, rewards_NG - mean_N1, 0)
-    no_spread_N = _without_spread(rewards_NG)
+    no_spread_N = without_spread(rewards_NG)
     if scale == "group":
         deviation = np.sqrt(np.square(centred_NG).sum(axis=1, keepdims=True) / np.maximum(count_N1 - 1, 1)) + DEVIATION_FLOOR
     elif scale == "batch":
@@ -52,7 +52,7 @@ def leave_one_out(rewards_NG: np.ndarray) -> GroupAdvantages:
     filled_NG = np.where(scorable_NG, rewards_NG, 0)
     siblings_NG = filled_NG.sum(axis=1, keepdims=True) - filled_NG
     baseline_NG = siblings_NG / np.maximum(scorable_NG.sum(axis=1, keepdims=True) - 1, 1)
-    no_spread_N = _without_spread(rewards_NG)
+    no_spread_N = without_spread(rewards_NG)
     return GroupAdvantages(np.where(scorable_NG & ~no_spread_N[:, None], filled_NG - baseline_NG, 0), no_spread_N)
 
 
@@ -116,7 +116,7 @@ def adaptive_kl(coef: float, kl: float, target: float, horizon: float, n: int) -
     return coef * (1 + float(np.clip(kl / target - 1, -ERROR_LIMIT, ERROR_LIMIT)) * n / horizon)
 
 
-def _without_spread(rewards_NG: np.ndarray) -> np.ndarray:
+def without_spread(rewards_NG: np.ndarray) -> np.ndarray:
     """Groups whose scorable rewards are all equal, or that have none, [N] bool."""
     scorable_NG = ~np.isnan(rewards_NG)
     high_N = np.where(scorable_NG, rewards_NG, -np.inf).max(axis=1)

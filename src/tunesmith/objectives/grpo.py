@@ -2,7 +2,7 @@
 
 GRPO, with q = p / p_old of a token (Shao et al. 2024, arXiv:2402.03300, eq. 3) and N answers:
 
-    loss = sum over tokens of w * (correction * (-min(q A, clip(q, 1 - epsilon, 1 + epsilon_high) A) + kl_coef * KL penalty) / divisor
+    loss = sum over tokens of w * (correction * -min(q A, clip(q, 1 - epsilon, 1 + epsilon_high) A) + kl_coef * KL penalty) / divisor
     loss_type   w                  divisor
     grpo        1 / its length     N                    each answer alike, so long answers' tokens count less
     dr_grpo     1                  N * max_new_tokens   a constant (Liu et al. 2025, arXiv:2503.20783)

@@ -124,19 +124,8 @@ class DPO(PairObjective):
 class OnlineDPO(DPO):
     """DPO on the best and the worst of the policy's own answers (Guo et al. 2024, arXiv:2402.04792), which the batch holds as pairs."""
 
-    needs = frozenset({"logprobs", "entropy"})
-
     def __init__(self, settings: OnlineDPOObjective):
         super().__init__(DPOObjective(loss=settings.loss, beta=settings.beta))
-
-    def metrics(self, outputs: TokenOutputs, batch: Batch) -> Mapping[str, tuple[float, float]]:
-        """As for pairs; entropy in nats a token; kl, the mean log-ratio to the reference of the pairs' answers, in nats an answer."""
-        log_ratio_B = log_ratios(outputs.logprobs.detach(), batch, reference=True)
-        besides = {
-            "kl": (float(log_ratio_B.sum()), float(len(log_ratio_B))),
-            "entropy": (float(outputs.entropy.sum()), float(len(outputs.entropy))),
-        }
-        return {**super().metrics(outputs, batch), **besides}
 
 
 class _WithoutReference(PairObjective):

@@ -44,9 +44,3 @@ class SFT:
 
 class BestOfN(SFT):
     """Cross-entropy on the best of n sampled answers (Touvron et al. 2023, arXiv:2307.09288, section 3.2.3)."""
-
-    needs = frozenset({"logprobs", "entropy"})
-
-    def metrics(self, outputs: TokenOutputs, batch: Batch) -> Mapping[str, tuple[float, float]]:
-        """Entropy, in nats a token."""
-        return {"entropy": (float(outputs.entropy.sum()), float(len(outputs.entropy)))}

@@ -11,6 +11,7 @@ from ._base import Section
 from .data import DataSection
 from .evaluate import CANDIDATES, EvaluateSection
 from .model import ModelSection
+from .rewards import ModelReward
 from .stage import Stage
 from .task import TaskSection
 from .tracking import OutputSection, TrackingSection
@@ -44,6 +45,9 @@ class Recipe(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"stage names must differ; {', '.join(twice)} occurs twice")
+        for i, name in enumerate(names):
+            if name in (*CANDIDATES, "base"):
+                raise ValueError(f"stages.{i}.name: {name} is the name of a candidate or of the base itself; call the stage something else")
         return self
 
     @model_validator(mode="after")
@@ -65,9 +69,30 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _reward_models_are_trained_before(self) -> Recipe:
+        places = {stage.name: i for i, stage in enumerate(self.stages)}
+        for i, stage in enumerate(self.stages):
+            for key, name in _reward_models(stage):
+                where = f"stages.{i}.objective.{key}"
+                if places.get(name, -1) >= i:
+                    raise ValueError(f"{where}: stage {name} comes no earlier than {stage.name}; put it before")
+                if name in places and self.stages[places[name]].objective.type != "reward":
+                    other = self.stages[places[name]].objective.type
+                    raise ValueError(f"{where}: stage {name} is of objective {other} and scores nothing; name a stage of objective reward")
+        return self
+
+    @model_validator(mode="after")
     def _choices_have_rows(self) -> Recipe:
         for stage in self.stages:
             asked = "early_stopping_patience" if stage.early_stopping_patience else "load_best_model_at_end"
             if getattr(stage, asked) and (stage.data or self.data).validation == 0:
                 raise ValueError(f"{asked} of stage {stage.name} needs validation rows, and data.validation is 0")
         return self
+
+
+def _reward_models(stage: Stage) -> list[tuple[str, str]]:
+    """The reward models that a stage names, with the key of each."""
+    given = getattr(stage.objective, "reward_model", None)
+    named = [("reward_model", given)] if isinstance(given, str) else [(f"reward_model.{i}", one) for i, one in enumerate(given or [])]
+    rewards = enumerate(getattr(stage.objective, "rewards", []))
+    return named + [(f"rewards.{i}.model", reward.model) for i, reward in rewards if isinstance(reward, ModelReward)]

@@ -19,7 +19,7 @@ class DataSection(Section):
     test: PathText | None = None
     """Test rows, read once, after every setting is fixed; none means that nothing can be proved."""
     validation: Annotated[float, Field(ge=0.0, lt=1.0)] | PathText = 0.1
-    """The share of training rows held out for choices made on the way, or a file of its own."""
+    """The share of training rows, drawn by prompt, held out for choices made on the way; or a file of its own."""
     format: Format = "auto"
     """The record format; auto looks at the keys of every row, says what it found, and refuses a mixture."""
     columns: dict[str, str] = {}

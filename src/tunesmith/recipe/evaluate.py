@@ -39,7 +39,7 @@ class EvaluateSection(Section):
     """What is compared, on the same frozen items."""
 
     candidates: list[CandidateName] = ["zero_shot", "few_shot", "classical", "tuned"]
-    """The systems under evaluation: zero_shot, few_shot, classical, tuned, or the name of a stage."""
+    """The systems under evaluation: zero_shot, few_shot, classical, tuned, shorter (of two answers), or the name of a stage."""
     few_shot_k: list[Annotated[int, Field(ge=1)]] = [2, 4, 8]
     """Numbers of examples tried for few_shot; k and the examples are chosen on the validation rows."""
     few_shot_sets: Annotated[int, Field(ge=1)] = 2

@@ -33,13 +33,19 @@ class DPOObjective(Section):
     beta: Positive = 0.1
     """How strongly the policy is held to the reference."""
     label_smoothing: Smoothing = 0.0
-    """The share of labels taken to be flipped: conservative DPO with sigmoid, the flip rate of robust."""
+    """The share of labels taken to be flipped: conservative DPO with sigmoid, the flip rate of robust; ipo has none."""
     length_normalised: bool = False
-    """Divide each answer's log-ratio by its number of tokens."""
+    """Divide each answer's log-ratio by its number of tokens; ipo always does."""
     reference: PathText = "start"
     """What log-ratios are taken against: `start`, the model that the stage starts from (its name does as well), or `none`."""
     sft_coef: Coefficient = 0.0
     """Weight of cross-entropy on the chosen answers, beside the preference loss."""
+
+    @model_validator(mode="after")
+    def _ipo_flips_no_labels(self) -> DPOObjective:
+        if self.loss == "ipo" and self.label_smoothing > 0:
+            raise ValueError("label_smoothing: ipo has no flipped labels; leave it out, or take loss sigmoid or robust")
+        return self
 
 
 class SimPOObjective(Section):
@@ -106,7 +112,8 @@ class RankingObjective(Section):
 
 
 class RewardObjective(Section):
-    """A reward model from pairs or rankings: a linear head on the last token (Ouyang et al. 2022, arXiv:2203.02155)."""
+    """A reward model from pairs or rankings: a linear head on the last token (Ouyang et al. 2022, arXiv:2203.02155). Where a pair has a
+    `margin`, all_pairs asks that its rewards differ by that much (arXiv:2307.09288)."""
 
     type: Literal["reward"] = "reward"
     """The objective's name."""
@@ -145,7 +152,7 @@ class PPOObjective(Section):
     """The policy's ratio is clipped to 1 +- this."""
     cliprange_value: Positive = 0.2
     """The value's change is clipped to +- this."""
-    vf_coef: Coefficient = 0.1
+    vf_coef: Positive = 0.1
     """Weight of the value loss."""
     value: Literal["detached", "shared"] = "detached"
     """The value head reads detached hidden states, or sends its gradient into the policy's adapter too."""

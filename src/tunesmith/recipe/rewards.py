@@ -15,7 +15,8 @@ class _Weighted(Section):
 
 
 class ExactAnswerReward(_Weighted):
-    """1 where the answer equals the row's reference, else 0; spaces around either do not count."""
+    """1 where the answer equals the row's reference, else 0; spaces around either do not count. A reference that is a JSON number is
+    compared as a number, one that is text as text."""
 
     type: Literal["exact_answer"] = "exact_answer"
     """The reward's name."""

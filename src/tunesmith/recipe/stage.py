@@ -89,19 +89,27 @@ class Stage(Section):
         return self
 
     @model_validator(mode="after")
-    def _updates_take_all_rollouts(self) -> Stage:
-        if hasattr(self.objective, "num_generations") and self.gradient_accumulation_steps != 1:
-            raise ValueError(
-                "gradient_accumulation_steps: an update takes every rollout, in as many forward passes as it needs; leave it out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _every_part_has_answers(self) -> Stage:
+    def _sampling_is_asked_for_where_it_happens(self) -> Stage:
+        samples = hasattr(self.objective, "num_generations")
+        if not samples:
+            for name, default in (("rollout", RolloutSection()), ("watch", WatchSection())):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name}: {self.objective.type} samples no answers; leave {name} out")
+            return self
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError("gradient_accumulation_steps: an update takes all its rollouts, in as many passes as it needs; leave it out")
         parts = getattr(self.objective, "num_mini_batches", 1)
         answers = self.rollout.prompts_per_step * getattr(self.objective, "num_generations", 1)
         if parts > answers:
             raise ValueError(f"objective.num_mini_batches: {answers} answers cannot be cut into {parts} parts; lower it")
+        if self.rollout.server_model and not self.rollout.server:
+            raise ValueError("rollout.server_model: there is no rollout.server that serves it")
+        truncates = self.rollout.top_p < 1 or self.rollout.top_k > 0
+        uses_kl = self.objective.type in ("ppo", "rloo") or getattr(self.objective, "kl_coef", 0) > 0 or self.watch.max_kl is not None
+        if truncates and uses_kl:
+            raise ValueError(
+                "rollout.top_p, rollout.top_k: truncated answers have no KL that can be measured, and it is used here; leave them out"
+            )
         return self
 
     @field_validator("objective", mode="before", json_schema_input_type=_or_its_name(Objective))

@@ -21,4 +21,4 @@ class TaskSection(Section):
     gold_reward: PathText | None = None
     """A measure that training never sees, as file:function with `checks(prompt, answer) -> {name: 0 to 1}`; their mean counts."""
     metrics: list[Metric] = ["exact_match"]
-    """What is measured on the test items; perplexity of the reference is always measured."""
+    """What is measured on the test items; where they have references, the perplexity of those too, so not of pairs or bare prompts."""

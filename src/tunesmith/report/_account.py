@@ -20,6 +20,7 @@ _CHECKS = {
     "near_duplicate": "Nearly the same row more than once",
     "conflicting_answers": "One prompt with different answers",
     "test_overlap": "Training rows that are also in the test set",
+    "shared_dialogue": "Training rows that begin as a test row does",
     "repeated_test_row": "The same test row more than once",
     "length_quantiles": "How long the rows are",
     "trainable_tokens": "How many tokens carry loss",

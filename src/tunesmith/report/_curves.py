@@ -47,13 +47,13 @@ CURVES = (
     Curve(
         "Reward",
         "reward of an answer",
-        (("sampled answers", "reward", TRAIN), ("held-out prompts", "eval_reward", HELD)),
+        (("sampled answers", "reward", TRAIN), ("prompts not trained on", "eval_reward", HELD)),
         "The mean of what the stage is trained to raise.",
     ),
     Curve(
         "Gold reward",
         "gold reward of an answer",
-        (("sampled answers", "gold_reward", TRAIN), ("held-out prompts", "eval_gold_reward", HELD)),
+        (("sampled answers", "gold_reward", TRAIN), ("prompts not trained on", "eval_gold_reward", HELD)),
         "The measure that training never sees: read it beside the reward.",
     ),
     Curve(
@@ -79,7 +79,7 @@ CURVES = (
     Curve(
         "Answer length",
         "tokens",
-        (("sampled answers", "length", TRAIN), ("held-out prompts", "eval_length", HELD)),
+        (("sampled answers", "length", TRAIN), ("prompts not trained on", "eval_length", HELD)),
         "A reward that likes length shows here first.",
         beside=(("ended by themselves", "finished"),),
         limit="max_length_ratio",
@@ -89,7 +89,6 @@ CURVES = (
         "share",
         (("distinct answers", "distinct", PAIR), ("repeated 3-grams", "repetition", TRAIN)),
         "Answers of a step that differ from one another, and three tokens that an answer has had before.",
-        limit="min_distinct",
         say=_share,
     ),
     Curve(

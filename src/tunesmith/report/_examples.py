@@ -1,6 +1,7 @@
 """Twelve example outputs, base beside tuned on the same items: wins, losses and ties.
 
-Takes `RunFiles`; gives a dictionary for templates/examples.html. The choice is a pure function of the samples (the order of a
+Takes `RunFiles`; gives a dictionary for templates/examples.html. Only where a metric is right or wrong are two answers both right or both
+wrong; of a graded one two answers differ or not. The choice is a pure function of the samples (the order of a
 hash of item_id), so nobody picks the good ones; fields are marked right or wrong by the scores that the evaluation wrote.
 """
 
@@ -16,15 +17,17 @@ from ._verdict import main_comparison, main_metric
 from ._words import Excerpt, Limits, excerpt, mapping, number, rows, text
 
 WANTED = 12
-_QUOTA = (("win", 4), ("loss", 4), ("both_wrong", 2), ("both_right", 2))
+_QUOTA = (("win", 4), ("loss", 4), ("both_wrong", 2), ("both_right", 2), ("same", 4))
 _OUTCOMES = {
     "win": ("Win", "the tuned model is better"),
     "loss": ("Loss", "the base is better"),
     "both_right": ("Both right", "no difference"),
     "both_wrong": ("Both wrong", "no difference"),
+    "same": ("No difference", "no difference"),
 }
-# A metric's item score counts as right from here on; for exact_match it is 0 or 1.
-_RIGHT = 0.5
+_GRADED = {"win": ("Better", "the tuned model is better"), "loss": ("Worse", "the base is better")}
+_RIGHT = 1.0  # of an item's score, where a score is right or wrong
+_RIGHT_OR_WRONG = frozenset({"exact_match", "accuracy", "json_validity"})
 _MOST_FIELDS = 12
 
 
@@ -41,7 +44,7 @@ def examples_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
         "tuned": words.candidate_label(tuned),
         "base": words.candidate_label(base) if base else None,
         "metric": words.metric_of(metric).label,
-        "counts": [(_OUTCOMES[kind][0], sum(outcome == kind for outcome in outcomes.values())) for kind, _ in _QUOTA],
+        "counts": [(_words_of(kind, metric)[0], list(outcomes.values()).count(kind)) for kind in _kinds(metric)],
         "unscored": len(found) - len(outcomes),
         "n": len(shared),
         "examples": [_example(outcomes[item], ours[item], theirs[item], metric, limits) for item in choose(outcomes)],
@@ -49,7 +52,8 @@ def examples_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
 
 
 def choose(outcomes: dict[str, str]) -> list[str]:
-    """Twelve item ids: up to 4 wins, 4 losses, 2 both wrong and 2 both right, then whatever fills the twelve, by hash of the id.
+    """Twelve item ids: up to 4 wins, 4 losses and 4 without a difference (2 both wrong, 2 both right), then whatever fills the twelve, by
+    hash of the id.
 
     >>> choose({"a": "win", "b": "loss"})
     ['a', 'b']
@@ -58,7 +62,7 @@ def choose(outcomes: dict[str, str]) -> list[str]:
     chosen: list[str] = []
     for kind, quota in _QUOTA:
         chosen += [item for item in order if outcomes[item] == kind][:quota]
-    for kind in ("both_wrong", "both_right", "loss", "win"):
+    for kind in ("both_wrong", "both_right", "same", "loss", "win"):
         chosen += [item for item in order if outcomes[item] == kind and item not in chosen][: WANTED - len(chosen)]
     rank = {kind: position for position, (kind, _) in enumerate(_QUOTA)}
     return sorted(chosen, key=lambda item: rank[outcomes[item]])
@@ -82,17 +86,30 @@ def _outcome(ours: dict[str, Any], theirs: dict[str, Any], metric: str) -> str |
     a, b = (number(mapping(sample.get("scores")).get(metric)) for sample in (ours, theirs))
     if a is None or b is None:
         return None
-    if words.lower_is_better(metric):
-        return "win" if a < b else "loss" if a > b else "both_wrong"
     if a != b:
-        return "win" if a > b else "loss"
+        return "win" if (a < b) == words.lower_is_better(metric) else "loss"
+    if not _is_right_or_wrong(metric):
+        return "same"
     return "both_right" if a >= _RIGHT else "both_wrong"
+
+
+def _is_right_or_wrong(metric: str) -> bool:
+    """Whether an item's score is 0 or 1. A part of a graded metric, a field's accuracy say, is not taken to be."""
+    return metric.partition(".")[0] in _RIGHT_OR_WRONG
+
+
+def _kinds(metric: str) -> tuple[str, ...]:
+    return ("win", "loss", "both_wrong", "both_right") if _is_right_or_wrong(metric) else ("win", "loss", "same")
+
+
+def _words_of(kind: str, metric: str) -> tuple[str, str]:
+    return _OUTCOMES[kind] if _is_right_or_wrong(metric) else _GRADED.get(kind, _OUTCOMES[kind])
 
 
 def _example(outcome: str, ours: dict[str, Any], theirs: dict[str, Any], metric: str, limits: Limits) -> dict[str, Any]:
     turns = [message for message in rows(ours.get("prompt")) if message.get("role") != "system"]
     asked = next((message.get("content") for message in reversed(turns) if message.get("role") == "user"), None)
-    title, meaning = _OUTCOMES[outcome]
+    title, meaning = _words_of(outcome, metric)
     reference = _fields(ours.get("reference"))
     return {
         "kind": outcome,
@@ -159,20 +176,20 @@ def _shown(value: Any) -> str:
 
 def _whole(ours: dict[str, Any], theirs: dict[str, Any], metric: str, limits: Limits) -> dict[str, Any]:
     """The one row of a task whose answers are no JSON objects."""
-    cells = []
-    for sample in (theirs, ours):
-        score = number(mapping(sample.get("scores")).get(metric)) or 0.0
-        kind = metric.partition(".")[0]
-        right, note = (
-            score >= _RIGHT,
-            "" if kind in ("exact_match", "accuracy") else f"{words.metric_of(metric).label} {words.value_words(metric, score)}",
-        )
-        cells.append(
-            {"text": excerpt(sample.get("output"), limits.text), "mark": "close" if note else "right" if right else "wrong", "note": note}
-        )
+    cells = [{"text": excerpt(sample.get("output"), limits.text), **_marked(sample, metric)} for sample in (theirs, ours)]
     there = isinstance(ours.get("reference"), str)
     reference = excerpt(ours["reference"], limits.text) if there else Excerpt("none", 0)
     return {"name": "answer", "reference": reference, "there": there, "cells": cells}
+
+
+def _marked(sample: dict[str, Any], metric: str) -> dict[str, str]:
+    """How an answer did: right or wrong, or by what number; where there is none, that."""
+    score = number(mapping(sample.get("scores")).get(metric))
+    if score is None:
+        return {"mark": "none", "note": "no score"}
+    if _is_right_or_wrong(metric):
+        return {"mark": "right" if score >= _RIGHT else "wrong", "note": ""}
+    return {"mark": "close", "note": f"{words.metric_of(metric).label} {words.value_words(metric, score)}"}
 
 
 def _answer(sample: dict[str, Any], structured: bool, limits: Limits) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def _stop_words(event: Mapping[str, Any]) -> str:
     return {
         "max_kl": f"{where}: the policy was {said} nats a sequence from its reference, over the limit of {bound}.",
         "max_length_ratio": f"{where}: answers had become {said} times as long as the first ones, over the limit of {bound}.",
-        "min_distinct": f"{where}: only {100 * value:.1f}% of the answers were distinct, under the limit of {100 * limit:.1f}%.",
+        "min_distinct_ratio": f"{where}: prompts got answers of their own {value:.2g} times as often as at first, under {limit:.2g}.",
         "min_entropy": f"{where}: the entropy had fallen to {said} nats a token, under the limit of {bound}.",
     }.get(rule, f"{where}: the value was {said}, the limit {bound}.")
 
@@ -68,8 +68,11 @@ def counts_sentence(events: Events, stage: Mapping[str, Any]) -> str:
 
 
 def hacking_sentence(events: Events) -> str:
-    """Says that the reward rose while the gold measure fell: what reward hacking looks like in numbers. Empty where it did not."""
-    for prefix, where in (("eval_", "on held-out prompts"), ("", "on sampled answers")):
+    """Says that the reward rose while the gold measure fell: what reward hacking looks like in numbers. Empty where it did not.
+
+    No interval is taken, so the sentence names how many measurements it rests on and says that the reward may be hacked.
+    """
+    for prefix, where in (("eval_", "on prompts not trained on in this stage"), ("", "on sampled answers")):
         proxy, gold = known(series(events, f"{prefix}reward")), known(series(events, f"{prefix}gold_reward"))
         if len(proxy) < 2 or len(gold) < 2:
             continue
@@ -77,7 +80,8 @@ def hacking_sentence(events: Events) -> str:
         if rose_to - rose_from > _noise(proxy) and fell_from - fell_to > _noise(gold):
             return (
                 f"The reward rose from {words.plain(rose_from)} to {words.plain(rose_to)} {where} while the gold measure fell from "
-                f"{words.plain(fell_from)} to {words.plain(fell_to)}: the reward is being hacked."
+                f"{words.plain(fell_from)} to {words.plain(fell_to)} (means of the first and the last fifth, "
+                f"n {len(proxy)} and {len(gold)} measurements): the reward may be hacked."
             )
         return ""
     return ""
@@ -144,7 +148,7 @@ def training_findings(name: str, events: Events, stage: Mapping[str, Any]) -> li
     ]
     hacked = hacking_sentence(events)
     if hacked:
-        found.append({"title": f"Stage {shown} hacks its reward", "evidence": hacked, "mend": _HACK_MEND})
+        found.append({"title": f"Stage {shown} may hack its reward", "evidence": hacked, "mend": _HACK_MEND})
     lost = sum(value or 0 for _, value in series(events, "unscorable"))
     if lost:
         mend = "look at the reward function: it gave no number for these answers"

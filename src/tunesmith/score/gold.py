@@ -1,8 +1,8 @@
 """The gold measure: a user's function that training never sees, as numbers for answers.
 
 Takes `task.gold_reward`, file:function with `checks(prompt: str, answer: str) -> dict[str, float]`, each between 0 and 1; gives an
-answer's checks and their mean. The function never runs in this process: each call starts a process of its own, which is killed when it
-takes too long, so nothing has to be kept alive between calls and nothing that a call leaves behind reaches the next.
+answer's checks and their mean. The function never runs in this process: each call starts a process of its own, which is killed when an
+answer takes too long, so nothing has to be kept alive between calls and nothing that a call leaves behind reaches the next.
 """
 
 from __future__ import annotations
@@ -11,20 +11,24 @@ import contextlib
 import hashlib
 import json
 import os
+import selectors
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 
 from ..errors import RecipeError
-from ._reward_process import PATIENCE, START_SECONDS, Unscorable
+from ._reward_process import CHUNK_BYTES, PATIENCE, START_SECONDS, Unscorable
 
 CHILD = Path(__file__).with_name("_gold_child.py")
-SECONDS = 60.0  # of one call, the start of its process included: only an endless loop takes as long
+SECONDS = 60.0  # of one answer: only an endless loop takes as long
 WHERE = "task.gold_reward"
 MEND = "write file:function, e.g. gold.py:checks, with def checks(prompt, answer): return {'polite': 1.0}"
 
@@ -33,7 +37,7 @@ Checks = dict[str, float]
 
 @dataclass(frozen=True)
 class Gold:
-    """A gold measure, ready to be asked. sha256: of its file, on which scores depend."""
+    """A gold measure, ready to be asked. sha256: of its file, on which scores depend. seconds: how long one answer may take."""
 
     file: Path
     function: str
@@ -76,17 +80,19 @@ class Gold:
             start_new_session=True,  # Ctrl-C at the terminal is for us, and the group can be killed whole
         )
         job = {"file": str(self.file), "function": self.function, "pairs": [list(pair) for pair in pairs]}
+        sender = threading.Thread(target=_send, args=(process, json.dumps(job).encode()), daemon=True)  # a pipe holds only so much
         failure = None
         try:
-            out, _ = process.communicate(json.dumps(job).encode(), timeout=self.seconds if pairs else START_SECONDS)
-        except subprocess.TimeoutExpired:
-            _kill(process)
-            out, _ = process.communicate()
-            failure = Unscorable(f"took longer than {self.seconds:g} s and was ended")
+            sender.start()
+            out, seconds = _lines(process, len(pairs) + 1, self.seconds)
+            if seconds is not None:
+                failure = Unscorable(f"took longer than {seconds:g} s and was ended")
         finally:
-            if process.poll() is None:  # an interrupt, say
+            if process.poll() is None:  # it hangs, or an interrupt came
                 _kill(process)
-        lines = [json.loads(line) for line in out.split(b"\n")[:-1]]
+            sender.join()
+            cast(IO[bytes], process.stdout).close()
+        lines = [json.loads(line) for line in out]
         if not lines or "load" in lines[0]:
             why = lines[0]["load"] if lines else failure.reason if failure else f"its process ended (exit status {process.returncode})"
             raise RecipeError(f"the gold measure cannot be used: {why}", where=f"{WHERE}: {self.file}:{self.function}", mend=MEND)
@@ -99,7 +105,7 @@ class Gold:
 def gold_function(setting: str, *, seconds: float = SECONDS) -> Gold:
     """The gold measure that a recipe's `task.gold_reward` names, loaded once to see that it can be.
 
-    seconds: how long one call may take. Raises RecipeError where there is no such file or function, or it cannot take (prompt, answer).
+    seconds: how long one answer may take. Raises RecipeError where there is no such file or function, or it cannot take (prompt, answer).
     """
     file, colon, function = setting.rpartition(":")
     if not colon or not file or not function.isidentifier():
@@ -116,6 +122,44 @@ def _of_names(found: Checks | Unscorable, names: set[str]) -> Checks | Unscorabl
     if isinstance(found, Unscorable) or set(found) == names:
         return found
     return Unscorable(f"its checks are {', '.join(sorted(found))}, and another answer's {', '.join(sorted(names))}")
+
+
+def _send(process: subprocess.Popen[bytes], job: bytes) -> None:
+    requests = cast(IO[bytes], process.stdin)
+    with contextlib.suppress(BrokenPipeError):  # it ended before it had read all
+        requests.write(job)
+        requests.flush()
+    with contextlib.suppress(BrokenPipeError):
+        requests.close()
+
+
+def _lines(process: subprocess.Popen[bytes], wanted: int, seconds: float) -> tuple[list[bytes], float | None]:
+    """The process's first lines, as many as wanted or until it ends; and the limit in seconds, where a line took longer.
+
+    seconds: of one line. The first comes when the measure is loaded, which has START_SECONDS.
+    """
+    replies = cast(IO[bytes], process.stdout)
+    found: list[bytes] = []
+    rest, limit = b"", START_SECONDS
+    deadline = time.monotonic() + limit
+    with selectors.DefaultSelector() as selector:
+        selector.register(replies, selectors.EVENT_READ)
+        while len(found) < wanted:
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                return found, limit
+            part = os.read(replies.fileno(), CHUNK_BYTES)
+            if not part:
+                try:
+                    process.wait(max(0.0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    return found, limit
+                break
+            *lines, rest = (rest + part).split(b"\n")
+            if lines:
+                found += lines
+                limit = seconds
+                deadline = time.monotonic() + limit
+    return found, None
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

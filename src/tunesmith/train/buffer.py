@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,9 +33,12 @@ class Rollouts:
     prompt_lengths: np.ndarray
     columns: dict[str, list[np.ndarray]]
     row_columns: dict[str, np.ndarray]
-    metrics: dict[str, float]
-    make: Callable[[Rollouts], list[Batch]]
-    batches: list[Batch] = field(default_factory=list)
+    metrics: dict[str, Any]
+    make: Callable[[Rollouts], list[list[Batch]]]
+    idle: bool = False
+    """Whether there is nothing to learn from them: no answer is better than another."""
+    parts: list[list[Batch]] = field(default_factory=list)
+    """For each update of a pass its batches."""
 
     def weights(self, row: int) -> np.ndarray:
         """1 for each token of the answer, 0 for the prompt's: float32 [T]."""
@@ -44,13 +48,14 @@ class Rollouts:
 
     def rebuild(self) -> None:
         """Makes the batches, once every column is there."""
-        self.batches = self.make(self)
+        self.parts = self.make(self)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything but the batches, as tensors by name."""
         lengths = np.array([len(row) for row in self.ids], dtype=np.int64)
         held = {
             "iteration": np.array(self.iteration),
+            "idle": np.array(self.idle),
             "items": self.items.astype(np.int64),
             "ids": flat(self.ids).astype(np.int64),
             "lengths": lengths,
@@ -62,7 +67,7 @@ class Rollouts:
         return {PREFIX + name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in held.items()}
 
     @classmethod
-    def load(cls, state: Mapping[str, torch.Tensor], make: Callable[[Rollouts], list[Batch]]) -> Rollouts | None:
+    def load(cls, state: Mapping[str, torch.Tensor], make: Callable[[Rollouts], list[list[Batch]]]) -> Rollouts | None:
         """A checkpoint's rollouts with their batches; None where it holds none."""
         held = {name.removeprefix(PREFIX): tensor.numpy() for name, tensor in state.items() if name.startswith(PREFIX)}
         if not held:
@@ -77,6 +82,7 @@ class Rollouts:
             row_columns={name.removeprefix("row."): v for name, v in held.items() if name.startswith("row.")},
             metrics=json.loads(held["metrics"].tobytes()),
             make=make,
+            idle=bool(held["idle"].item()),
         )
         rollouts.rebuild()
         return rollouts

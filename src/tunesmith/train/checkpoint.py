@@ -37,7 +37,8 @@ class Progress:
     """Useful tokens so far: a shared token counts once per row that holds it."""
     saw_gradients: bool = False
     learned: bool = False
-    """Whether an update with a positive rate was made."""
+    """Whether an update with a positive rate and a gradient was made."""
+    had_gradient: bool = False
 
 
 def save_checkpoint(

@@ -68,21 +68,25 @@ def one_start_of_text(rows: Sequence[tuple[np.ndarray, np.ndarray]], names: Sequ
 def starts_where_it_compares(policy: Policy, batches: Sequence[Batch]) -> None:
     """The policy of the first update is the one that its log-probabilities are compared with: DPO starts at ln 2, a first ratio is 1."""
     for batch in batches:
-        if "old_S" in batch.columns:
-            compared, what = _row_means(batch, batch.columns["old_S"]), "the policy that sampled"
-        elif "reference_B" in batch.columns:
-            compared, what = batch.columns["reference_B"] / _row_tokens(batch), "the reference"
-        else:
+        compared = {
+            what: _row_means(batch, batch.columns[name])
+            for name, what in (("old_S", "the policy that sampled"), ("reference_S", "the reference"))
+            if name in batch.columns
+        }
+        if "reference_B" in batch.columns:
+            compared["the reference"] = batch.columns["reference_B"] / _row_tokens(batch)
+        if not compared:
             return
-        with torch.no_grad():
-            logprobs = policy(batch.forest).logprobs
-        difference = float(np.abs(_row_means(batch, logprobs.double().cpu().numpy()) - compared).mean())
-        if not difference <= START[policy.causal.dtype]:
-            raise InvariantViolated(
-                f"the policy starts {difference:.3g} nats a token away from {what}, not at it",
-                where="the first update",
-                mend="start the stage from what it is compared with",
-            )
+        with torch.no_grad(), policy.deterministic():
+            mine = _row_means(batch, policy(batch.forest).logprobs.double().cpu().numpy())
+        for what, theirs in compared.items():
+            difference = float(np.abs(mine - theirs).mean())
+            if not difference <= START[policy.causal.dtype]:
+                raise InvariantViolated(
+                    f"the policy starts {difference:.3g} nats a token away from {what}, not at it",
+                    where="the first update",
+                    mend="start the stage from what it is compared with",
+                )
 
 
 def _row_tokens(batch: Batch) -> np.ndarray:

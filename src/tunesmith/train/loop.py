@@ -67,8 +67,8 @@ class Job:
 def train(job: Job) -> Progress:
     """Trains to the end, from the newest valid checkpoint if the run is resumed.
 
-    Raises NonFinite before a bad update is made, InvariantViolated when a trained tensor gets no gradient, Interrupted after a signal,
-    with a checkpoint of the current step written.
+    Raises NonFinite before a bad update is made, InvariantViolated when a trained tensor gets no gradient, or none does in any update,
+    Interrupted after a signal, with a checkpoint of the current step written.
     """
     progress = _resume(job)
     job.stop.defer(True)
@@ -84,6 +84,12 @@ def train(job: Job) -> Progress:
             break
         _update(job, progress)
     job.stop.defer(False)
+    if not progress.had_gradient:
+        raise InvariantViolated(
+            f"nothing was learned: none of {progress.step} updates had a gradient",
+            where=f"stage {job.stage.name}",
+            mend="look at the rewards: no answer was better than another of its group; begin with a stage that is right now and then",
+        )
     if job.stage.load_best_model_at_end and progress.best_step is not None:
         best = _folder(job, progress.best_step)
         verify_folder(best)
@@ -106,7 +112,7 @@ def _stop_if_asked(job: Job, progress: Progress) -> None:
 def _evaluation_is_due(job: Job, progress: Progress) -> bool:
     if job.evaluate is None or not progress.step or progress.evaluated_step == progress.step:
         return False
-    return progress.step % job.stage.eval_steps == 0 or progress.step >= job.stage.max_steps
+    return progress.step % job.stage.eval_steps == 0 or progress.step >= job.stage.max_steps or progress.stopped_early
 
 
 def _folder(job: Job, step: int) -> Path:
@@ -139,6 +145,7 @@ def _update(job: Job, progress: Progress) -> None:
         return
     if not window.batches:  # nothing sampled could be learned from
         progress.step += 1
+        progress.seconds += time.perf_counter() - began
         _log(job, {"event": "nothing_learned", "step": progress.step, **window.metrics})
         return
     if step == 0:
@@ -156,7 +163,8 @@ def _update(job: Job, progress: Progress) -> None:
     progress.step += 1
     progress.seconds += seconds
     progress.tokens += tokens
-    progress.learned = progress.learned or rate > 0
+    progress.had_gradient = progress.had_gradient or norm > 0
+    progress.learned = progress.learned or (rate > 0 and norm > 0)
     if progress.step % stage.logging_steps == 0 or progress.step in (1, stage.max_steps):
         _log(
             job,

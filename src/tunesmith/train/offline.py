@@ -7,7 +7,7 @@ adapter or in full. Its sums are kept in stages/NAME/reference and read from the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,18 @@ from ..data.forest import build_forest
 from ..data.items import Items
 from ..errors import CheckpointError
 from ..models.policy import Policy
-from ..objectives import kto_z0
+from ..objectives import Objective, kto_z0
 from ..recipe import Stage
 from ..rundir import atomic_folder, verify_folder
 from ..score.preferences import item_accuracy, reward_model_json
+from .window import Between, WindowResult, evaluate_loss
 
 SUMS, KEY = "sums.safetensors", "key.json"
 ITEM_COLUMNS = ("margin", "label")
+
+
+def _nothing() -> None:
+    """What is done between forward passes where nothing is asked for."""
 
 
 def compares_with_reference(stage: Stage) -> bool:
@@ -35,18 +40,24 @@ def compares_with_reference(stage: Stage) -> bool:
     return objective.type == "kto" or getattr(objective, "reference", "none") != "none"
 
 
-def row_sums(policy: Policy, batches: Iterable[Batch]) -> np.ndarray:
-    """The log-probability of each row's supervised tokens, in nats, float64 [rows], rows in the batches' order; without gradients."""
+def row_sums(policy: Policy, batches: Iterable[Batch], between: Between = _nothing) -> np.ndarray:
+    """The log-probability of each row's supervised tokens, in nats, float64 [rows], rows in the batches' order; without gradients.
+
+    between: called before each batch; what it raises ends the work.
+    """
     sums = []
     with torch.no_grad(), policy.deterministic():
         for batch in batches:
+            between()
             logprobs = policy(batch.forest).logprobs.double().cpu().numpy()
             sums.append(np.bincount(batch.forest.row_S, weights=logprobs, minlength=len(batch.forest.lengths_B)))
     return np.concatenate(sums) if sums else np.zeros(0)
 
 
-def judge_reward_model(policy: Policy, items: Items, batch_size: int) -> dict[str, Any]:
+def judge_reward_model(policy: Policy, items: Items | None, batch_size: int) -> dict[str, Any]:
     """Accuracy on held-out items, each item's counting once, and what scores depend on besides: see `score.preferences`."""
+    if items is None:
+        return {"accuracy": {"value": None, "n": 0}}
     scores, lengths = [], []
     source = DatasetSource(items, batch_size=batch_size, accumulation=1, seed=0, trim=True)
     with torch.no_grad(), policy.deterministic():
@@ -58,6 +69,12 @@ def judge_reward_model(policy: Policy, items: Items, batch_size: int) -> dict[st
             lengths += [part.tolist() for part in np.split(tokens, cuts)]
     right = item_accuracy(scores)
     return {"accuracy": {"value": float(np.mean(right)), "n": len(right)}, **reward_model_json(scores, lengths)}
+
+
+def evaluate_rows(policy: Policy, objective: Objective, source: DatasetSource, between: Between) -> WindowResult:
+    """The loss over every item of a source, as one window; `between` is called before each forward pass, those of KTO's estimate too."""
+    batches = source.once(between) if isinstance(source, KTOSource) else source.once()
+    return evaluate_loss(policy, objective, batches, between=between)
 
 
 def make_source(stage: Stage, items: Items, policy: Policy, *, seed: int, accumulation: int, folder: Path, key: str) -> DatasetSource:
@@ -101,10 +118,13 @@ def kept_sums(folder: Path, key: str, measure: Any) -> dict[str, np.ndarray]:
 
 
 class Mismatched:
-    """Each item's prompt with the next item's answer: what the KL of KTO is estimated on (arXiv:2402.01306, section 4.1)."""
+    """Each item's prompt with the next item's answer: what the KL of KTO is estimated on (arXiv:2402.01306, section 4.1).
+
+    A long answer after a long prompt is cut so that no row is longer than the longest of the items, which the model has positions for.
+    """
 
     def __init__(self, items: Items):
-        self.items = items
+        self.items, self.longest = items, max((len(item[0][0]) for item in items), default=0)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -112,7 +132,7 @@ class Mismatched:
     def __getitem__(self, index: int) -> tuple[Row]:
         (ids, weights), (other, other_weights) = self.items[index][0], self.items[(index + 1) % len(self.items)][0]
         begin, start = int(np.flatnonzero(weights)[0]), int(np.flatnonzero(other_weights)[0])
-        end = int(np.flatnonzero(other_weights)[-1]) + 1
+        end = min(int(np.flatnonzero(other_weights)[-1]) + 1, start + self.longest - begin)
         answer = other_weights[start:end]
         return ((np.concatenate([ids[:begin], other[start:end]]), np.concatenate([np.zeros(begin, dtype=answer.dtype), answer])),)
 
@@ -139,13 +159,13 @@ class KTOSource(DatasetSource):
         batches = super().window(step).batches
         return Window(self._with_z0(batches))
 
-    def once(self) -> Iterable[Batch]:
-        """Every item once, with the estimate over all of them."""
-        return iter(self._with_z0(list(super().once())))
+    def once(self, between: Between = _nothing) -> Iterator[Batch]:
+        """Every item once, with the estimate over all of them. between: called before each forward pass of the estimate."""
+        return iter(self._with_z0(list(super().once()), between))
 
-    def _with_z0(self, batches: list[Batch]) -> list[Batch]:
+    def _with_z0(self, batches: list[Batch], between: Between = _nothing) -> list[Batch]:
         chosen = [i for batch in batches for i in batch.items]
-        z0 = kto_z0(row_sums(self.policy, _chunks(self.others, self.batch_size, chosen)), self.mismatched[chosen])
+        z0 = kto_z0(row_sums(self.policy, _chunks(self.others, self.batch_size, chosen), between), self.mismatched[chosen])
         return [Batch(b.forest, b.items, b.item_B, _with(b.columns, "kto_z0", np.array([z0]))) for b in batches]
 
 

@@ -3,14 +3,16 @@
     iteration -> prompts -> answers -> rewards -> (old, reference, values) in one pass each -> columns -> `updates` windows
 
 An iteration is a pure function of the weights at its start, the seed and its number: the sample of prompt p is drawn from a stream of its
-own, hash(seed, iteration, p, sample). A checkpoint holds the rollouts last made, for the updates that are still to come from them.
+own, hash(seed, iteration, p, sample), where samples count on if a prompt is asked again in the iteration. A checkpoint holds the rollouts
+last made, for the updates that are still to come from them.
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +22,9 @@ from ..data.batching import Batch, Window, epoch_order
 from ..data.forest import Forest, build_forest
 from ..errors import RolloutFailed
 from ..generate.protocol import Generation, Sampling
+from ..generate.sampling import stream_seed
 from ..models.policy import Policy
+from ..objectives import without_spread
 from ..recipe import Stage
 from ..score.rewards import Scores
 from .buffer import Rollouts, flat
@@ -30,6 +34,7 @@ from .watch import Baseline, broken_rule, watch_answers
 from .window import Between, WindowResult
 
 EVALUATED_PROMPTS = 32
+EVALUATED_AT_ONCE = 8  # between two looks at whether the run is to stop
 SHOWN_SAMPLES = 4
 
 
@@ -37,7 +42,7 @@ class Sampler(Protocol):
     """Answers of the policy as it is now."""
 
     def __call__(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling, seeds: Sequence[int], iteration: int
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling, seeds: Sequence[int], iteration: int | str
     ) -> list[Generation]:
         """One generation a prompt, with its log-probabilities."""
 
@@ -78,7 +83,13 @@ class RolloutSource:
             self.rollouts = self._collect(iteration)
         rollouts = self.rollouts
         stop = broken_rule(self.stage.watch, rollouts.metrics, self.baseline) if within == 0 else None
-        return Window(self.shaping.part(rollouts.batches, within, self.seed, iteration), rollouts.metrics, stop)
+        if stop is not None and iteration == 0:
+            raise RolloutFailed(
+                f"the first answers break the rule {stop['rule']}: {stop['value']:.4g}, and the limit is {stop['limit']:.4g}",
+                where=f"stages.{self.stage.name}.watch.{stop['rule']}",
+                mend="start from another model, or move the limit; null switches the rule off",
+            )
+        return Window(self.shaping.part(rollouts.parts, within, self.seed, iteration), rollouts.metrics, stop)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The rollouts, for updates that are still to come from them, and what later iterations compare with."""
@@ -89,16 +100,22 @@ class RolloutSource:
         """Takes up a checkpoint's rollouts."""
         self.baseline.load(state)
         self.shaping.load(state)
-        self.rollouts = Rollouts.load(state, self._batches)
+        self.rollouts = Rollouts.load(state, self._parts)
 
     def evaluate(self, between: Between) -> WindowResult:
-        """The mean reward of one answer to each held-out prompt, as a loss: its negative."""
+        """The mean reward of one answer to each held-out prompt (the first EVALUATED_PROMPTS of them), as a loss: its negative."""
+        answers: list[Answer] = []
+        taken: Counter[str] = Counter()
+        for start in range(0, len(self.held_out), EVALUATED_AT_ONCE):
+            between()
+            answers += self._sample(self.held_out[start : start + EVALUATED_AT_ONCE], "held out", 1, taken)
         between()
-        answers = self._sample(self.held_out, -1, 1)
         scores = self.parts.scorer(answers)
+        self._require_scores(scores.total, scores.errors, "the held-out prompts")
         known = np.isfinite(scores.total)
-        reward = float(scores.total[known].mean()) if known.any() else 0.0
-        metrics = {"reward": reward, **watch_answers(answers), **self._gold(answers)}
+        reward = float(scores.total[known].mean())
+        metrics = {"reward": reward, "n": float(known.sum()), "unscorable": float((~known).sum())}
+        metrics |= {**watch_answers(answers, 1), **self._gold(answers)}
         samples = [
             {"prompt": answer.prompt.record.prompt[-1].content, "answer": answer.generation.text, "reward": _plain(score)}
             for answer, score in zip(answers[:SHOWN_SAMPLES], scores.total[:SHOWN_SAMPLES], strict=True)
@@ -106,45 +123,71 @@ class RolloutSource:
         return WindowResult(-reward, {}, metrics, tuple(samples))
 
     def _collect(self, iteration: int) -> Rollouts:
-        answers = self._sample(self._chosen(iteration), iteration, self.shaping.group)
+        taken: Counter[str] = Counter()
+        answers = self._sample(self._chosen(iteration), iteration, self.shaping.group, taken)
         scores = self.parts.scorer(answers)
-        answers, scores, replaced = self._with_spread(iteration, answers, scores)
-        self._require_scores(scores, iteration)
-        rows = self.shaping.select(scores.total)
-        rollouts = Rollouts(
-            iteration=iteration,
-            items=np.array([i // self.shaping.group for i in rows]),
-            ids=[answers[i].ids for i in rows],
-            prompt_lengths=np.array([len(answers[i].prompt.ids) for i in rows]),
-            columns={},
-            row_columns={"reward_B": scores.total[rows], "finished_B": np.array([_finished(answers[i]) for i in rows])},
-            metrics={},
-            make=self._batches,
-        )
-        sampled = [np.array(answers[i].generation.logprobs, dtype=np.float32) for i in rows]
-        seen = self._look(rollouts)
+        tried, lost = len(answers), int(np.isnan(scores.total).sum())
+        for attempt in range(self.shaping.dynamic_sampling):
+            more, unscorable = self._replace_dull(iteration, attempt, answers, scores, taken)
+            tried, lost = tried + more, lost + unscorable
+            if not more:
+                break
+        self._require_scores(scores.total, scores.errors, f"rollouts {iteration}", share=lost / tried)
+        everything = self._rollouts(iteration, answers, scores.total, np.arange(len(answers)))
+        seen = self._look(everything)
+        sampled = [np.array(answer.generation.logprobs, dtype=np.float32) for answer in answers]
+        entropy = seen.pop("entropy_S")
         mismatch = self._compare(seen["old_S"], sampled, iteration)
-        rollouts.columns.update(seen)
-        rollouts.columns["correction_S"] = _corrections(seen["old_S"], sampled, self.stage.rollout.importance_cap)
+        seen["correction_S"] = _corrections(seen["old_S"], sampled, self.stage.rollout.importance_cap)
+        rows = self.shaping.select(scores.total)
+        rollouts = self._rollouts(iteration, answers, scores.total, rows)
+        rollouts.columns.update({name: [values[i] for i in rows] for name, values in seen.items()})
         shaped = self.shaping.columns(rollouts, scores.total, rows)
         rollouts.columns.update(shaped.columns)
         rollouts.row_columns.update(shaped.row_columns)
-        entropy = rollouts.columns.pop("entropy_S")
+        rollouts.idle = not shaped.learns
         rollouts.metrics = {
             "iteration": float(iteration),
-            "kl": _mean([float((old - ref).sum()) for old, ref in zip(seen["old_S"], seen["reference_S"], strict=True)]),
+            **self._kl(seen),
             "entropy": _mean(flat(entropy)),
             **_reward_metrics(scores),
+            "unscorable": float(lost),
+            **({"unscorable_because": "; ".join(scores.errors)} if lost and scores.errors else {}),
             **mismatch,
-            **watch_answers(answers),
+            **watch_answers(answers, self.shaping.group),
             **self._gold(answers),
             **shaped.metrics,
-            **({"replaced_groups": float(replaced)} if replaced else {}),
+            **({"sampled_again": float(tried - len(answers))} if tried > len(answers) else {}),
         }
+        if self._truncates:
+            rollouts.columns.pop("reference_S")  # of truncated answers it would give a KL that is none
         self.baseline.see(rollouts.metrics)
         self.shaping.see(rollouts.metrics)
         rollouts.rebuild()
         return rollouts
+
+    @property
+    def _truncates(self) -> bool:
+        return self.stage.rollout.top_p < 1 or self.stage.rollout.top_k > 0
+
+    def _kl(self, seen: Mapping[str, list[np.ndarray]]) -> dict[str, float]:
+        """The mean KL to the reference, in nats a sequence; of truncated samples there is no such estimate."""
+        if self._truncates:
+            return {}
+        return {"kl": _mean([float((old - ref).sum()) for old, ref in zip(seen["old_S"], seen["reference_S"], strict=True)])}
+
+    def _rollouts(self, iteration: int, answers: Sequence[Answer], rewards: np.ndarray, rows: np.ndarray) -> Rollouts:
+        """Some of the answers, without columns yet."""
+        return Rollouts(
+            iteration=iteration,
+            items=np.array([i // self.shaping.group for i in rows], dtype=np.int64),
+            ids=[answers[i].ids for i in rows],
+            prompt_lengths=np.array([len(answers[i].prompt.ids) for i in rows], dtype=np.int64),
+            columns={},
+            row_columns={"reward_B": rewards[rows], "finished_B": np.array([_finished(answers[i]) for i in rows], dtype=bool)},
+            metrics={},
+            make=self._parts,
+        )
 
     def _chosen(self, iteration: int) -> list[Prompt]:
         """The prompts of an iteration: each once a pass, in the pass's own order."""
@@ -153,11 +196,14 @@ class RolloutSource:
         orders = {epoch: epoch_order(self.seed, epoch, count) for epoch in {place // count for place in places}}
         return [self.prompts[orders[place // count][place % count]] for place in places]
 
-    def _sample(self, prompts: Sequence[Prompt], iteration: int, group: int, first: int = 0) -> list[Answer]:
-        """Answers number `first` and on to each prompt, `group` of them."""
+    def _sample(self, prompts: Sequence[Prompt], iteration: int | str, group: int, taken: Counter[str]) -> list[Answer]:
+        """`group` answers to each prompt, each from a stream of its own. taken: how many each prompt has had in the iteration."""
         rollout = self.stage.rollout
         asked = [prompt for prompt in prompts for _ in range(group)]
-        seeds = [stream(self.seed, iteration, prompt.record.row_id, g) for prompt in prompts for g in range(first, first + group)]
+        seeds = []
+        for prompt in asked:
+            seeds.append(stream_seed(self.seed, iteration, prompt.record.row_id, taken[prompt.record.row_id]))
+            taken[prompt.record.row_id] += 1
         with self.parts.policy.deterministic():
             made = self.parts.sampler(
                 [prompt.ids.tolist() for prompt in asked],
@@ -168,36 +214,38 @@ class RolloutSource:
             )
         return [Answer(prompt, generation) for prompt, generation in zip(asked, made, strict=True)]
 
-    def _with_spread(self, iteration: int, answers: list[Answer], scores: Scores) -> tuple[list[Answer], Scores, int]:
-        """Replaces groups whose rewards are all alike by groups of other prompts, as often as the recipe says."""
-        group, replaced = self.shaping.group, 0
-        for attempt in range(self.shaping.dynamic_sampling):
-            dull = [g for g in range(len(answers) // group) if not _has_spread(scores.total[g * group : (g + 1) * group])]
-            if not dull:
-                break
-            drawn = np.random.Generator(np.random.Philox(key=[self.seed, (iteration + 1) * 1000 + attempt])).choice(
-                len(self.prompts), size=min(len(dull), len(self.prompts)), replace=False
-            )
-            fresh = self._sample([self.prompts[i] for i in drawn], iteration, group, first=(attempt + 1) * group)
-            found = self.parts.scorer(fresh)
-            for place, (g, _) in enumerate(zip(dull, drawn, strict=False)):
-                new = slice(place * group, (place + 1) * group)
-                if not _has_spread(found.total[new]):
-                    continue
-                old = slice(g * group, (g + 1) * group)
-                answers[old] = fresh[new]
-                scores.total[old] = found.total[new]
-                for name in scores.parts:
-                    scores.parts[name][old] = found.parts[name][new]
-                replaced += 1
-        return answers, scores, replaced
+    def _replace_dull(self, iteration: int, attempt: int, answers: list[Answer], scores: Scores, taken: Counter[str]) -> tuple[int, int]:
+        """Replaces groups whose rewards are all alike by groups of other prompts that have spread, in place.
 
-    def _require_scores(self, scores: Scores, iteration: int) -> None:
-        lost = float(np.mean(~np.isfinite(scores.total)))
-        if lost > self.stage.rollout.max_unscorable or lost == 1.0:
+        Returns how many answers were sampled for it, and how many of them could not be scored.
+        """
+        group = self.shaping.group
+        dull = np.flatnonzero(without_spread(scores.total.reshape(-1, group)))
+        if not len(dull):
+            return 0, 0
+        draw = np.random.default_rng(stream_seed(self.seed, "other prompts", iteration, attempt))
+        drawn = draw.choice(len(self.prompts), size=min(len(dull), len(self.prompts)), replace=False)
+        fresh = self._sample([self.prompts[i] for i in drawn], iteration, group, taken)
+        found = self.parts.scorer(fresh)
+        lively = np.flatnonzero(~without_spread(found.total.reshape(-1, group)))
+        for g, place in zip(dull, lively, strict=False):
+            old, new = slice(g * group, (g + 1) * group), slice(place * group, (place + 1) * group)
+            answers[old] = fresh[new]
+            scores.total[old] = found.total[new]
+            for name in scores.parts:
+                scores.parts[name][old] = found.parts[name][new]
+        for reason, times in found.reasons.items():
+            scores.reasons[reason] = scores.reasons.get(reason, 0) + times
+        return len(fresh), int(np.isnan(found.total).sum())
+
+    def _require_scores(self, rewards: np.ndarray, reasons: Sequence[str], which: str, *, share: float | None = None) -> None:
+        """Raises RolloutFailed where more than the allowed share has no reward, or all. share: of all that was sampled for these."""
+        none = bool(np.isnan(rewards).all())
+        lost = float(np.mean(np.isnan(rewards))) if share is None else share
+        if none or lost > self.stage.rollout.max_unscorable:
             raise RolloutFailed(
-                f"{lost:.0%} of the answers cannot be scored: {'; '.join(scores.errors) or 'the rewards are not finite'}",
-                where=f"stage {self.stage.name}, rollouts {iteration}",
+                f"{lost:.0%} of the answers cannot be scored: {'; '.join(reasons) or 'the rewards are not finite'}",
+                where=f"stage {self.stage.name}, {which}",
                 mend="mend the reward function, or raise rollout.max_unscorable",
             )
 
@@ -205,7 +253,7 @@ class RolloutSource:
         """Each answer's log-probabilities under the policy and the reference, its entropies, and values where the objective has them."""
         policy, needs = self.parts.policy, {"logprobs", "entropy", *({"values"} if self.shaping.values else ())}
         parts: dict[str, list[np.ndarray]] = {"old_S": [], "reference_S": [], "entropy_S": []}
-        for batch in self._batches(rollouts):
+        for batch in (batch for part in self._parts(rollouts) for batch in part):
             with torch.no_grad(), policy.deterministic():
                 seen = policy(batch.forest, needs)
             found = {"old_S": seen.logprobs, "entropy_S": seen.entropy, "reference_S": self.parts.reference(batch.forest)}
@@ -234,11 +282,14 @@ class RolloutSource:
         gold = self.parts.gold(answers)
         return {"gold_reward": float(np.nanmean(gold))} if np.isfinite(gold).any() else {}
 
-    def _batches(self, rollouts: Rollouts) -> list[Batch]:
-        """The rollouts in forward passes of the stage's batch size, with the columns known so far; a pair stays together."""
-        most = min(self.stage.per_device_train_batch_size, -(-len(rollouts.ids) // self.shaping.parts))  # a part is whole batches
-        size = max(self.shaping.together, most // self.shaping.together * self.shaping.together)
-        return [self._batch(rollouts, range(a, min(a + size, len(rollouts.ids)))) for a in range(0, len(rollouts.ids), size)]
+    def _parts(self, rollouts: Rollouts) -> list[list[Batch]]:
+        """The rollouts in as many parts of like size as a pass has updates, each in forward passes of the stage's batch size."""
+        if rollouts.idle:
+            return [[] for _ in range(self.shaping.parts)]
+        together = self.shaping.together
+        size = max(together, self.stage.per_device_train_batch_size // together * together)
+        cuts = [len(rollouts.ids) // together * k // self.shaping.parts * together for k in range(self.shaping.parts + 1)]
+        return [[self._batch(rollouts, range(a, min(a + size, end))) for a in range(begin, end, size)] for begin, end in pairwise(cuts)]
 
     def _batch(self, rollouts: Rollouts, rows: range) -> Batch:
         weighted = [(rollouts.ids[i], rollouts.weights(i)) for i in rows]
@@ -249,11 +300,6 @@ class RolloutSource:
         return Batch(build_forest(weighted), tuple(dict.fromkeys(rollouts.items[rows.start : rows.stop].tolist())), item_B, columns)
 
 
-def stream(seed: int, iteration: int, row_id: str, sample: int) -> int:
-    """The seed of one answer's random stream, 63 bits: nothing else about a batch decides it."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{iteration}/{row_id}/{sample}".encode()).digest()[:8], "big") >> 1
-
-
 def steps_per_pass(stage: Stage, prompts: int) -> int:
     """Updates in one pass over the prompts."""
     return -(-prompts // stage.rollout.prompts_per_step) * Shaping.of(stage).updates
@@ -261,11 +307,6 @@ def steps_per_pass(stage: Stage, prompts: int) -> int:
 
 def _finished(answer: Answer) -> bool:
     return answer.generation.finish_reason == "stop"
-
-
-def _has_spread(rewards: np.ndarray) -> bool:
-    known = rewards[np.isfinite(rewards)]
-    return len(known) > 1 and float(known.max() - known.min()) > 1e-8
 
 
 def _corrections(old: list[np.ndarray], sampled: list[np.ndarray], cap: float | None) -> list[np.ndarray]:
@@ -281,7 +322,7 @@ def _reward_metrics(scores: Scores) -> dict[str, float]:
     for name, values in scores.parts.items():
         if len(scores.parts) > 1 and np.isfinite(values).any():
             found[f"reward/{name}"] = float(np.nanmean(values))
-    return {**found, "unscorable": float((~known).sum())}
+    return found
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:

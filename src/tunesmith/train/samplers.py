@@ -27,7 +27,7 @@ class LocalSampler:
         self.generator = LocalGenerator(policy.model, loaded.tokenizer, batch_size=ROLLOUT_BATCH, stop_ids=stop_ids)
 
     def __call__(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling, seeds: Sequence[int], iteration: int
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling, seeds: Sequence[int], iteration: int | str
     ) -> list[Generation]:
         """One answer a prompt, with its log-probabilities."""
         return self.generator.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling, seeds=seeds, logprobs=True)
@@ -56,10 +56,10 @@ class ServerSampler:
         self.generator = ServerGenerator(stage.rollout.server, name, loaded.tokenizer, stop_ids=stop_ids)
 
     def __call__(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling, seeds: Sequence[int], iteration: int
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling, seeds: Sequence[int], iteration: int | str
     ) -> list[Generation]:
         """One answer a prompt by the adapter as it is now, with its log-probabilities."""
-        self._publish(f"policy-{iteration}-{time.time_ns():x}")
+        self._publish(f"policy-{iteration}-{time.time_ns():x}".replace(" ", "-"))
         return self.generator.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling, seeds=seeds, logprobs=True)
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from ..generate.protocol import Generation
 from ..models.load import LoadedModel
 from ..models.policy import Policy
 from ..models.result import is_model
-from ..models.reward import RewardModel, Scored, Shared, open_reward_model
+from ..models.reward import RewardModel, Scored, Separate, Shared, open_reward_model
 from ..recipe import JSONSchemaReward, ModelReward, Objective, PPOObjective, PythonReward, Reward
 from ..score.rewards import RewardSet, Scores, make_rewards
 
@@ -81,6 +81,8 @@ class StageScorer:
         for model in [*(model for model, _ in self.models.values()), *(self.ensemble[0] if self.ensemble else [])]:
             if isinstance(model, Shared):
                 model.policy = policy
+            elif isinstance(model, Separate) and not policy.fast_paths.used:
+                model.policy.make_plain()
 
     def __call__(self, answers: Sequence[Answer]) -> Scores:
         """Scores answers; one that any reward cannot score has none in all."""
@@ -92,7 +94,8 @@ class StageScorer:
         scored = [Scored(answer.prompt.record.prompt, answer.generation.text, answer.ids) for answer in answers]
         for name, (model, weight) in self.models.items():
             parts[name] = model.scores(scored)
-            total += weight * parts[name]
+            if weight > 0:  # at 0 it is only watched
+                total += weight * parts[name]
         if self.ensemble is not None:
             models, how = self.ensemble
             members = np.stack([model.scores(scored) for model in models])
@@ -121,12 +124,13 @@ def stage_scorer(objective: Objective, loaded: LoadedModel, beside: nn.Module | 
     rewards: list[Reward] = list(objective.rewards)
     programs = [reward for reward in rewards if not isinstance(reward, ModelReward)]
     named = [reward for reward in rewards if isinstance(reward, ModelReward)]
+    names = [f"model_{Path(reward.model).name}" for reward in named]
     models = {
-        _free(f"model_{Path(reward.model).name}", [other.model for other in named[:i]]): (
+        (name if names.count(name) == 1 else f"{name}_{i}"): (
             open_reward_model(locate(reward.model), loaded, beside, f"reward_{i}"),
             reward.weight,
         )
-        for i, reward in enumerate(named)
+        for i, (name, reward) in enumerate(zip(names, named, strict=True))
     }
     ensemble = None
     if isinstance(objective, PPOObjective) and objective.reward_model:
@@ -136,10 +140,6 @@ def stage_scorer(objective: Objective, loaded: LoadedModel, beside: nn.Module | 
             objective.ensemble,
         )
     return StageScorer(make_rewards(programs) if programs else None, models, ensemble)
-
-
-def _free(name: str, before: Sequence[str]) -> str:
-    return f"{name}_{len(before)}" if before else name
 
 
 def named_models(objective: Objective) -> list[str]:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from ..data.batching import Batch
-from ..objectives import adaptive_kl, gae, group_advantages, leave_one_out, sequence_rewards, token_rewards, whiten
+from ..generate.sampling import stream_seed
+from ..objectives import adaptive_kl, gae, group_advantages, leave_one_out, sequence_rewards, token_rewards, whiten, without_spread
 from ..recipe import Stage
 from .buffer import Rollouts
 
@@ -21,11 +22,12 @@ KL_HORIZON = 10_000  # answers over which an adaptive coefficient moves; Ziegler
 
 @dataclass(frozen=True)
 class Shaped:
-    """columns: by name, one array an answer. row_columns: by name, [N]. metrics: for the log."""
+    """columns: by name, one array an answer. row_columns: by name, [N]. metrics: for the log. learns: whether anything can be learned."""
 
     columns: Mapping[str, list[np.ndarray]] = field(default_factory=dict)
     row_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    learns: bool = True
 
 
 class Shaping:
@@ -54,13 +56,11 @@ class Shaping:
         """Windows of an iteration."""
         return self.passes * self.parts
 
-    def part(self, batches: Sequence[Batch], within: int, seed: int, iteration: int) -> list[Batch]:
+    def part(self, parts: Sequence[list[Batch]], within: int, seed: int, iteration: int) -> list[Batch]:
         """The batches of update `within` of an iteration: a part of a pass, in the pass's own order."""
-        if self.parts == 1:
-            return list(batches)
         epoch, part = divmod(within, self.parts)
-        order = np.random.Generator(np.random.Philox(key=[seed, (iteration << 16) + epoch])).permutation(len(batches))
-        return [batches[i] for i in np.array_split(order, self.parts)[part]]
+        order = np.random.default_rng(stream_seed(seed, "mini-batches", iteration, epoch)).permutation(self.parts)
+        return parts[order[part]]
 
     def select(self, rewards_N: np.ndarray) -> np.ndarray:
         """The answers that are learned from: those that could be scored."""
@@ -132,6 +132,7 @@ class GRPOShaping(Shaping):
         return Shaped(
             {"advantage_S": _spread(found.advantages_NG.reshape(-1)[rows], rollouts.columns["old_S"])},
             metrics={"groups_without_spread": float(found.no_spread_N.sum())},
+            learns=self.settings.kl_coef > 0 or not found.no_spread_N.all(),
         )
 
 
@@ -152,6 +153,7 @@ class RLOOShaping(Shaping):
         return Shaped(
             {"advantage_S": _spread(found.advantages_NG.reshape(-1)[rows], old)},
             metrics={"groups_without_spread": float(found.no_spread_N.sum())},
+            learns=not found.no_spread_N.all(),
         )
 
 
@@ -166,7 +168,7 @@ class PairShaping(Shaping):
         for start in range(0, len(rewards_N), self.group):
             rewards = rewards_N[start : start + self.group]
             known = np.flatnonzero(np.isfinite(rewards))
-            if len(known) and rewards[known].max() > rewards[known].min():
+            if not without_spread(rewards[None])[0]:
                 chosen += [start + int(known[rewards[known].argmax()]), start + int(known[rewards[known].argmin()])]
         return np.array(chosen, dtype=np.int64)
 
@@ -174,7 +176,8 @@ class PairShaping(Shaping):
         """reference_B."""
         reference = np.array([row.sum(dtype=np.float64) for row in rollouts.columns["reference_S"]])
         groups = len(rewards_N) // self.group
-        return Shaped(row_columns={"reference_B": reference}, metrics={"groups_without_spread": float(groups - len(rows) // 2)})
+        dull = float(groups - len(rows) // 2)
+        return Shaped(row_columns={"reference_B": reference}, metrics={"groups_without_spread": dull}, learns=len(rows) > 0)
 
 
 class BestShaping(Shaping):

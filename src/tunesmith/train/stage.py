@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..data.prepare import PreparedData
 from ..data.records import Document
 from ..data.render import stop_tokens
 from ..data.template import ChatTemplate
 from ..errors import AdapterError, CheckpointError, RecipeError
+from ..models.embeddings import grow_embeddings
 from ..models.load import LoadedModel, hash_weights, load_model, stored_weights
 from ..models.methods import attach, load_adapter, save_result, target_modules
 from ..models.policy import Policy
@@ -112,18 +112,8 @@ def add_new_tokens(loaded: LoadedModel, template: ChatTemplate | None) -> list[i
     if not template.new_tokens:
         return []
     loaded.tokenizer.add_special_tokens({"additional_special_tokens": list(template.new_tokens)})
-    rows = loaded.model.get_input_embeddings().weight.shape[0]
-    if len(loaded.tokenizer) > rows:
-        _grow_embeddings(loaded.model, rows, len(loaded.tokenizer))
+    grow_embeddings(loaded.model, len(loaded.tokenizer))
     return loaded.tokenizer.convert_tokens_to_ids(list(template.new_tokens))
-
-
-def _grow_embeddings(model: PreTrainedModel, old: int, new: int) -> None:
-    """New rows are the mean of the old ones: the same in every process, and no outliers."""
-    model.resize_token_embeddings(new, mean_resizing=False)
-    with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            layer.weight[old:] = layer.weight[:old].mean(0, dtype=torch.float32).to(layer.weight.dtype)
 
 
 def build_model(loaded: LoadedModel, stage: Stage, start: Path | None, seed: int, new_tokens: list[int]) -> nn.Module:
@@ -176,12 +166,15 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
     model = build_model(loaded, stage, inputs.start, seed, inputs.new_tokens)
     fingerprint = stage_fingerprint(stage, loaded, data, inputs.template, inputs.start, seed, run.path)
     stops = stop_tokens(inputs.template, loaded.tokenizer) if inputs.template else []
-    given = WorkInputs(loaded, model, data, inputs.start, stops, inputs.gold, fingerprint, seed)
     _check_rows(stage, inputs, loaded)
-    with stage_work(stage, given, run) as work:
-        slow = _check_step_0(inputs, loaded, work.policy)
+
+    def check(policy: Policy) -> None:
+        slow = _check_step_0(inputs, loaded, policy)
         if slow:
             _tell(run, report, {"event": "fast_paths_dropped", "stage": stage.name, "paths": slow})
+
+    given = WorkInputs(loaded, model, data, inputs.start, stops, inputs.gold, fingerprint, seed, check)
+    with stage_work(stage, given, run) as work:
         optimiser = FlatAdamW(work.policy.named_parameters(), stage)
         if isinstance(stage.method, FullMethod):
             optimiser.start_from((f"model.{name}", value) for name, value in stored_weights(loaded.identity.folder))
@@ -200,7 +193,7 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
         keep_freed_memory()
         torch.manual_seed(seed)
         progress = train(job)
-        if stage.objective.type == "reward" and data.validation_items is not None:
+        if stage.objective.type == "reward":
             judged = judge_reward_model(work.policy, data.validation_items, stage.per_device_train_batch_size)
             _tell(run, report, {"event": "reward_model", "stage": stage.name, "step": progress.step, **judged})
         card = {

@@ -21,13 +21,18 @@ class Answered(Protocol):
         """Its tokens, text and finish reason."""
 
 
-def watch_answers(answers: Sequence[Answered]) -> dict[str, float]:
-    """Mean length in tokens, the share that ended by themselves, the share of distinct texts, and that of repeated 3-grams of tokens."""
+def watch_answers(answers: Sequence[Answered], group: int) -> dict[str, float]:
+    """Mean length in tokens, the share that ended by themselves, and that of repeated 3-grams of tokens; and how much prompts matter.
+
+    distinct: of the first answers to each prompt, the share that differ from one another; a collapsed policy says one thing to all. group:
+    answers to a prompt, which stand together.
+    """
     made = [answer.generation for answer in answers]
+    firsts = made[::group]
     return {
         "length": float(np.mean([len(one.token_ids) for one in made])),
         "finished": float(np.mean([one.finish_reason == "stop" for one in made])),
-        "distinct": len({one.text for one in made}) / len(made),
+        "distinct": len({one.text for one in firsts}) / len(firsts),
         "repetition": float(np.mean([repetition(one.token_ids) for one in made])),
     }
 
@@ -43,30 +48,40 @@ def repetition(tokens: Sequence[int]) -> float:
 
 
 class Baseline:
-    """What later iterations are compared with: the first one's mean length."""
+    """What later iterations are compared with: the first one's mean length and share of distinct answers."""
+
+    NAMES = ("length", "distinct")
 
     def __init__(self) -> None:
-        self.length: float | None = None
+        self.first: dict[str, float] = {}
 
     def see(self, metrics: Mapping[str, float]) -> None:
         """Remembers the first iteration."""
-        if self.length is None:
-            self.length = metrics["length"]
+        self.first = self.first or {name: metrics[name] for name in self.NAMES}
+
+    def ratio(self, name: str, metrics: Mapping[str, float]) -> float:
+        """A metric over what it was first; 1 where that was 0 or nothing."""
+        return metrics[name] / self.first[name] if self.first.get(name) else 1.0
 
     def state(self) -> dict[str, torch.Tensor]:
         """For a checkpoint."""
-        return {} if self.length is None else {"baseline.length": torch.tensor(self.length, dtype=torch.float64)}
+        return {f"baseline.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.first.items()}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """From a checkpoint."""
-        self.length = float(state["baseline.length"]) if "baseline.length" in state else None
+        self.first = {name: float(state[f"baseline.{name}"]) for name in self.NAMES if f"baseline.{name}" in state}
 
 
 def broken_rule(watch: WatchSection, metrics: Mapping[str, float], baseline: Baseline) -> dict[str, Any] | None:
     """The first stop rule that an iteration breaks, as {"rule", "value", "limit"}; None where all hold or are switched off."""
-    ratio = metrics["length"] / baseline.length if baseline.length else 1.0
-    upper = {"max_kl": (metrics["kl"], watch.max_kl), "max_length_ratio": (ratio, watch.max_length_ratio)}
-    lower = {"min_distinct": (metrics["distinct"], watch.min_distinct), "min_entropy": (metrics["entropy"], watch.min_entropy)}
+    upper = {
+        "max_kl": (metrics.get("kl", 0.0), watch.max_kl),
+        "max_length_ratio": (baseline.ratio("length", metrics), watch.max_length_ratio),
+    }
+    lower = {
+        "min_distinct_ratio": (baseline.ratio("distinct", metrics), watch.min_distinct_ratio),
+        "min_entropy": (metrics["entropy"], watch.min_entropy),
+    }
     for rule, (value, limit) in {**upper, **lower}.items():
         if limit is not None and (value > limit if rule in upper else value < limit):
             return {"rule": rule, "value": value, "limit": limit}

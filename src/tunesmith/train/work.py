@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from ..data.batching import Batch, DatasetSource
+from ..data.batching import Batch
 from ..data.forest import Forest, build_forest
 from ..data.items import Items
 from ..data.preference import Kind, PromptOnly
@@ -29,12 +29,12 @@ from ..recipe import Objective as ObjectiveSettings
 from ..recipe import Stage
 from ..rundir import RunDirectory
 from .loop import Source
-from .offline import make_source
+from .offline import evaluate_rows, make_source
 from .rollouts import Parts, RolloutSource
 from .samplers import LocalSampler, ServerSampler
 from .scoring import Gold, Prompt, gold_of, locate_result, stage_scorer
 from .shaping import SHAPINGS
-from .window import Between, WindowResult, evaluate_loss
+from .window import Between, WindowResult
 
 COMPARING = {"dpo", "simpo", "orpo", "cpo", "kto", "ranking", "ppo", "grpo", "rloo", "online_dpo"}
 """Objectives that compare log-probabilities, which dropout would make noisy: adapters' own is off."""
@@ -78,6 +78,8 @@ class WorkInputs:
     gold: Gold | None
     key: str
     seed: int
+    check: Callable[[Policy], None]
+    """What must hold of the model at step 0; it may take fast paths out, before anything is computed with them."""
 
 
 def learns_from_answers(stage: Stage) -> bool:
@@ -98,7 +100,7 @@ def stage_work(stage: Stage, inputs: WorkInputs, run: RunDirectory) -> Iterator[
         evaluate = None
         if held_out is not None:
             rows = made(held_out, accumulation=1, folder=folder / "validation")
-            evaluate = partial(_evaluate_rows, policy, objective, rows)
+            evaluate = partial(evaluate_rows, policy, objective, rows)
         yield Work(policy, objective, train, evaluate)
         return
     reference = _reference(stage, inputs)  # before the policy: its layers make room for every adapter that there is
@@ -129,10 +131,6 @@ def probe_batch(data: PreparedData) -> Batch:
     return Batch(build_forest(rows), tuple(range(len(rows))), np.arange(len(rows)))
 
 
-def _evaluate_rows(policy: Policy, objective: Objective, rows: DatasetSource, between: Between) -> WindowResult:
-    return evaluate_loss(policy, objective, rows.once(), between=between)
-
-
 def _policy(stage: Stage, inputs: WorkInputs, objective: Objective) -> Policy:
     """The policy with the heads that its objective needs: those that the start has, else new ones."""
     policy = Policy(
@@ -146,6 +144,7 @@ def _policy(stage: Stage, inputs: WorkInputs, objective: Objective) -> Policy:
     for need, name, seed in (("scores", "score", inputs.seed), ("values", "value", None)):
         if need in objective.needs:
             policy.heads[name] = _head(name, inputs, seed)
+    inputs.check(policy)
     return policy
 
 
@@ -168,8 +167,13 @@ def _reference(stage: Stage, inputs: WorkInputs) -> Reference:
     """The stage's start, frozen: another adapter of the policy's model, or that model without any; of a full model, a copy."""
     model = inputs.model
     if not isinstance(model, PeftModel):
-        frozen = Policy(copy.deepcopy(model).requires_grad_(False), temperature=stage.rollout.temperature)
-        return lambda policy, forest: _frozen(frozen, None, forest)
+        held = copy.deepcopy(model).requires_grad_(False)
+
+        @cache
+        def frozen(fast: bool) -> Policy:  # made when it is first asked, once it is known whether the fast paths agree
+            return Policy(held, fast=fast, temperature=stage.rollout.temperature)
+
+        return lambda policy, forest: _frozen(frozen(bool(policy.fast_paths.used)), None, forest)
     adapter = REFERENCE if inputs.start is not None and is_adapter(inputs.start) else None
     if adapter is not None:
         copy_policy(model, adapter)
