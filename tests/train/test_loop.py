@@ -141,6 +141,37 @@ def test_a_warm_up_from_zero_does_not_count_as_a_first_update(tmp_path):
         assert train(make_job(policy, make_stage(max_steps=3, warmup_steps=1), run, ROWS)).saw_gradients
 
 
+@pytest.mark.parametrize("silent", [(0,), (1,), (0, 2)])
+def test_an_update_without_a_gradient_is_not_taken_for_tensors_that_get_none(tmp_path, silent):
+    class Silent(SFT):
+        """Nothing to learn in some windows: the loss is there, its gradient is 0."""
+
+        def terms(self, outputs: Any, batch: Any) -> Any:
+            terms = super().terms(outputs, batch)
+            step = len(lines())
+            return {name: replace(term, sum=term.sum * 0) for name, term in terms.items()} if step in silent else terms
+
+    policy = Policy(attach(loaded(tiny_model("llama")), LoraMethod(r=4), seed=0))
+    with RunDirectory.open(tmp_path / "run", resume=False) as run:
+        lines = lambda: [event for event in run.events() if "loss" in event]  # noqa: E731
+        progress = train(make_job(policy, make_stage(max_steps=5, warmup_steps=0), run, ROWS, objective=Silent()))
+        assert [event["step"] - 1 for event in lines() if event["grad_norm"] == 0] == list(silent)
+    assert progress.saw_gradients
+
+
+def test_a_stage_whose_updates_all_had_no_gradient_ends_with_an_error(tmp_path):
+    class Silent(SFT):
+        def terms(self, outputs: Any, batch: Any) -> Any:
+            return {name: replace(term, sum=term.sum * 0) for name, term in super().terms(outputs, batch).items()}
+
+    policy = Policy(attach(loaded(tiny_model("llama")), LoraMethod(r=4), seed=0))
+    with (
+        RunDirectory.open(tmp_path / "run", resume=False) as run,
+        pytest.raises(InvariantViolated, match="nothing was learned: none of 3 updates had a gradient"),
+    ):
+        train(make_job(policy, make_stage(max_steps=3, warmup_steps=0), run, ROWS, objective=Silent()))
+
+
 def test_training_learns_what_there_is_to_learn(tmp_path):
     policy = Policy(tiny_model("llama"))
     with RunDirectory.open(tmp_path / "run", resume=False) as run:
