@@ -137,14 +137,7 @@ def _rows_of(stage: Stage) -> Wanted:
 def _derived_stages(session: Session) -> list[Stage]:
     """Every stage with its open settings filled in. Raises RecipeError where a stage cannot start from what it names."""
     done: dict[str, Stage] = {}
-    names = {stage.name for stage in session.recipe.stages}
     for stage in session.recipe.stages:
-        if stage.start_from in names - done.keys():
-            raise RecipeError(
-                f"`{stage.start_from}` is no earlier stage",
-                where=f"stages.{stage.name}.start_from",
-                mend="put the stage it starts from before it",
-            )
         start = None if stage.start_from in done else locate_start(stage, session.run.path)
         if start is not None:
             require_unaltered(start)

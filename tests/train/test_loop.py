@@ -149,7 +149,7 @@ def test_an_update_without_a_gradient_is_not_taken_for_tensors_that_get_none(tmp
         def terms(self, outputs: Any, batch: Any) -> Any:
             terms = super().terms(outputs, batch)
             step = len(lines())
-            return {name: replace(term, sum=term.sum * 0) for name, term in terms.items()} if step in silent else terms
+            return {name: term._replace(sum=term.sum * 0) for name, term in terms.items()} if step in silent else terms
 
     policy = Policy(attach(loaded(tiny_model("llama")), LoraMethod(r=4), seed=0))
     with RunDirectory.open(tmp_path / "run", resume=False) as run:
@@ -162,7 +162,7 @@ def test_an_update_without_a_gradient_is_not_taken_for_tensors_that_get_none(tmp
 def test_a_stage_whose_updates_all_had_no_gradient_ends_with_an_error(tmp_path):
     class Silent(SFT):
         def terms(self, outputs: Any, batch: Any) -> Any:
-            return {name: replace(term, sum=term.sum * 0) for name, term in super().terms(outputs, batch).items()}
+            return {name: term._replace(sum=term.sum * 0) for name, term in super().terms(outputs, batch).items()}
 
     policy = Policy(attach(loaded(tiny_model("llama")), LoraMethod(r=4), seed=0))
     with (
