@@ -35,7 +35,7 @@ def require_files(recipe: Recipe) -> None:
     """Names a missing local file before anything is loaded. Raises MissingFile."""
     named = {"task.output_schema": recipe.task.output_schema, "evaluate.general": recipe.evaluate.general}
     for stage in recipe.stages:
-        named |= {f"stages.{stage.name}.objective.rewards.{i}": file for i, file in enumerate(named_files(stage.objective))}
+        named |= {f"stages.{stage.name}.objective.rewards.{i}": file for i, file in named_files(stage.objective).items()}
     if recipe.task.gold_reward:
         named["task.gold_reward"] = recipe.task.gold_reward.rpartition(":")[0]
     for key, value in named.items():

@@ -151,7 +151,7 @@ def test_answers_without_a_score_and_groups_without_spread_are_counted_once_a_ro
     run = put(run_path, ppo_events(), PPO)
     counts = shown(run)[0]["counts"]
     assert counts == (
-        "In 20 logged rollouts: 1 of 960 answers could not be scored and carried no advantage; "
+        "In 20 logged rollouts: 1 answers could not be scored and carried no advantage; "
         "40 of 240 groups had no spread, so that nothing could be learned from them."
     )
     assert [f["title"] for f in findings_view(run, LIMITS)["training"]][-1] == "Answers without a score in stage ppo"

@@ -65,13 +65,19 @@ def test_a_stage_that_fails_leaves_no_adapter_on_the_server(tmp_path):
     assert not (tmp_path / "run" / "stages" / "learn" / "served").exists()
 
 
-def test_what_a_killed_run_left_to_be_served_is_removed(tmp_path, rewards):
-    left = tmp_path / "run" / "stages" / "learn" / "served" / "policy-0-1"
+def test_what_a_killed_run_left_to_be_served_is_removed_before_anything_is_served(tmp_path, rewards):
+    left, beside = tmp_path / "run" / "stages" / "learn" / "served" / "policy-0-1", []
     left.mkdir(parents=True)
-    with serving(StubServer()) as stub:
+
+    class Looking(StubServer):
+        def _load(self, body):
+            beside.extend(folder.name == body["lora_name"] for folder in left.parent.iterdir())
+            return super()._load(body)
+
+    with serving(Looking()) as stub:
         objective = {"type": "grpo", "num_generations": 3, "rewards": rewards}
         run(tmp_path, objective, rollout={"server": stub.url, "server_model": "base"}, held_out=None, max_steps=1)
-    assert not left.parent.exists()
+    assert beside == [True]
 
 
 def test_a_server_that_goes_away_is_named_and_does_not_hide_why_the_stage_ended(tmp_path, monkeypatch):

@@ -181,9 +181,10 @@ def test_a_result_is_an_earlier_stage_an_earlier_run_or_a_folder(rewarded, tmp_p
 
 def test_the_files_that_rewards_are_read_from_are_named():
     rewards = [EXACT, {"type": "python", "function": "my/rewards.py:polite"}, {"type": "json_schema", "output_schema": "schema.json"}]
-    assert named_files(objective_of(rewards=rewards)) == ["my/rewards.py", "schema.json"]
+    assert named_files(objective_of(rewards=rewards)) == {1: "my/rewards.py", 2: "schema.json"}
     assert named_models(objective_of(rewards=rewards)) == []
-    assert named_models(make_stage().objective) == named_files(make_stage().objective) == []
+    assert named_models(make_stage().objective) == []
+    assert named_files(make_stage().objective) == {}
 
 
 def test_a_gold_measure_sees_questions_and_texts():

@@ -53,15 +53,14 @@ def counts_sentence(events: Events, stage: Mapping[str, Any]) -> str:
     if not last:
         return ""
     prompts = number(mapping(stage.get("rollout")).get("prompts_per_step"))
-    group = number(mapping(stage.get("objective")).get("num_generations"))
     said = []
     for key, what, whole in (
-        ("unscorable", "answers could not be scored and carried no advantage", prompts * group if prompts and group else None),
+        ("unscorable", "answers could not be scored and carried no advantage", None),
         ("groups_without_spread", "groups had no spread, so that nothing could be learned from them", prompts),
-        ("replaced_groups", "groups without spread were replaced by others", None),
+        ("sampled_again", "answers were sampled besides, to replace groups without spread", None),
     ):
         values = [value for value in (number(event.get(key)) for event in last.values()) if value is not None]
-        if values and (sum(values) or key != "replaced_groups"):
+        if values and (sum(values) or key != "sampled_again"):
             of = f" of {words.count(whole * len(last))}" if whole else ""
             said.append(f"{words.count(sum(values))}{of} {what}")
     return f"In {words.count(len(last))} logged rollouts: {'; '.join(said)}." if said else ""

@@ -148,10 +148,15 @@ def named_models(objective: Objective) -> list[str]:
     return [*([model] if isinstance(model, str) else model), *(r.model for r in _rewards(objective) if isinstance(r, ModelReward))]
 
 
-def named_files(objective: Objective) -> list[str]:
-    """The files that an objective's rewards are read from."""
-    functions = [reward.function.rpartition(":")[0] for reward in _rewards(objective) if isinstance(reward, PythonReward)]
-    return [*functions, *(reward.output_schema for reward in _rewards(objective) if isinstance(reward, JSONSchemaReward))]
+def named_files(objective: Objective) -> dict[int, str]:
+    """The files that an objective's rewards are read from, by the reward's place."""
+    files = {}
+    for i, reward in enumerate(_rewards(objective)):
+        if isinstance(reward, PythonReward):
+            files[i] = reward.function.rpartition(":")[0]
+        elif isinstance(reward, JSONSchemaReward):
+            files[i] = reward.output_schema
+    return files
 
 
 def _rewards(objective: Objective) -> list[Reward]:

@@ -254,7 +254,7 @@ def stage_fingerprint(
     tokens = [json.loads((part.store.folder / "key.json").read_text()) for part in (data.train, data.validation) if part is not None]
     what = [settings, base, origin, str(loaded.dtype), rows, tokens, template.sha256 if template else None, data.max_length, seed]
     what += [hash_weights(locate_result(name, run)) for name in named_models(stage.objective)]
-    what += [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in named_files(stage.objective)]
+    what += [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in named_files(stage.objective).values()]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
