@@ -232,6 +232,7 @@ def _run_words(result: Any) -> str:
             lines.append(f"no recommendation: {recommended['reason'].removeprefix('NOT MEASURED: ')}")
         else:
             lines.append(f"recommended: {recommended['candidate']}: {recommended['reason']}")
+        lines += [f"note: {note}" for note in result.evaluation["notes"]]
     lines.append(f"run: {result.path}\nreport: {result.report}")
     return "\n".join(lines)
 

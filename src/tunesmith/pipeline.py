@@ -8,11 +8,13 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .data.preference import prompt_of
 from .data.prepare import PreparedData
@@ -26,7 +28,7 @@ from .recipe import Recipe, Stage, dump_recipe, load_recipe
 from .report import write_report
 from .report.card import write_card
 from .rundir import RunDirectory, storage, storage_failures, sync, write_json
-from .score.gold import Gold, gold_function
+from .score.gold import Gold, gold_function, lost_words, means_of_checks
 from .session import Report, Session
 from .train.memory import peak_memory_bytes
 from .train.signals import StopRequest
@@ -36,6 +38,8 @@ from .train.work import learns_from_answers
 
 HUB_CLIENTS = ("huggingface_hub", "httpx", "requests")  # whose errors say that a model could not be fetched
 UNTRAINED = {"zero_shot", "few_shot", "classical", "shorter"}  # candidates that need no result of a stage
+Watched = Callable[[Sequence[str], Sequence[str]], np.ndarray]
+"""A gold measure in training: prompts and answers to a number for each."""
 NOTHING_TO_DO = "nothing_to_do"  # the event of a part that found everything finished
 
 
@@ -48,6 +52,8 @@ class RunResult:
     evaluation: dict[str, Any] | None = None
     plan: dict[str, Any] | None = None
     ledger: dict[str, Any] | None = None
+    stage_ledgers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The ledger of each stage that has data of its own."""
     report: Path | None = None
     warnings: list[str] = field(default_factory=list)
     """Why the verdict can never be PASS or FAIL, known before anything is trained; empty where nothing stands in its way."""
@@ -235,14 +241,30 @@ def _train_stage(session: Session, stage: Stage, report: Report) -> None:
 
 
 @contextmanager
-def _watched(session: Session, stage: Stage) -> Iterator[Gold | None]:
+def _watched(session: Session, stage: Stage) -> Iterator[Watched | None]:
     """The recipe's gold measure, while a stage samples answers; its process ends after."""
     setting = session.recipe.task.gold_reward
     if setting is None or not learns_from_answers(stage):
         yield None
         return
     with closing(gold_function(setting)) as gold:
-        yield gold
+        yield _telling(session, stage, gold)
+
+
+def _telling(session: Session, stage: Stage, gold: Gold) -> Watched:
+    """A gold measure whose first failure in a stage is logged and shown; later ones are as many, and say nothing new."""
+    told = False
+
+    def measure(prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+        nonlocal told
+        found = gold.checks(prompts, answers)
+        lost = lost_words(gold.name, found)
+        if lost is not None and not told:
+            told = True
+            session.tell({"event": "note", "stage": stage.name, "note": f"the gold measure of stage {stage.name}: {lost}"})
+        return means_of_checks(found)
+
+    return measure
 
 
 def common_system(data: PreparedData) -> str | None:
@@ -283,6 +305,7 @@ def _finish(session: Session, evaluation: dict[str, Any] | None) -> RunResult:
         evaluation,
         {"predicted": known["predicted"], "measured": measured},
         session.data.ledger.to_json(),
+        {name: data.ledger.to_json() for name, data in session.stage_data.items()},
         page,
         verdict_warnings(session.recipe, session.tasks),
     )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import NonFinite
-from ..score.gold import Unscorable
+from ..score.gold import Unscorable, lost_words
 from ..score.metrics import PREFERENCE
 from ..score.preferences import SHORTER, item_accuracy, reward_model_json
 from ._work import Work
@@ -52,9 +52,10 @@ def ask_gold(work: Work, task: Task) -> None:
             f"{task.name}.{work.unit_name(candidate)}.gold", key, measure, f"{candidate}: the gold measure of {len(texts)} answers"
         )
         scored, checks = work.results[task.name, candidate], payload["checks"]
-        lost = [reason for reason in checks if isinstance(reason, str)]
-        if lost:
-            scored = scored.without_metric(GOLD, f"{len(lost)} of {len(checks)} answers could not be measured: {lost[0]}")
+        lost = lost_words(gold.name, checks)
+        if lost is not None:
+            scored = scored.without_metric(GOLD, lost)
+            work.notes.append(f"{candidate} has no {GOLD}: {lost}")
         else:
             scored = scored.with_metric(GOLD, [sum(one.values()) / len(one) for one in checks])
             for name in checks[0]:

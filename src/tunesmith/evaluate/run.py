@@ -89,7 +89,9 @@ def _conclude(section: EvaluateSection, inputs: EvaluationInputs, work: Work) ->
         "tasks": {task.name: _task_json(task, work, bootstrap, chance[task.name]) for task in tasks},
         "comparisons": comparisons(work.results, section.gates, bootstrap, same=inputs.last_stage),
         "gates": decided,
-        "recommendation": recommend(work.results, section.gates, decided, bootstrap, stages=_stages(inputs)),
+        "recommendation": _recommendation(
+            section, inputs, work, recommend(work.results, section.gates, decided, bootstrap, stages=_stages(inputs))
+        ),
         "verdict": verdict(decided),
         "few_shot": work.few_shot,
         "classical": work.classical,
@@ -99,6 +101,18 @@ def _conclude(section: EvaluateSection, inputs: EvaluationInputs, work: Work) ->
         "notes": list(dict.fromkeys(work.notes)),
     }
     return EvaluationResult(evaluation, work.samples(tasks), work.seconds)
+
+
+def _recommendation(section: EvaluateSection, inputs: EvaluationInputs, work: Work, found: dict[str, Any]) -> dict[str, Any]:
+    """The recommendation; where there is none and no candidate has the metric that the recipe asks for first, that metric, and why."""
+    task = inputs.task
+    if found["candidate"] is not None or task is None or not task.metrics or any(gate.task == "task" for gate in section.gates):
+        return found
+    metric, scored = task.metrics[0], [one for (name, _), one in work.results.items() if name == task.name]
+    if any(metric in one.statistics for one in scored):
+        return found
+    why = next((one.not_measured[metric] for one in scored if metric in one.not_measured), None)
+    return {"candidate": None, "reason": f"NOT MEASURED: no candidate has {metric} on a test set{f': {why}' if why else ''}."}
 
 
 def _task_json(task: Task, work: Work, bootstrap: Bootstrap, chance: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,11 @@ class Gold:
     sha256: str
     seconds: float = SECONDS
 
+    @property
+    def name(self) -> str:
+        """Which function it is, for a sentence: `gold.py:checks`."""
+        return f"{self.file.name}:{self.function}"
+
     def checks(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Checks | Unscorable]:
         """Each answer's checks, or why it has none, in order; every answer has the checks of the first that has any.
 
@@ -63,8 +68,7 @@ class Gold:
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
         """The mean of each answer's checks, float64 [N]; NaN for an answer that has none."""
-        found = self.checks(prompts, answers)
-        return np.array([np.nan if isinstance(one, Unscorable) else sum(one.values()) / len(one) for one in found], dtype=np.float64)
+        return means_of_checks(self.checks(prompts, answers))
 
     def close(self) -> None:
         """Nothing is kept alive between calls; a caller may treat a gold measure as one treats rewards."""
@@ -100,6 +104,28 @@ class Gold:
         if len(known) == len(pairs):
             return known, None
         return known, failure or Unscorable(f"its process ended (exit status {process.returncode})")
+
+
+def means_of_checks(found: Sequence[Checks | Unscorable]) -> np.ndarray:
+    """The mean of each answer's checks, float64 [N]; NaN for an answer that has none."""
+    return np.array([np.nan if isinstance(one, Unscorable) else sum(one.values()) / len(one) for one in found], dtype=np.float64)
+
+
+def lost_words(name: str, found: Sequence[Checks | Unscorable | str]) -> str | None:
+    """How many answers a gold measure could not measure, and why it could not measure the first of them; None where it measured all.
+
+    name: of the measure. found: what it said of each answer; a text is a reason.
+
+    >>> lost_words("gold.py:checks", [{"polite": 1.0}, "raised KeyError: 3"])
+    '1 of 2 answers could not be measured: gold.py:checks raised KeyError: 3'
+    """
+    lost = [one.reason if isinstance(one, Unscorable) else one for one in found if not isinstance(one, dict)]
+    return f"{len(lost)} of {len(found)} answers could not be measured: {name} {_as_clause(lost[0])}" if lost else None
+
+
+def _as_clause(reason: str) -> str:
+    """A reason that follows the measure's name: one that is no predicate stands after a colon."""
+    return reason if reason.startswith(("raised ", "returned ", "took ")) else f"said: {reason}"
 
 
 def gold_function(setting: str, *, seconds: float = SECONDS) -> Gold:
