@@ -29,6 +29,12 @@ ONLY_SOMETIMES = {  # settings that a run need not read, and when it does
     ("TrackingSection", "project"): "a tracker is named",
     ("ModelSection", "revision"): "the model is not a folder",
     ("FullMethod", "type"): "never: the class says it",
+    ("RolloutSection", "server_model"): "a server is named",
+    ("UnitTestReward", "type"): "never: the class says it",
+    ("UnitTestReward", "column"): "tests run in bubblewrap: tests/score",
+    ("UnitTestReward", "seconds"): "tests run in bubblewrap: tests/score",
+    ("UnitTestReward", "weight"): "tests run in bubblewrap: tests/score",
+    ("ModelReward", "type"): "never: the class says it",
     ("LoraMethod", "type"): "never: the class says it",
 }
 
@@ -118,8 +124,76 @@ def test_a_run_gives_what_its_directory_holds(finished):
     assert [event["step"] for event in events if "loss" in event] == [1, 2]
 
 
-def test_a_run_reads_every_setting(finished):
+@pytest.fixture(scope="module")
+def learned(tiny_folder, tmp_path_factory):
+    """One step of a stage of every objective, with every reward but tests in a sandbox; what was read of the recipe is kept."""
+    folder = tmp_path_factory.mktemp("objectives")
+    pairs = [{"prompt": f"word {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(12)]
+    write_rows(folder / "pairs.jsonl", pairs)
+    write_rows(folder / "sft.jsonl", map(row, range(12)))
+    write_rows(
+        folder / "ratings.jsonl", [{"prompt": p["prompt"], "completion": p["chosen"], "label": i % 2 == 0} for i, p in enumerate(pairs)]
+    )
+    write_rows(folder / "prompts.jsonl", [{"prompt": f"say {i}", "answer": "a"} for i in range(12)])
+    (folder / "schema.json").write_text(json.dumps({"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}))
+    (folder / "rewards.py").write_text(
+        "def longer(prompts, completions, **columns):\n    return [float(len(c)) for c in completions]\n"
+        "def checks(prompt, answer):\n    return {'long': float(len(answer) > 3)}\n"
+    )
+    longer = {"type": "python", "function": str(folder / "rewards.py:longer")}
+    rewards = [
+        longer,
+        {"type": "regex", "pattern": "a"},
+        {"type": "exact_answer"},
+        {"type": "json_schema", "output_schema": str(folder / "schema.json")},
+        {"type": "model", "model": "reward"},
+    ]
+    by_rows = {
+        "pairs": ["reward", "dpo", "simpo", "orpo", "cpo", "ranking"],
+        "ratings": ["kto"],
+        "prompts": ["ppo", "grpo", "rloo", "online_dpo", "best_of_n"],
+    }
+    kinds = {"ppo": {"reward_model": "reward", "target_kl": 6.0}, "grpo": {"rewards": rewards, "kl_coef": 0.1}, "dpo": {"loss": "ipo"}}
+    stages = []
+    for rows, objectives in by_rows.items():
+        for kind in objectives:
+            own = kinds.get(kind) or ({"rewards": [longer]} if rows == "prompts" else {})
+            stage = {
+                "name": kind,
+                "objective": {"type": kind, **own},
+                "learning_rate": 1e-3,
+                "max_steps": 1,
+                "method": {"type": "lora", "r": 2},
+            }
+            stage["data"] = {"train": str(folder / f"{rows}.jsonl")}
+            if rows == "prompts":
+                stage["rollout"] = {"prompts_per_step": 2, "max_new_tokens": 4}
+            stages.append(stage)
+    stages[1]["objective"] = {"type": "dpo", "loss": "robust", "label_smoothing": 0.1}
+    recipe = {
+        "name": "objectives",
+        "model": {"name": str(tiny_folder), "dtype": "float32"},
+        "task": {"gold_reward": str(folder / "rewards.py:checks")},
+        "data": {"train": str(folder / "sft.jsonl")},
+        "stages": stages,
+    }
+    with recorded_reads() as reads:
+        result = tunesmith.train(recipe, out=folder / "run")
+    READ.update(reads)
+    return result
+
+
+def test_every_objective_trains_a_step_and_leaves_its_result(learned):
+    finished = [json.loads(line) for line in (learned.path / "events.jsonl").read_text().splitlines() if '"stage_finished"' in line]
+    assert len(finished) == 12
+    for event in finished:
+        assert event["step"] == 1
+        assert (learned.path / "stages" / event["stage"] / "model" / "tunesmith.json").is_file()
+
+
+def test_a_run_reads_every_setting(finished, learned):
     assert finished
+    assert learned
     sections = all_sections(Recipe)
     settings = {(section.__name__, name) for section in sections for name in section.model_fields}
     assert settings - READ - ONLY_SOMETIMES.keys() == set(), "settings that a run does not look at"
@@ -243,7 +317,7 @@ def test_a_gate_raises_after_everything_is_written(finished):
 def test_plan_leaves_nothing_and_gives_what_the_verb_prints(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plan = tunesmith.plan(finished[0].path / "recipe.yaml", out=tmp_path / "planned")
-    assert plan.keys() == {"plan", "ledger", "findings", "notes", "recipe", "example"}
+    assert plan.keys() == {"plan", "ledger", "findings", "notes", "recipe", "example", "warnings"}
     assert plan["ledger"] == finished[0].ledger
     assert yaml.safe_load(plan["recipe"])["output"]["dir"] == str(tmp_path / "planned"), "where the run would lie"
     assert list(tmp_path.iterdir()) == []

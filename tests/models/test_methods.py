@@ -256,7 +256,7 @@ def chat_rows(tokenizer, texts: list[str]) -> Rows:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
         before, ids = tokenizer(prompt)["input_ids"], tokenizer(prompt + text.upper() + "<|im_end|>\n")["input_ids"]
         weights = np.zeros(len(ids), dtype=np.float32)
-        weights[len(before) :] = 1
+        weights[len(before) : -1] = 1  # not the line break after the end of turn
         rows.append((np.array(ids), weights))
     return Rows(rows)
 

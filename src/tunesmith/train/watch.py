@@ -41,7 +41,7 @@ def repetition(tokens: Sequence[int]) -> float:
     """The share of an answer's 3-grams that occurred in it before, 0 to 1.
 
     >>> repetition([1, 2, 3, 4]), repetition([1, 1, 1, 1, 1])
-    (0.0, 0.6666666666666666)
+    (0.0, 0.6666666666666667)
     """
     grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
