@@ -8,7 +8,7 @@ import json
 from rich.console import Console
 from rich.text import Text
 
-from tunesmith.progress import Display, as_json_text, duration, example_text, example_words, visible
+from tunesmith.progress import Display, as_json_text, duration, event_words, example_text, example_words, visible
 
 
 def step(number, total=3):
@@ -96,3 +96,8 @@ def test_json_has_no_numbers_that_json_does_not_know():
 
 def test_durations_are_in_the_unit_a_person_would_use():
     assert (duration(3.21), duration(89), duration(120)) == ("3.2 s", "89.0 s", "2.0 minutes")
+
+
+def test_a_step_that_teaches_nothing_and_a_note_are_said():
+    assert "step 3: nothing to learn from" in event_words({"event": "nothing_learned", "step": 3, "stage": "grpo"})
+    assert event_words({"event": "note", "note": "gold.py:checks raised"}) == "note: gold.py:checks raised"

@@ -8,7 +8,7 @@ from pathlib import Path
 from .data.records import Message
 from .data.render import encode_prompt, stop_tokens
 from .data.template import load_template
-from .errors import MissingFile, ModelError, TemplateError
+from .errors import MissingFile, ModelError, RecipeError, TemplateError
 from .evaluation import open_result
 from .generate import LocalGenerator, Sampling
 from .models.load import load_model
@@ -22,7 +22,7 @@ class Chat:
 
     run: the run directory. system: the system message; none means the one that all training rows had. max_new_tokens: the longest answer;
     none means the evaluation's. trust_remote_code: whether code that the model brings may run, whatever the run's recipe says. Raises
-    CheckpointError where the result is not what was saved.
+    CheckpointError where the result is not what was saved, RecipeError where it is a reward model.
 
     >>> tunesmith.Chat("runs/quickstart").ask("the lamp smells of smoke!!")  # doctest: +SKIP
     '{"intent": "defect", "product": "lamp", "urgency": "high", "summary": "Lamp smells of smoke"}'
@@ -44,6 +44,12 @@ class Chat:
         folder = trained_model_folder(path)
         require_unaltered(folder)
         card = read_card(folder)
+        if card.get("objective") == "reward":
+            raise RecipeError(
+                "this is a reward model: it scores answers and writes none",
+                where=str(folder),
+                mend="chat with a run whose last stage writes; `tunesmith evaluate` measures a reward model on pairs",
+            )
         base = recipe.model.model_copy(update={"trust_remote_code": trust_remote_code})
         whole = ModelSection(name=str(folder.resolve()), dtype=recipe.model.dtype, trust_remote_code=trust_remote_code)
         loaded = load_model(base if is_adapter(folder) else whole)

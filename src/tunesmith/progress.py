@@ -100,6 +100,10 @@ def event_words(event: dict[str, Any]) -> str | None:
         return (
             f"{event['stage']} stopped after step {event['step']}: {event['rule']} is {event['value']:.4g}, its limit {event['limit']:.4g}"
         )
+    if kind == "nothing_learned":
+        return f"  step {event['step']}: nothing to learn from: no answer was better than another to its prompt"
+    if kind == "note":
+        return f"note: {event['note']}"
     if kind == "evaluated":
         return f"  step {event['step']}: validation loss {event['eval_loss']:.4f}"
     if kind == "evaluating":

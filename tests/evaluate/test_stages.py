@@ -23,7 +23,7 @@ GATE = Gate(metric="gold_reward", better_than="sft")
 class Ends:
     """A gold measure: whether an answer says please, and whether it ends."""
 
-    sha256 = "ends"
+    sha256, name = "ends", "gold.py:ends"
 
     def __init__(self, lost=None):
         self.lost, self.asked = lost, []
@@ -209,7 +209,7 @@ def test_other_answers_and_another_measure_are_measured_again():
 
 def test_an_answer_without_gold_leaves_the_measure_and_its_gate_not_measured():
     result = Bench(gold_task(), gold=Ends(lost="no")).run(candidates=["sft", "tuned"], gates=[GATE])
-    reason = "10 of 10 answers could not be measured: raised KeyError"
+    reason = "10 of 10 answers could not be measured: gold.py:ends raised KeyError"
     assert candidates(result)["sft"]["not_measured"]["gold_reward"] == reason
     assert result.evaluation["gates"][0]["result"] == "NOT MEASURED"
     assert reason in result.evaluation["gates"][0]["reason"]

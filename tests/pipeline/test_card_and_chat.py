@@ -11,7 +11,7 @@ import yaml
 from tests.pipeline.helpers import conversations, read_json, recipe, stage, write_rows
 
 import tunesmith
-from tunesmith.errors import MissingFile, ModelError, TemplateError
+from tunesmith.errors import MissingFile, ModelError, RecipeError, TemplateError
 from tunesmith.rundir import verify_folder
 
 METHODS = {"lora": {"type": "lora", "r": 4}, "full": {"type": "full"}}
@@ -120,3 +120,15 @@ def test_chat_refuses_a_folder_without_a_run_a_run_without_a_result_and_another_
     template.write_text(template.read_text().replace(": ", "- "))
     with pytest.raises(TemplateError, match="not the chat template"):
         tunesmith.Chat(own)
+
+
+def test_a_reward_model_is_no_partner_for_a_chat_and_its_card_says_what_it_is(tiny, tmp_path):
+    write_rows(tmp_path / "pairs.jsonl", [{"prompt": f"word {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(12)])
+    given = recipe(tmp_path, tiny, name="judge", stages=[stage(name="reward", objective="reward", max_steps=1)], evaluate={})
+    given["data"] = {"train": str(tmp_path / "pairs.jsonl")}
+    run = tunesmith.train(given, out=tmp_path / "run").path
+    with pytest.raises(RecipeError, match="it scores answers and writes none"):
+        tunesmith.Chat(run)
+    text = (run / "README.md").read_text()
+    assert front_matter(text)["pipeline_tag"] == "text-classification"
+    assert "heads.safetensors" in text

@@ -6,7 +6,9 @@ import json
 from collections import Counter
 
 import pytest
+import yaml
 
+from tunesmith.report import write_report
 from tunesmith.report._account import findings_view, ledger_view, repeat_view
 from tunesmith.report._candidates import candidates_view
 from tunesmith.report._examples import _marked, choose, examples_view
@@ -235,7 +237,7 @@ def test_an_answer_that_is_a_plain_label_is_compared_whole(run_path):
 def test_the_ledger_says_whether_it_balances(run_path, trained, balances, off):
     path = run_path / "data" / "ledger.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rows_trained": trained}))
-    account = ledger_view(read_run(run_path), LIMITS)["account"]
+    account = ledger_view(read_run(run_path), LIMITS)["parts"][0]["account"]
     assert account["balances"] is balances
     if balances is False:
         assert account["off_by"] == off
@@ -244,10 +246,26 @@ def test_the_ledger_says_whether_it_balances(run_path, trained, balances, off):
 def test_the_quarantine_shows_its_first_rows_and_counts_all(run_path):
     rows = [{"path": "train.jsonl", "line": line, "reason": "no JSON", "row": "x" * 500} for line in range(1, 101)]
     (run_path / "data" / "quarantine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    got = ledger_view(read_run(run_path), LIMITS)
+    got = ledger_view(read_run(run_path), LIMITS)["parts"][0]
     assert got["quarantined"] == 100
     assert [row["place"] for row in got["quarantine"]] == [f"train.jsonl:{line}" for line in range(1, 9)]
     assert got["quarantine"][0]["row"].cut == 500 - LIMITS.quarantine_text
+
+
+def test_the_rows_of_a_stage_with_data_of_its_own_have_their_account_and_their_quarantine(run_path):
+    recipe = yaml.safe_load((run_path / "recipe.yaml").read_text())
+    stage = recipe["stages"][-1]["name"]
+    folder = run_path / "data" / stage
+    folder.mkdir()
+    ledger = {"rows_in": 30, "rows_trained": 23, "rows_held_out": 3, "rows_dropped": {"quarantined": 4}, "tokens": {}}
+    (folder / "ledger.json").write_text(json.dumps(ledger))
+    bad = [{"path": "pairs.jsonl", "line": line, "reason": "chosen equals rejected", "row": "x"} for line in range(1, 5)]
+    (folder / "quarantine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
+    own = ledger_view(read_run(run_path), LIMITS)["parts"][1]
+    assert (own["stage"], own["quarantined"], own["account"]["balances"]) == (stage, 4, True)
+    page = write_report(run_path).read_text()
+    assert f"Rows of stage {stage}" in page
+    assert "pairs.jsonl:4" in page
 
 
 def test_findings_that_name_rows_come_first_and_in_words(run_path):

@@ -26,9 +26,13 @@ OVER_START = frozenset({"log_ratio", "mean_log_ratio"})
 
 
 class GoldMeasure(Protocol):
-    """A measure that training never saw. sha256: of what it is."""
+    """A measure that training never saw. sha256: of what it is. name: for sentences about it."""
 
     sha256: str
+
+    @property
+    def name(self) -> str:
+        """Which function it is."""
 
     def checks(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Checks | Unscorable]:
         """Each answer's checks, or why it has none."""

@@ -28,12 +28,20 @@ _CHECKS = {
 
 
 def ledger_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
-    """The rows as a balanced account, the tokens, the first quarantined rows."""
-    quarantine = run.quarantine or []
+    """The rows as a balanced account, the tokens, the first quarantined rows: of the recipe's data, then of each stage's own."""
+    own = [_data_view(name, f"data/{name}", *found, limits) for name, found in list(run.stage_data.items())[: limits.entries]]
+    return {"parts": [_data_view(None, "data", run.ledger, run.quarantine, limits), *own]}
+
+
+def _data_view(
+    stage: str | None, folder: str, ledger: dict[str, Any] | None, quarantine: list[dict[str, Any]] | None, limits: Limits
+) -> dict[str, Any]:
     return {
-        "account": _account(run.ledger, limits) if run.ledger is not None else None,
-        "quarantine": [_quarantined(row, limits) for row in quarantine[: limits.quarantine_rows]],
-        "quarantined": None if run.quarantine is None else len(quarantine),
+        "stage": stage if stage is None else text(stage, limits.names),
+        "folder": folder,
+        "account": _account(ledger, limits) if ledger is not None else None,
+        "quarantine": [_quarantined(row, limits) for row in (quarantine or [])[: limits.quarantine_rows]],
+        "quarantined": None if quarantine is None else len(quarantine),
     }
 
 

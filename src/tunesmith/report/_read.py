@@ -35,6 +35,8 @@ class RunFiles:
     evaluation: dict[str, Any] | None = None
     events: list[dict[str, Any]] | None = None
     quarantine: list[dict[str, Any]] | None = None
+    stage_data: dict[str, tuple[dict[str, Any], list[dict[str, Any]] | None]] = field(default_factory=dict)
+    """Ledger and quarantine of each stage that has data of its own."""
     problems: list[str] = field(default_factory=list)
     _samples: dict[str, list[dict[str, Any]] | None] = field(default_factory=dict)
 
@@ -60,6 +62,11 @@ def read_run(path: Path) -> RunFiles:
     run.evaluation = _json_object(path / "evaluation.json", run.problems)
     run.events = _json_lines(path / "events.jsonl", run.problems)
     run.quarantine = _json_lines(path / "data" / "quarantine.jsonl", run.problems)
+    stages = run.recipe.get("stages")
+    for name in [str(stage.get("name")) for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []:
+        folder = path / "data" / name
+        if _FILE_WORD.fullmatch(name) and (ledger := _json_object(folder / "ledger.json", run.problems)) is not None:
+            run.stage_data[name] = (ledger, _json_lines(folder / "quarantine.jsonl", run.problems))
     return run
 
 

@@ -35,7 +35,7 @@ def write_card(run_path: Path, base: ModelIdentity) -> None:
     front = {
         "base_model": base.name,
         "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if _scores(recipe) else "text-generation",
         "tags": ["tunesmith", *[stage["objective"]["type"] for stage in recipe["stages"]], *(["lora"] if adapter else [])],
         "datasets": [Path(recipe["data"]["train"]).name],
         "metrics": recipe["task"]["metrics"],
@@ -62,6 +62,11 @@ def _link_or_copy(file: Path, copy: Path) -> None:
         os.link(file, copy)
     except OSError:
         shutil.copyfile(file, copy)
+
+
+def _scores(recipe: dict[str, Any]) -> bool:
+    """Whether the result is a reward model, which scores answers and writes none."""
+    return recipe["stages"][-1]["objective"]["type"] == "reward"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -93,6 +98,9 @@ def _body(recipe: dict[str, Any], base: ModelIdentity, evaluation: dict[str, Any
     ]
     if rows:
         lines.append("\n".join(["| metric | value | interval | n |", "| --- | --- | --- | --- |", *rows]))
-    if adapter:
+    if _scores(recipe):
+        words = "A reward model: the score of an answer is the `score` head of `heads.safetensors` on the hidden state of its last token."
+        lines.append(f"{words} `tunesmith evaluate` measures it on pairs, and a stage of `ppo` names it as `reward_model`.")
+    elif adapter:
         lines.append(f'```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(base, "model")  # base: {base.name}\n```')
     return "\n\n".join(lines) + "\n"
