@@ -167,7 +167,7 @@ def run_tunesmith(spec: dict) -> dict:
         learning_rate=RATE,
         per_device_train_batch_size=ROWS,
         rollout={"prompts_per_step": ASKED, "max_new_tokens": LENGTH},
-        watch={"min_distinct": None},
+        watch={"min_distinct_ratio": None},
     )
     loaded = load_model(ModelSection(name=stored["folder"], dtype="bfloat16"))
     policy = Policy(attach(loaded, stage.method, seed=SEED))
