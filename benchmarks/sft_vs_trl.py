@@ -219,7 +219,7 @@ def run_tunesmith(spec: dict) -> dict:
     for step in range(total):
         mine = range(step * size, (step + 1) * size)
         optimiser.zero_grad()
-        result = run_window(policy, objective, [Batch(build_forest([rows[i] for i in mine]), tuple(mine))])
+        result = run_window(policy, objective, [Batch(build_forest([rows[i] for i in mine]), tuple(mine), np.arange(len(mine)))])
         optimiser.step(learning_rate(step, total=total, warmup=0, peak=stage.learning_rate, kind="cosine"), optimiser.grad_norm())
         losses.append(result.loss)
         watch.lap()
