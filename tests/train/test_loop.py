@@ -285,3 +285,19 @@ def test_a_signal_during_an_evaluation_is_answered_before_its_next_batch_and_the
     with RunDirectory.open(tmp_path / "run", resume=True) as run:
         train(make_job(Policy(tiny_model("llama")), stage, run, ROWS, validation=ROWS))
         assert [event["step"] for event in run.events() if event.get("event") == "evaluated"] == [2, 4, 6]
+
+
+def test_what_the_source_knows_of_an_update_is_logged_before_what_the_objective_measures_of_its_part(tmp_path):
+    class Knowing(DatasetSource):
+        def window(self, step: int) -> Window:
+            return Window(super().window(step).batches, {"entropy": 7.0})
+
+    class Measuring(SFT):
+        def metrics(self, outputs: Any, batch: Any) -> Any:
+            return {"entropy": (1.0, 1.0), "other": (2.0, 1.0)}
+
+    source = Knowing(items_of(ROWS), batch_size=2, accumulation=1, seed=0)
+    with RunDirectory.open(tmp_path / "run", resume=False) as run:
+        train(make_job(Policy(tiny_model("llama")), make_stage(max_steps=1), run, ROWS, source=source, objective=Measuring()))
+        (event,) = [event for event in run.events() if "loss" in event]
+    assert (event["entropy"], event["other"]) == (7.0, 2.0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.batching import Batch
+from ..models.policy import TokenOutputs
 from ._base import Term
 
 
@@ -77,6 +78,11 @@ def best_cross_entropy(logprobs_S: Tensor, batch: Batch, coefficient: float) -> 
     """Weighted cross-entropy of each item's first row, a sum in nats; its divisor is the sum of `best_weight`."""
     weight_S = torch.from_numpy(best_weight(batch)).to(logprobs_S.device)
     return Term(-(weight_S.double() * logprobs_S.double()).sum(), coefficient)
+
+
+def entropy_metric(outputs: TokenOutputs) -> Mapping[str, tuple[float, float]]:
+    """The mean entropy on the answers' tokens, in nats: how sure the policy has become."""
+    return {"entropy": (float(outputs.entropy.sum()), float(len(outputs.entropy)))}
 
 
 def preference_metrics(rewards_B: Tensor, sums_B: Tensor, better: np.ndarray, worse: np.ndarray) -> Mapping[str, tuple[float, float]]:

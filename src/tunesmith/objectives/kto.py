@@ -20,7 +20,7 @@ from ..data.batching import Batch
 from ..models.policy import TokenOutputs
 from ..recipe.objective import KTOObjective
 from ._base import Term
-from ._pairs import column, log_ratios, row_sums
+from ._pairs import column, entropy_metric, log_ratios, row_sums
 
 
 def kto_z0(policy_B: np.ndarray, reference_B: np.ndarray) -> float:
@@ -39,7 +39,7 @@ def kto_losses(log_ratio_B: Tensor, good_B: Tensor, z0: Tensor | float, *, beta:
 class KTO:
     """The mean over answers of their weighted losses. Reads reference_B, label_I and kto_z0."""
 
-    needs = frozenset({"logprobs"})
+    needs = frozenset({"logprobs", "entropy"})
 
     def __init__(self, settings: KTOObjective):
         self.beta, self.good_weight, self.bad_weight = settings.beta, settings.desirable_weight, settings.undesirable_weight
@@ -60,7 +60,7 @@ class KTO:
         logprobs_S = outputs.logprobs.detach()
         rewards_B, sums_B = self.beta * log_ratios(logprobs_S, batch, reference=True), row_sums(logprobs_S, batch)
         good, count = _good(batch), float(len(batch.items))
-        metrics = {"kl": (float(np.asarray(batch.columns["kto_z0"]).reshape(())) * count, count)}
+        metrics = {"kl": (float(np.asarray(batch.columns["kto_z0"]).reshape(())) * count, count), **entropy_metric(outputs)}
         for name, rows in (("chosen", np.flatnonzero(good)), ("rejected", np.flatnonzero(~good))):
             metrics[f"rewards/{name}"] = (float(rewards_B[rows].sum()), float(len(rows)))
             metrics[f"logps/{name}"] = (float(sums_B[rows].sum()), float(len(rows)))

@@ -18,7 +18,7 @@ from ..data.batching import Batch
 from ..models.policy import TokenOutputs
 from ..recipe.objective import CPOObjective, DPOObjective, OnlineDPOObjective, ORPOObjective, SimPOObjective
 from ._base import Term
-from ._pairs import best_cross_entropy, best_weight, log_ratios, pair_rows, preference_metrics, row_sums
+from ._pairs import best_cross_entropy, best_weight, entropy_metric, log_ratios, pair_rows, preference_metrics, row_sums
 
 
 def sigmoid_loss(difference_I: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -64,7 +64,7 @@ def odds_ratio_loss(chosen_I: Tensor, rejected_I: Tensor) -> Tensor:
 class PairObjective(ABC):
     """What pair losses share; each says by what answers are compared (`compared`) and the loss of two of them (`losses`)."""
 
-    needs = frozenset({"logprobs"})
+    needs = frozenset({"logprobs", "entropy"})
     term = "preference"
     coefficient = 1.0
     """Weight of the pair loss."""
@@ -94,9 +94,10 @@ class PairObjective(ABC):
         return terms | ({"cross_entropy": best_cross_entropy(outputs.logprobs, batch, self.sft_coef)} if self.sft_coef else {})
 
     def metrics(self, outputs: TokenOutputs, batch: Batch) -> Mapping[str, tuple[float, float]]:
-        """Implicit rewards (beta times what is compared) and log-probabilities of the chosen and the rejected."""
+        """Implicit rewards (beta times what is compared) and log-probabilities of the chosen and the rejected; entropy."""
         logprobs_S = outputs.logprobs.detach()
-        return preference_metrics(self.beta * self.compared(logprobs_S, batch), row_sums(logprobs_S, batch), *pair_rows(batch))
+        rewards_B = self.beta * self.compared(logprobs_S, batch)
+        return {**preference_metrics(rewards_B, row_sums(logprobs_S, batch), *pair_rows(batch)), **entropy_metric(outputs)}
 
 
 class DPO(PairObjective):

@@ -16,7 +16,7 @@ from ..data.batching import Batch
 from ..models.policy import TokenOutputs
 from ..recipe.objective import RankingObjective
 from ._base import Term
-from ._pairs import best_cross_entropy, best_weight, first_rows, items_by_size, log_ratios, preference_metrics, row_sums
+from ._pairs import best_cross_entropy, best_weight, entropy_metric, first_rows, items_by_size, log_ratios, preference_metrics, row_sums
 
 
 def plackett_luce(scores_NK: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ ORDER_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"plackett_luce": plackett
 class Ranking:
     """DPO on rankings: scores are beta times log-ratios to the reference. Reads reference_B, unless there is no reference."""
 
-    needs = frozenset({"logprobs"})
+    needs = frozenset({"logprobs", "entropy"})
 
     def __init__(self, settings: RankingObjective):
         self.loss, self.beta, self.sft_coef = ORDER_LOSSES[settings.loss], settings.beta, settings.sft_coef
@@ -77,7 +77,7 @@ class Ranking:
         scores_B, first = self._scores(logprobs_S, batch), first_rows(batch)
         last = np.append(first[1:], len(batch.item_B)) - 1
         accuracy = {"rewards/accuracies": (pair_accuracy(scores_B, batch), float(len(first)))}
-        return {**preference_metrics(scores_B, row_sums(logprobs_S, batch), first, last), **accuracy}
+        return {**preference_metrics(scores_B, row_sums(logprobs_S, batch), first, last), **accuracy, **entropy_metric(outputs)}
 
     def _scores(self, logprobs_S: Tensor, batch: Batch) -> Tensor:
         return self.beta * log_ratios(logprobs_S, batch, reference=self.reference)
