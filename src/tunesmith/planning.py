@@ -13,6 +13,7 @@ from .data.preference import AnyRecord, kind_of_record
 from .errors import DoesNotFit
 from .generate.engine import BATCH_TOKENS, LOGIT_ELEMENTS
 from .models.load import has_fast_bf16
+from .models.methods import trainable_count
 from .models.plan import (
     Machine,
     Phase,
@@ -28,7 +29,7 @@ from .models.plan import (
     train_phase,
 )
 from .models.result import is_adapter, read_card
-from .recipe import FullMethod, Stage
+from .recipe import WHOLE, Stage
 from .session import Session
 from .train.memory import peak_memory_bytes, resident_bytes
 from .train.offline import compares_with_reference
@@ -147,13 +148,13 @@ def _models_beside(session: Session, shape: Shape, stage: Stage) -> int:
     A reward model that is an adapter on the policy's base costs its weights; any other is a model of its own, and one of this run as large
     as the policy. Of what an earlier run or another tool made, the files' sizes count.
     """
-    full, stages = isinstance(stage.method, FullMethod), {one.name: one for one in session.stages}
+    full, stages = stage.method.type in WHOLE, {one.name: one for one in session.stages}
     model = shape.parameters * shape.itemsize
     need = model if full else 0
     for name in named_models(stage.objective):
         if name in stages:
             one, whole = stages[name], model
-            adapter = None if isinstance(one.method, FullMethod) else 4 * _trainable(session, one)
+            adapter = None if one.method.type in WHOLE else 4 * _trainable(session, one)
             base = _base(session, one)
         else:
             folder = locate_result(name, session.run.path)
@@ -171,7 +172,7 @@ def _base(session: Session, stage: Stage) -> str | None:
     """The stage or folder whose whole model a stage's adapter is on, by name; None for the recipe's base."""
     start, stages = stage.start_from, {one.name: one for one in session.stages}
     if start in stages:
-        return start if isinstance(stages[start].method, FullMethod) else _base(session, stages[start])
+        return start if stages[start].method.type in WHOLE else _base(session, stages[start])
     return None if start is None or is_adapter(locate_result(start, session.run.path)) else start
 
 
@@ -243,11 +244,7 @@ def _answer_phases(session: Session, shape: Shape, machine: Machine, stage: Stag
 
 
 def _trainable(session: Session, stage: Stage) -> int:
-    if isinstance(stage.method, FullMethod):
-        return sum(p.numel() for p in session.loaded.model.parameters())
-    wanted = set(stage.method.target_modules)
-    modules = session.loaded.model.named_modules()
-    return sum(stage.method.r * sum(m.weight.shape) for name, m in modules if any(name == w or name.endswith(f".{w}") for w in wanted))
+    return trainable_count(session.loaded.model, stage.method)
 
 
 def _evaluation(session: Session, shape: Shape, machine: Machine) -> list[Phase]:

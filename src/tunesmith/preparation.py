@@ -21,13 +21,13 @@ from .errors import MissingFile, RecipeError
 from .evaluate import TemplateEncoder, derive_max_new_tokens
 from .models.load import LoadedModel, load_model
 from .models.result import read_card, require_unaltered
-from .recipe import DataSection, FullMethod, LoraMethod, ModelReward, Recipe, Stage, dump_recipe
+from .recipe import WHOLE, DataSection, ModelReward, Recipe, Stage, dump_recipe
 from .rundir import manifest, write_json, write_text
 from .score.rewards import make_rewards
 from .session import Session
 from .tasks import encodable_tasks, make_tasks
 from .train.scoring import locate_result, named_files, named_models
-from .train.stage import add_new_tokens, check_targets, derive_stage, locate_start, stage_fingerprint
+from .train.stage import add_new_tokens, derive_stage, locate_start, resolve_method, stage_fingerprint
 from .train.work import kind_of, learns_from_answers
 
 
@@ -149,7 +149,7 @@ def _derived_stages(session: Session) -> list[Stage]:
         else:
             inherited = None
         derived = stage if stage.method else stage.model_copy(update={"method": inherited})
-        derived = check_targets(derive_stage(derived, rows, start=start), session.loaded)
+        derived = resolve_method(derive_stage(derived, rows, start=start), session.loaded)
         _require_same_method(derived, stage, inherited)
         done[stage.name] = derived
     return list(done.values())
@@ -157,11 +157,15 @@ def _derived_stages(session: Session) -> list[Stage]:
 
 def _require_same_method(derived: Stage, given: Stage, start: Any) -> None:
     """A stage that goes on with an adapter trains that adapter: a method that says otherwise is refused and not ignored."""
-    if not isinstance(start, LoraMethod) or given.method is None:
+    if start is None or start.type in WHOLE or given.method is None:
         return
     where = f"stages.{given.name}.method"
-    if isinstance(derived.method, FullMethod):
-        raise RecipeError("full tuning cannot start from an adapter", where=where, mend="use method lora, or start from the base")
+    if derived.method.type != start.type:
+        raise RecipeError(
+            f"{derived.method.type} tuning cannot start from an adapter of {start.type}",
+            where=where,
+            mend="leave method out: it is that of start_from; or start from the base",
+        )
     stated = {name for name in given.method.model_fields_set if getattr(given.method, name) is not None}
     other = sorted(name for name in stated if getattr(derived.method, name) != getattr(start, name))
     if other:

@@ -19,9 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 from tunesmith.data.template import load_template
 from tunesmith.errors import AdapterError, RecipeError
-from tunesmith.models import methods
 from tunesmith.models.load import LoadedModel, load_model
-from tunesmith.models.methods import attach, load_adapter, save_result, target_modules
+from tunesmith.models.methods import attach, load_adapter, save_result, saving, target_modules
 from tunesmith.models.policy import Policy
 from tunesmith.models.result import CARD
 from tunesmith.objectives import SFT
@@ -29,7 +28,7 @@ from tunesmith.recipe import FullMethod, LoraMethod, ModelSection
 from tunesmith.rundir import RunDirectory, verify_folder
 from tunesmith.train.optimiser import FlatAdamW
 from tunesmith.train.signals import StopRequest
-from tunesmith.train.stage import add_new_tokens, check_targets, run_stage
+from tunesmith.train.stage import add_new_tokens, resolve_method, run_stage
 from tunesmith.train.window import run_window
 
 LORA = LoraMethod(r=4)
@@ -42,7 +41,7 @@ def test_a_target_that_matches_nothing_is_refused_with_the_nearest_names_though_
         target_modules(tiny_model("llama"), wanted)
     stage = make_stage(method={"type": "lora", "target_modules": wanted})
     with pytest.raises(RecipeError) as caught:
-        check_targets(stage, loaded(tiny_model("llama")))
+        resolve_method(stage, loaded(tiny_model("llama")))
     assert caught.value.exit_status == 2
 
 
@@ -195,15 +194,15 @@ def test_a_file_that_does_not_read_back_as_what_was_trained_is_an_error(tmp_path
     origin = base(model_folder(tmp_path / "base"))
     model = attach(origin, LORA, seed=0)
     (tmp_path / "out").mkdir()
-    plain = methods.save_file
+    plain = saving.save_file
 
     def losing(tensors, *args, **kwargs):
         plain({name: tensor for name, tensor in list(tensors.items())[1:]}, *args, **kwargs)
 
-    monkeypatch.setattr(methods, "save_file", losing)
+    monkeypatch.setattr(saving, "save_file", losing)
     with pytest.raises(AdapterError, match="does not read back"):
         save_result(model, origin, tmp_path / "out", {})
-    monkeypatch.setattr(methods, "save_file", lambda tensors, *a, **k: plain({n: t + 1 for n, t in tensors.items()}, *a, **k))
+    monkeypatch.setattr(saving, "save_file", lambda tensors, *a, **k: plain({n: t + 1 for n, t in tensors.items()}, *a, **k))
     with pytest.raises(AdapterError, match="does not read back"):
         save_result(model, origin, tmp_path / "out", {})
 

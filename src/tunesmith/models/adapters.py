@@ -15,6 +15,7 @@ from torch import nn
 
 POLICY = "default"  # the adapter that trains; PEFT's own default name, so that its folder is plain
 REFERENCE = "reference"
+MARKS = ("lora_", "ia3_", "bottleneck_", "trainable_tokens", "prompt_encoder")  # one of them is in the name of every adapter's parameter
 
 
 @contextmanager
@@ -65,6 +66,6 @@ def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter
     found = {}
     for name, parameter in model.named_parameters():
         before, own, after = name.partition(f".{adapter}")
-        if own and after[:1] in ("", ".") and ("lora_" in before or "trainable_tokens" in before):
+        if own and after[:1] in ("", ".") and any(mark in before for mark in MARKS):
             found[before + after] = parameter
     return found

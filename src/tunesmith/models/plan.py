@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..recipe import FullMethod, Stage
+from ..recipe import WHOLE, Stage
 from ..rundir import write_json
 from .head import CHUNK_BYTES, CHUNKS_AT_ONCE
 from .layout import backbone_of
@@ -141,7 +141,7 @@ def model_shape(loaded: LoadedModel) -> Shape:
 
 def train_phase(shape: Shape, machine: Machine, stage: Stage, *, tokens: float, supervised: float) -> Phase:
     """Forward and backward over `tokens` computed tokens (shared ones once), `supervised` of which go through the head."""
-    full = isinstance(stage.method, FullMethod)
+    full = stage.method.type in WHOLE
     passes = (3 if full else 2) + (1 if stage.gradient_checkpointing else 0)
     flops = 2.0 * shape.linear * tokens * passes + 2.0 * shape.vocabulary * shape.hidden * supervised * (4 if full else 2)
     moved = _elementwise(shape, tokens) + supervised * shape.vocabulary * 4 * 6
@@ -180,7 +180,7 @@ def train_memory(shape: Shape, stage: Stage, *, resident: int, batch_tokens: int
 
     batch_tokens: computed tokens of the largest batch. trainable: weights that train.
     """
-    full = isinstance(stage.method, FullMethod)
+    full = stage.method.type in WHOLE
     layers = 2 if stage.gradient_checkpointing else shape.layers
     saved = batch_tokens * layers * (SAVED_HIDDEN * shape.hidden + SAVED_INNER * shape.inner) * shape.itemsize
     kept = batch_tokens * shape.layers * shape.hidden * shape.itemsize if stage.gradient_checkpointing else 0
@@ -194,7 +194,7 @@ def train_memory(shape: Shape, stage: Stage, *, resident: int, batch_tokens: int
 def _state_bytes(shape: Shape, stage: Stage) -> int:
     """Bytes that a trained weight takes beside what was resident: moments 8; a bf16 weight's other half 2, and its gradient 2, or 4 where
     batches are added up; of a full fp32 model the gradient 4; of an adapter the weight itself besides."""
-    if not isinstance(stage.method, FullMethod):
+    if stage.method.type not in WHOLE:
         return 16
     if shape.itemsize == 4:
         return 12

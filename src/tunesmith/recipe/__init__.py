@@ -4,7 +4,18 @@ from ._load import dump_recipe, json_schema, load_recipe
 from ._recipe import Recipe
 from .data import DataSection
 from .evaluate import EvaluateSection, Gate
-from .method import FullMethod, LoraMethod, Method
+from .method import (
+    WHOLE,
+    BottleneckMethod,
+    FullMethod,
+    Ia3Method,
+    LoraMethod,
+    Method,
+    PartialMethod,
+    PrefixMethod,
+    PromptMethod,
+    PTuningMethod,
+)
 from .model import ModelSection
 from .objective import (
     BestOfNObjective,
@@ -37,6 +48,13 @@ from .task import TaskSection
 from .tracking import OutputSection, TrackingSection
 
 __all__ = [
+    "WHOLE",
+    "BottleneckMethod",
+    "Ia3Method",
+    "PTuningMethod",
+    "PartialMethod",
+    "PrefixMethod",
+    "PromptMethod",
     "BestOfNObjective",
     "CPOObjective",
     "DPOObjective",

@@ -39,8 +39,8 @@ class Stage(Section):
     """How answers are sampled, for objectives that learn from their own."""
     watch: WatchSection = WatchSection()
     """When such a stage is stopped."""
-    learning_rate: Annotated[float, Field(gt=0)]
-    """Peak learning rate."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate; derived from the method."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
     """Passes over the training rows; max_steps wins."""
     max_steps: Positive | None = None

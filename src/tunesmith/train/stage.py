@@ -13,21 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..data.prepare import PreparedData
 from ..data.records import Document
 from ..data.render import stop_tokens
 from ..data.template import ChatTemplate
-from ..errors import AdapterError, CheckpointError, RecipeError
+from ..errors import CheckpointError, RecipeError
 from ..models.embeddings import grow_embeddings
 from ..models.load import LoadedModel, hash_weights, load_model, stored_weights
-from ..models.methods import attach, load_adapter, save_result, target_modules
+from ..models.methods import attach, load_adapter, method_of, resolve, save_result, starts_unchanged
 from ..models.policy import Policy
-from ..models.result import ADAPTER_WEIGHTS, CARD, is_adapter, read_adapter_config
+from ..models.result import CARD, is_adapter
 from ..objectives import SFT
-from ..recipe import FullMethod, LoraMethod, ModelSection, Stage
+from ..recipe import WHOLE, ModelSection, Stage
 from ..rundir import RunDirectory, atomic_folder, verify_folder
 from .invariants import (
     every_answer_ends_with_a_stop,
@@ -59,44 +58,16 @@ def derive_stage(stage: Stage, rows: int, *, start: Path | None = None) -> Stage
     steps_per_epoch = steps_per_pass(stage, rows) if sampled else math.ceil(rows / size)
     total = stage.max_steps or max(1, math.ceil(stage.num_train_epochs * steps_per_epoch))
     between = min(steps_per_epoch, max(1, total // EVALUATIONS)) if sampled else steps_per_epoch
-    method = stage.method or _method_of(start)
-    if isinstance(method, LoraMethod) and method.lora_alpha is None:
-        method = method.model_copy(update={"lora_alpha": 2.0 * method.r})
+    method = stage.method or method_of(start)
     derived = {
         "method": method,
+        "learning_rate": stage.learning_rate or method.default_learning_rate,
         "max_steps": total,
         "warmup_steps": total // 20 if stage.warmup_steps is None else stage.warmup_steps,
         "eval_steps": stage.eval_steps or between,
         "save_steps": stage.save_steps or between,
     }
     return stage.model_copy(update=derived)
-
-
-def _method_of(start: Path | None) -> LoraMethod | FullMethod:
-    if start is None:
-        return LoraMethod()
-    if not is_adapter(start):
-        return FullMethod()
-    config = read_adapter_config(start)
-    return LoraMethod(
-        r=config["r"],
-        lora_alpha=float(config["lora_alpha"]),
-        lora_dropout=config.get("lora_dropout", 0.0),
-        use_rslora=config.get("use_rslora", False),
-        target_modules=_targets_of(start, config["target_modules"]),
-    )
-
-
-def _targets_of(start: Path, targets: str | list[str]) -> list[str]:
-    """An adapter's target modules by name; where its config has a pattern ("all-linear" or a regex), those that its weights name."""
-    if not isinstance(targets, str):
-        return sorted(targets)
-    try:
-        with safe_open(start / ADAPTER_WEIGHTS, "pt") as weights:
-            names = list(weights.keys())
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"the adapter cannot be read: {error}", where=str(start), mend="it needs whole weights") from error
-    return sorted({name.split(".lora_A")[0].rsplit(".", 1)[-1] for name in names if ".lora_A" in name})
 
 
 def locate_start(stage: Stage, run: Path) -> Path | None:
@@ -119,9 +90,11 @@ def add_new_tokens(loaded: LoadedModel, template: ChatTemplate | None) -> list[i
 def build_model(loaded: LoadedModel, stage: Stage, start: Path | None, seed: int, new_tokens: list[int]) -> nn.Module:
     """The model to train: the base with a fresh adapter, with an earlier one, or in full."""
     if start is not None and is_adapter(start):
-        if isinstance(stage.method, FullMethod):
+        if stage.method.type in WHOLE:
             raise RecipeError(
-                "full tuning cannot start from an adapter", where=f"stages.{stage.name}", mend="use method lora, or start from the base"
+                f"{stage.method.type} tuning cannot start from an adapter",
+                where=f"stages.{stage.name}",
+                mend="leave method out: it is that of start_from; or start from the base",
             )
         return load_adapter(loaded, start, trainable=True)
     return attach(loaded, stage.method, seed=seed, new_tokens=new_tokens)
@@ -169,14 +142,14 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
     _check_rows(stage, inputs, loaded)
 
     def check(policy: Policy) -> None:
-        slow = _check_step_0(inputs, loaded, policy)
+        slow = _check_step_0(stage, inputs, loaded, policy)
         if slow:
             _tell(run, report, {"event": "fast_paths_dropped", "stage": stage.name, "paths": slow})
 
     given = WorkInputs(loaded, model, data, inputs.start, stops, inputs.gold, fingerprint, seed, check)
     with stage_work(stage, given, run) as work:
         optimiser = FlatAdamW(work.policy.named_parameters(), stage)
-        if isinstance(stage.method, FullMethod):
+        if stage.method.type in WHOLE:
             optimiser.start_from((f"model.{name}", value) for name, value in stored_weights(loaded.identity.folder))
         job = Job(
             stage=stage,
@@ -227,13 +200,13 @@ def _check_rows(stage: Stage, inputs: StageInputs, loaded: LoadedModel) -> None:
         every_answer_ends_with_a_stop((train[i] for i in whole), names, stop_tokens(inputs.template, tokenizer))
 
 
-def _check_step_0(inputs: StageInputs, loaded: LoadedModel, policy: Policy) -> list[str]:
+def _check_step_0(stage: Stage, inputs: StageInputs, loaded: LoadedModel, policy: Policy) -> list[str]:
     """What must hold of the model before the first update; gives the fast paths that were taken out."""
     something_trains(policy)
     first = probe_batch(inputs.data)
     with policy.deterministic():
         no_leak(policy, loaded.model.get_input_embeddings().weight.shape[0])
-        if inputs.start is None or not is_adapter(inputs.start):
+        if starts_unchanged(stage.method) and (inputs.start is None or not is_adapter(inputs.start)):
             fresh_adapter_changes_nothing(policy, first)
         return fast_paths_agree(policy, SFT(), first)
 
@@ -271,9 +244,6 @@ def is_finished(run: RunDirectory, stage: Stage) -> bool:
     return True
 
 
-def check_targets(stage: Stage, loaded: LoadedModel) -> Stage:
-    """The stage with its LoRA targets written out; each must match a layer. Raises RecipeError with the nearest names."""
-    if not isinstance(stage.method, LoraMethod):
-        return stage
-    method = stage.method.model_copy(update={"target_modules": target_modules(loaded.model, stage.method.target_modules)})
-    return stage.model_copy(update={"method": method})
+def resolve_method(stage: Stage, loaded: LoadedModel) -> Stage:
+    """The stage with its method's derived settings written out. Raises RecipeError where a name matches nothing, with the nearest."""
+    return stage.model_copy(update={"method": resolve(loaded.model, stage.method)})

@@ -1,4 +1,4 @@
-"""Which parameters train: full tuning or LoRA; how the result is saved and strictly loaded again.
+"""How a result is saved and strictly loaded again.
 
 A result's folder is a plain PEFT adapter or a plain transformers model in safetensors, with tokenizer and chat template, and
 `tunesmith.json`, which holds the base's identity and the template's hash.
@@ -6,7 +6,6 @@ A result's folder is a plain PEFT adapter or a plain transformers model in safet
 
 from __future__ import annotations
 
-import difflib
 import json
 import warnings
 from collections.abc import Iterator
@@ -15,78 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from ..errors import AdapterError, ModelError, RecipeError
-from ..recipe import FullMethod, LoraMethod, Method
-from .adapters import POLICY, adapter_parameters, keeping_what_trains
-from .heads import save_heads
-from .layout import backbone_of
-from .load import LoadedModel, quiet
-from .result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, read_card
+from ...errors import AdapterError
+from ..adapters import POLICY, adapter_parameters, keeping_what_trains
+from ..heads import save_heads
+from ..load import LoadedModel, quiet
+from ..result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, read_card
 
 
-def attach(loaded: LoadedModel, method: Method, *, seed: int, new_tokens: list[int] | None = None) -> nn.Module:
-    """Makes the method's parameters trainable, in fp32 for adapters, and everything else frozen. Returns the model to train.
-
-    new_tokens: ids whose embeddings train besides (a base model's new chat tokens). Raises RecipeError if a target matches nothing.
-    """
-    torch.manual_seed(seed)
-    if isinstance(method, FullMethod):
-        loaded.model.requires_grad_(True)
-        return loaded.model
-    return _with_adapter(loaded.model, _lora_config(loaded, method, new_tokens))
-
-
-def _with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+def put_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int | None = None) -> PeftModel:
+    """A fresh adapter on a model; from a seed where one is given."""
+    if seed is not None:
+        torch.manual_seed(seed)
     with warnings.catch_warnings():  # PEFT asks for what transformers has renamed
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         return get_peft_model(model, config, autocast_adapter_dtype=True)
-
-
-def _lora_config(loaded: LoadedModel, method: LoraMethod, new_tokens: list[int] | None) -> LoraConfig:
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=method.r,
-        lora_alpha=method.lora_alpha if method.lora_alpha is not None else 2 * method.r,
-        lora_dropout=method.lora_dropout,
-        use_rslora=method.use_rslora,
-        target_modules=target_modules(loaded.model, method.target_modules),
-        trainable_token_indices=_where_tokens_train(loaded.model, new_tokens) if new_tokens else None,
-        base_model_name_or_path=loaded.identity.folder,
-    )
-
-
-def _where_tokens_train(model: PreTrainedModel, tokens: list[int]) -> list[int] | dict[str, list[int]]:
-    """PEFT's trainable_token_indices: the rows of the embeddings, and those of the head where it has its own."""
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head.bias is not None:
-        raise ModelError("new tokens cannot train in a head with a bias", where=model.config.model_type, mend="use method full")
-    if head.weight is embeddings.weight:
-        return tokens
-    names = {module: name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
-    return {names[embeddings]: tokens, names[head]: tokens}
-
-
-def target_modules(model: PreTrainedModel, wanted: list[str] | None) -> list[str]:
-    """The names of the linear layers that get an adapter. Each of `wanted` must match at least one, by full name or last part(s)."""
-    backbone = backbone_of(model)
-    linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    if wanted is None:
-        return sorted({name.rsplit(".", 1)[-1] for name in linear})
-    for target in wanted:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            near = difflib.get_close_matches(target, known, n=3, cutoff=0.4) or known
-            raise RecipeError(
-                f"`{target}` matches no linear layer of the model", where="method.target_modules", mend=f"nearest names: {', '.join(near)}"
-            )
-    return sorted(wanted)
 
 
 def trainable_state(model: nn.Module, adapter: str = POLICY) -> dict[str, torch.Tensor]:
@@ -143,7 +90,7 @@ def load_adapter(loaded: LoadedModel, folder: Path, *, trainable: bool = False) 
     config, have = _read_adapter(loaded, folder)
     config.inference_mode = not trainable
     with _fitting(folder):
-        model = _with_adapter(loaded.model, config)
+        model = put_adapter(loaded.model, config)
     _fill(model, POLICY, have, folder)
     for parameter in adapter_parameters(model, POLICY).values():
         parameter.requires_grad_(trainable)
@@ -168,7 +115,7 @@ def _fitting(folder: Path) -> Iterator[None]:
         raise AdapterError(f"the adapter does not fit the model: {error}", where=str(folder), mend=mend) from error
 
 
-def _read_adapter(loaded: LoadedModel, folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+def _read_adapter(loaded: LoadedModel, folder: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
     """A saved adapter's config and tensors, if it was trained on this base."""
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
@@ -182,9 +129,9 @@ def _read_adapter(loaded: LoadedModel, folder: Path) -> tuple[LoraConfig, dict[s
             mend=f"load {card['base'].get('name')} in the revision it was trained on",
         )
     try:
-        config, have = LoraConfig.from_pretrained(str(folder)), load_file(weights)
+        config, have = PeftConfig.from_pretrained(str(folder)), load_file(weights)
     except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
-        mend = f"it needs a LoRA {ADAPTER_CONFIG} and whole weights"
+        mend = f"it needs a PEFT {ADAPTER_CONFIG} and whole weights"
         raise AdapterError(f"the adapter cannot be read: {error}", where=str(folder), mend=mend) from error
     return config, have
 

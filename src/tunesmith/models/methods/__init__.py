@@ -1,0 +1,84 @@
+"""Which parameters train, one file a family; how the result is saved and strictly loaded again.
+
+model = attach(loaded, settings, seed=0)    # what trains is trainable, everything else frozen
+save_result(model, loaded, folder, card)    # a plain PEFT adapter or a plain transformers model
+model = load_adapter(loaded, folder)        # all tensors, on their own base, or AdapterError
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...errors import AdapterError
+from ...recipe import FullMethod, LoraMethod, Method
+from ..load import LoadedModel
+from ..result import ADAPTER_WEIGHTS, is_adapter, read_adapter_config
+from ._kind import AdapterKind, MethodKind
+from .lora import Lora
+from .saving import add_adapter, load_adapter, save_result, trainable_state
+from .targets import target_modules
+from .whole import Full
+
+KINDS: dict[str, MethodKind] = {"full": Full(), "lora": Lora()}
+ADAPTERS: dict[str, AdapterKind] = {kind.peft_type: kind for kind in KINDS.values() if hasattr(kind, "peft_type")}
+
+__all__ = [
+    "ADAPTERS",
+    "KINDS",
+    "add_adapter",
+    "attach",
+    "load_adapter",
+    "method_of",
+    "resolve",
+    "save_result",
+    "starts_unchanged",
+    "target_modules",
+    "trainable_count",
+    "trainable_state",
+]
+
+
+def resolve(model: PreTrainedModel, method: Method) -> Method:
+    """The method with every derived setting written out. Raises RecipeError where a name matches nothing of the model."""
+    return KINDS[method.type].resolve(model, method)
+
+
+def attach(loaded: LoadedModel, method: Method, *, seed: int, new_tokens: list[int] | None = None) -> nn.Module:
+    """Makes the method's parameters trainable, in fp32 for adapters, and everything else frozen. Returns the model to train.
+
+    new_tokens: ids whose embeddings train besides (a base model's new chat tokens). Raises RecipeError if a target matches nothing.
+    """
+    return KINDS[method.type].attach(loaded, resolve(loaded.model, method), seed=seed, new_tokens=new_tokens or [])
+
+
+def trainable_count(model: PreTrainedModel, method: Method) -> int:
+    """How many numbers a resolved method trains in a model, without putting it there."""
+    return KINDS[method.type].trainable(model, method)
+
+
+def starts_unchanged(method: Method) -> bool:
+    """Whether a fresh one leaves the model's output as it was."""
+    return KINDS[method.type].unchanged
+
+
+def method_of(start: Path | None) -> Method:
+    """What a stage trains where its recipe names no method: that of what it starts from; LoRA on a bare base."""
+    if start is None:
+        return LoraMethod()
+    if not is_adapter(start):
+        return FullMethod()
+    config = read_adapter_config(start)
+    kind = ADAPTERS.get(config.get("peft_type"))
+    if kind is None:
+        mend = f"known: {', '.join(sorted(ADAPTERS))}"
+        raise AdapterError(f"an adapter of type {config.get('peft_type')}, which is not known", where=str(start), mend=mend)
+    try:
+        with safe_open(start / ADAPTER_WEIGHTS, "pt") as weights:
+            names = list(weights.keys())
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"the adapter cannot be read: {error}", where=str(start), mend="it needs whole weights") from error
+    return kind.settings_of(config, names)
