@@ -99,7 +99,7 @@ def test_an_unknown_key_that_is_near_to_none_is_refused_with_all_known_ones(writ
         ("    method: lora", "    method: {r: 3}", 13, ["stages.1.method.type", "not given"]),
         ("    method: lora", "    method: {type: lora, r: 1.5}", 13, ["stages.1.method.r", "valid integer", "1.5"]),
         ("name: more", "name: sft", 1, ["stage names must differ", "sft"]),
-        ("    learning_rate: 1e-5\n", "", 11, ["stages.1.learning_rate", "not given"]),
+        ("    objective: {type: sft}\n", "", 11, ["stages.1.objective", "not given"]),
         ("  name: smollm2-135m-instruct", "  - smollm2-135m-instruct", 2, ["model", "valid dictionary"]),
     ],
 )

@@ -96,7 +96,7 @@ def test_another_base_is_loaded_as_the_recipes_model_section_says(tmp_path, monk
 def test_a_foreign_adapter_with_a_pattern_for_its_targets_gives_those_of_its_weights(tmp_path, pattern):
     names = ["base_model.model.model.layers.0.self_attn.q_proj", "base_model.model.model.layers.1.mlp.up_proj"]
     save_file({f"{name}.lora_{m}.weight": torch.ones(1) for name in names for m in "AB"}, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16, "target_modules": pattern}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": pattern}))
     stage = make_stage().model_copy(update={"method": None})
     assert derive_stage(stage, 12, start=tmp_path).method == LoraMethod(r=8, lora_alpha=16.0, target_modules=["q_proj", "up_proj"])
     (tmp_path / "adapter_model.safetensors").unlink()
