@@ -19,6 +19,8 @@ class MethodKind(Protocol[Settings]):
 
     unchanged: bool
     """Whether a fresh one leaves the model's output as it was."""
+    mergeable: str | None
+    """Why the result cannot be merged into its base; None where it can, or is a whole model."""
 
     def resolve(self, model: PreTrainedModel, settings: Settings) -> Settings:
         """The settings with every derived one written out. Raises RecipeError where a name matches nothing of the model."""

@@ -12,13 +12,14 @@ from ...recipe import LoraMethod
 from ..load import LoadedModel
 from .saving import put_adapter
 from .targets import linear_layers, matches, target_modules
-from .tokens import where_tokens_train
+from .tokens import with_new_tokens
 
 
 class Lora:
     """Low-rank updates of linear layers."""
 
     unchanged = True
+    mergeable = None
     peft_type = "LORA"
 
     def resolve(self, model: PreTrainedModel, settings: LoraMethod) -> LoraMethod:
@@ -37,16 +38,16 @@ class Lora:
 
     def config(self, loaded: LoadedModel, settings: LoraMethod, new_tokens: list[int]) -> LoraConfig:
         """PEFT's config."""
-        return LoraConfig(
+        config = LoraConfig(
             task_type="CAUSAL_LM",
             r=settings.r,
             lora_alpha=settings.lora_alpha,
             lora_dropout=settings.lora_dropout,
             use_rslora=settings.use_rslora,
             target_modules=settings.target_modules,
-            trainable_token_indices=where_tokens_train(loaded.model, new_tokens) if new_tokens else None,
             base_model_name_or_path=loaded.identity.folder,
         )
+        return with_new_tokens(config, loaded.model, new_tokens)
 
     def settings_of(self, config: dict[str, Any], names: list[str]) -> LoraMethod:
         """As PEFT wrote them; where the targets are a pattern ("all-linear" or a regex), those that the tensors name."""

@@ -24,7 +24,8 @@ from ...errors import AdapterError
 from ..adapters import POLICY, adapter_parameters, keeping_what_trains
 from ..heads import save_heads
 from ..load import LoadedModel, quiet
-from ..result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, read_card
+from ..result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, read_adapter_config, read_card
+from .tokens import FIELD, mark_tokens, saved_config
 
 
 def put_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int | None = None) -> PeftModel:
@@ -49,7 +50,7 @@ def save_result(model: nn.Module, loaded: LoadedModel, folder: Path, card: dict[
     if isinstance(model, PeftModel):
         state = trainable_state(model)
         save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        config = model.peft_config[POLICY].to_dict()
+        config = saved_config(model.peft_config[POLICY])
         config["inference_mode"], config["base_model_name_or_path"] = True, loaded.identity.folder
         (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=_plain))
     else:
@@ -129,7 +130,10 @@ def _read_adapter(loaded: LoadedModel, folder: Path) -> tuple[PeftConfig, dict[s
             mend=f"load {card['base'].get('name')} in the revision it was trained on",
         )
     try:
-        config, have = PeftConfig.from_pretrained(str(folder)), load_file(weights)
+        with warnings.catch_warnings():  # PEFT tells of the fields that a config's class has not: new tokens' is set here
+            warnings.filterwarnings("ignore", message=f".*{FIELD}")
+            config, have = PeftConfig.from_pretrained(str(folder)), load_file(weights)
+        mark_tokens(config, read_adapter_config(folder).get(FIELD))
     except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
         mend = f"it needs a PEFT {ADAPTER_CONFIG} and whole weights"
         raise AdapterError(f"the adapter cannot be read: {error}", where=str(folder), mend=mend) from error

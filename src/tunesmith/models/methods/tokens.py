@@ -1,14 +1,43 @@
-"""New tokens' rows in the embeddings and the head, which train beside an adapter."""
+"""New tokens' rows in the embeddings and the head, which train and are saved beside an adapter of any kind.
+
+PEFT knows them as `trainable_token_indices`, a field of LoRA's config alone; its code reads the name off any config, so others carry it as
+an attribute, which is written into `adapter_config.json` and set again when that is read.
+"""
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
+from peft import PeftConfig
 from transformers import PreTrainedModel
 
 from ...errors import ModelError
 
+FIELD = "trainable_token_indices"
+Config = TypeVar("Config", bound=PeftConfig)
 
-def where_tokens_train(model: PreTrainedModel, tokens: list[int]) -> list[int] | dict[str, list[int]]:
-    """PEFT's trainable_token_indices: the rows of the embeddings, and those of the head where it has its own."""
+
+def with_new_tokens(config: Config, model: PreTrainedModel, tokens: list[int]) -> Config:
+    """An adapter's config with tokens whose rows train besides: in the embeddings, and in the head where it has its own.
+
+    Raises ModelError for a head with a bias.
+    """
+    return mark_tokens(config, _where_tokens_train(model, tokens) if tokens else None)
+
+
+def mark_tokens(config: Config, where: list[int] | dict[str, list[int]] | None) -> Config:
+    """Sets what `adapter_config.json` says of new tokens on a config, whose class may not know the field."""
+    setattr(config, FIELD, where)
+    return config
+
+
+def saved_config(config: PeftConfig) -> dict[str, Any]:
+    """What is written of a config: its fields, and where new tokens train."""
+    where = getattr(config, FIELD, None)
+    return config.to_dict() | ({FIELD: where} if where is not None else {})
+
+
+def _where_tokens_train(model: PreTrainedModel, tokens: list[int]) -> list[int] | dict[str, list[int]]:
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head.bias is not None:
         raise ModelError("new tokens cannot train in a head with a bias", where=model.config.model_type, mend="use method full")

@@ -13,6 +13,7 @@ class Full:
     """Every parameter trains."""
 
     unchanged = True
+    mergeable = None
 
     def resolve(self, model: PreTrainedModel, settings: FullMethod) -> FullMethod:
         """Nothing is derived."""
