@@ -193,7 +193,8 @@ def run_tunesmith(spec: dict) -> dict:
     from tunesmith.recipe import FullMethod, LoraMethod, ModelSection, Stage
     from tunesmith.train.memory import keep_freed_memory
     from tunesmith.train.offline import row_sums
-    from tunesmith.train.optimiser import FlatAdamW, learning_rate
+    from tunesmith.train.optimiser import Optimiser
+    from tunesmith.train.schedule import learning_rate
     from tunesmith.train.window import run_window
 
     folder, pairs = read_pairs(spec)
@@ -202,7 +203,7 @@ def run_tunesmith(spec: dict) -> dict:
     stage = Stage(name="dpo", objective=settings, method=method, learning_rate=RATE[spec["method"]])
     policy = Policy(attach(load_model(ModelSection(name=folder, dtype=spec["dtype"])), method, seed=SEED))
     policy.model.eval()
-    objective, optimiser = OBJECTIVES["dpo"](stage.objective), FlatAdamW(policy.named_parameters(), stage)
+    objective, optimiser = OBJECTIVES["dpo"](stage.objective), Optimiser(policy.named_parameters(), stage)
     if spec["method"] == "full":
         optimiser.start_from((f"model.{name}", value) for name, value in stored_weights(folder))
     keep_freed_memory()

@@ -154,7 +154,8 @@ def run_tunesmith(spec: dict) -> dict:
     from tunesmith.objectives import OBJECTIVES
     from tunesmith.recipe import LoraMethod, ModelSection, Stage
     from tunesmith.train.memory import keep_freed_memory
-    from tunesmith.train.optimiser import FlatAdamW, learning_rate
+    from tunesmith.train.optimiser import Optimiser
+    from tunesmith.train.schedule import learning_rate
     from tunesmith.train.window import run_window
 
     stored = json.loads(Path(spec["prompts"]).read_text())
@@ -174,7 +175,7 @@ def run_tunesmith(spec: dict) -> dict:
     policy.model.eval()
     if kind == "ppo":
         policy.heads["value"] = make_head(loaded.width, seed=None)
-    objective, optimiser = OBJECTIVES[kind](stage.objective), FlatAdamW(policy.named_parameters(), stage)
+    objective, optimiser = OBJECTIVES[kind](stage.objective), Optimiser(policy.named_parameters(), stage)
     keep_freed_memory()
     torch.manual_seed(SEED)
     sampling, lengths, rewards = [], [], []

@@ -201,14 +201,15 @@ def run_tunesmith(spec: dict) -> dict:
     from tunesmith.objectives import OBJECTIVES
     from tunesmith.recipe import FullMethod, LoraMethod, ModelSection, Stage
     from tunesmith.train.memory import keep_freed_memory
-    from tunesmith.train.optimiser import FlatAdamW, learning_rate
+    from tunesmith.train.optimiser import Optimiser
+    from tunesmith.train.schedule import learning_rate
     from tunesmith.train.window import run_window
 
     folder, rows = read_rows(spec)
     method = FullMethod() if spec["method"] == "full" else LoraMethod(r=RANK)
     stage = Stage(name="sft", objective="sft", method=method, learning_rate=peak_rate(spec))
     policy = Policy(attach(load_model(ModelSection(name=folder, dtype=spec["dtype"])), method, seed=SEED))
-    objective, optimiser = OBJECTIVES["sft"](), FlatAdamW(policy.named_parameters(), stage)
+    objective, optimiser = OBJECTIVES["sft"](), Optimiser(policy.named_parameters(), stage)
     if spec["method"] == "full":
         optimiser.start_from((f"model.{name}", value) for name, value in stored_weights(folder))
     keep_freed_memory()

@@ -25,7 +25,7 @@ from tunesmith.objectives import SFT
 from tunesmith.recipe import ModelSection, Stage
 from tunesmith.rundir import RunDirectory
 from tunesmith.train.loop import Job
-from tunesmith.train.optimiser import FlatAdamW
+from tunesmith.train.optimiser import Optimiser
 from tunesmith.train.signals import StopRequest
 from tunesmith.train.stage import StageInputs, derive_stage, run_stage
 from tunesmith.train.window import evaluate_loss
@@ -92,7 +92,7 @@ def make_job(
         "policy": policy,
         "objective": objective,
         "source": DatasetSource(items_of(rows), batch_size=size, accumulation=accumulation, seed=0),
-        "optimiser": FlatAdamW(policy.named_parameters(), stage),
+        "optimiser": Optimiser(policy.named_parameters(), stage),
         "run": run,
         "fingerprint": "f",
         "evaluate": held_out,

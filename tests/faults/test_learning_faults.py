@@ -17,7 +17,7 @@ from tests.toys import loaded, make_items, make_prompts, make_stage, tiny_model,
 
 from tunesmith.rundir import read_events, verify_folder
 from tunesmith.train import offline, scoring
-from tunesmith.train.optimiser import FlatAdamW
+from tunesmith.train.optimiser import Optimiser
 from tunesmith.train.rollouts import RolloutSource
 
 STEPS = 6
@@ -120,16 +120,16 @@ def test_a_run_killed_again_and_again_in_the_middle_of_updates_ends_as_the_unbro
     draw = random.Random(row)
 
     def until_killed(update: int) -> str:
-        plain, count = FlatAdamW.step, [0]
+        plain, count = Optimiser.step, [0]
 
-        def step(self: FlatAdamW, rate: float, norm: float) -> None:
+        def step(self: Optimiser, rate: float, norm: float) -> None:
             count[0] += 1
             if count[0] == update:
                 self.masters[0].mul_(2)  # half of the update is made
                 kill_myself()
             plain(self, rate, norm)
 
-        FlatAdamW.step = step
+        Optimiser.step = step
         return work(base, scored_by, tmp_path, row)
 
     for _ in range(3):

@@ -26,7 +26,7 @@ from tunesmith.models.result import CARD
 from tunesmith.objectives import SFT
 from tunesmith.recipe import FullMethod, LoraMethod, ModelSection
 from tunesmith.rundir import RunDirectory, verify_folder
-from tunesmith.train.optimiser import FlatAdamW
+from tunesmith.train.optimiser import Optimiser
 from tunesmith.train.signals import StopRequest
 from tunesmith.train.stage import add_new_tokens, resolve_method, run_stage
 from tunesmith.train.window import run_window
@@ -75,7 +75,7 @@ def base(folder: Path) -> LoadedModel:
 
 def train_steps(model: torch.nn.Module, rows: list, steps: int = 3) -> Policy:
     policy = Policy(model)
-    optimiser = FlatAdamW(policy.named_parameters(), make_stage())
+    optimiser = Optimiser(policy.named_parameters(), make_stage())
     for _ in range(steps):
         optimiser.zero_grad()
         run_window(policy, SFT(), [batch_of(rows)])

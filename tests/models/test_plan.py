@@ -26,7 +26,7 @@ from tunesmith.models.plan import (
 )
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import SFT
-from tunesmith.train.optimiser import FlatAdamW
+from tunesmith.train.optimiser import Optimiser
 from tunesmith.train.window import run_window
 
 SHAPE = Shape(parameters=134_515_008, linear=106_168_320, layers=30, hidden=576, inner=1536, vocabulary=49152, itemsize=2, cached=11_520)
@@ -59,10 +59,11 @@ def test_the_state_of_full_tuning_is_what_the_optimiser_holds(dtype, accumulatio
     model = tiny_model("llama", dtype=dtype)
     stage = make_stage(method="full", max_steps=2, gradient_accumulation_steps=accumulation)
     policy = Policy(model)
-    optimiser = FlatAdamW(policy.named_parameters(), stage)
+    optimiser = Optimiser(policy.named_parameters(), stage)
     batches = [batch_of(make_rows(2, seed=seed)) for seed in range(accumulation)]
     run_window(policy, SFT(), batches)
-    held = [optimiser.first, optimiser.second, optimiser.rest, *(g for g in optimiser.gradients if g is not None)]
+    held = [tensor for name, tensor in optimiser.state().items() if name.startswith(("first.", "second.", "rest."))]
+    held += [optimiser.flat_gradient, *(unit.gradient for unit in optimiser._apart)]
     trained = sum(p.numel() for p in model.parameters())
     size = replace(SHAPE, itemsize=dtype.itemsize)
 

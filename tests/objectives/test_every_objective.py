@@ -26,7 +26,7 @@ from tunesmith.models.policy import TokenOutputs
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.objectives._pairs import preference_metrics
 from tunesmith.recipe import objective as settings
-from tunesmith.train.optimiser import FlatAdamW
+from tunesmith.train.optimiser import Optimiser
 from tunesmith.train.window import run_window
 
 
@@ -39,7 +39,7 @@ def updated(case: Case, batches: list) -> torch.Tensor:
     """All trained weights after two updates on a window, minus where they began."""
     policy = make_policy()
     stage = make_stage(warmup_steps=0, lr_scheduler_type="constant", learning_rate=1e-3)
-    optimiser = FlatAdamW(policy.named_parameters(), stage.model_copy(update={"adam_epsilon": 1e-3}))
+    optimiser = Optimiser(policy.named_parameters(), stage.model_copy(update={"adam_epsilon": 1e-3}))
     began = optimiser.flat.clone()
     for _ in range(2):
         optimiser.zero_grad()

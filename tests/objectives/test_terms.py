@@ -19,7 +19,7 @@ from tunesmith.objectives import SFT, Term
 from tunesmith.recipe import LoraMethod
 from tunesmith.rundir import RunDirectory
 from tunesmith.train.loop import train
-from tunesmith.train.optimiser import FlatAdamW
+from tunesmith.train.optimiser import Optimiser
 from tunesmith.train.window import evaluate_loss, run_window
 
 ROWS = make_rows(11)
@@ -70,7 +70,7 @@ def updated(objective: Any, *, batch_size: int, accumulation: int, rows: Any = R
     model = tiny_model("llama")
     stage = make_stage(warmup_steps=0, lr_scheduler_type="constant", per_device_train_batch_size=batch_size, learning_rate=1e-3)
     policy = Policy(attach(loaded(model), LoraMethod(r=4), seed=0) if method == "lora" else model)
-    optimiser = FlatAdamW(policy.named_parameters(), stage.model_copy(update={"adam_epsilon": 1e-3}))
+    optimiser = Optimiser(policy.named_parameters(), stage.model_copy(update={"adam_epsilon": 1e-3}))
     began = optimiser.flat.clone()
     source = DatasetSource(items_of(rows), batch_size=batch_size, accumulation=accumulation, seed=0)
     for step in range(2):

@@ -12,7 +12,8 @@ from transformers import get_scheduler
 from tunesmith.errors import CheckpointError
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import SFT
-from tunesmith.train.optimiser import FlatAdamW, learning_rate
+from tunesmith.train.optimiser import Optimiser
+from tunesmith.train.schedule import learning_rate
 from tunesmith.train.window import run_window
 
 HF_NAMES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -51,7 +52,7 @@ def test_updates_equal_those_of_torchs_adamw_with_clipping_and_decay_of_matrices
     plain, model = tiny_model("llama"), tiny_model("llama")
     stage = make_stage(weight_decay=0.1, max_grad_norm=clip, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
     policy, reference = Policy(model), Policy(plain)
-    ours = FlatAdamW(policy.named_parameters(), stage)
+    ours = Optimiser(policy.named_parameters(), stage)
     groups = [
         {"params": [p for p in reference.parameters() if p.dim() >= 2], "weight_decay": 0.1},
         {"params": [p for p in reference.parameters() if p.dim() < 2], "weight_decay": 0.0},
@@ -75,10 +76,10 @@ def test_updates_equal_those_of_torchs_adamw_with_clipping_and_decay_of_matrices
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def train_bf16(steps: int) -> FlatAdamW:
+def train_bf16(steps: int) -> Optimiser:
     rows = make_rows(8)
     policy = Policy(tiny_model("llama", dtype=torch.bfloat16))
-    optimiser = FlatAdamW(policy.named_parameters(), make_stage())
+    optimiser = Optimiser(policy.named_parameters(), make_stage())
     for _ in range(steps):
         optimiser.zero_grad()
         run_window(policy, SFT(), [batch_of(rows)])
@@ -98,8 +99,8 @@ def test_trained_weights_are_fp32_and_more_than_nine_tenths_move_in_a_hundred_bf
 def test_masters_of_bf16_weights_begin_at_the_stored_values_and_not_at_their_rounding():
     stored = dict(Policy(tiny_model("llama")).named_parameters())
     policy = Policy(tiny_model("llama").to(torch.bfloat16))
-    optimiser = FlatAdamW(policy.named_parameters(), make_stage())
-    assert not any(rest.any() for rest in optimiser._rests)
+    optimiser = Optimiser(policy.named_parameters(), make_stage())
+    assert not any(tensor.any() for name, tensor in optimiser.state().items() if name.startswith("rest."))
     optimiser.start_from((name, p.data) for name, p in stored.items())
     for name, parameter, master in zip(optimiser.names, optimiser.parameters, optimiser.masters, strict=True):
         torch.testing.assert_close(master, stored[name].data, rtol=2e-7, atol=0)
@@ -126,35 +127,35 @@ def test_adamw_on_bf16_weights_would_round_most_updates_away():
 def test_gradients_of_bf16_weights_add_up_in_fp32_over_a_window():
     rows = make_rows(6)
     policy = Policy(tiny_model("llama", dtype=torch.bfloat16))
-    optimiser = FlatAdamW(policy.named_parameters(), make_stage(gradient_accumulation_steps=1))
+    optimiser = Optimiser(policy.named_parameters(), make_stage(gradient_accumulation_steps=1))
     batches = [batch_of(rows[:2]), batch_of(rows[2:4]), batch_of(rows[4:])]
     parts = []
     for batch in batches:
         optimiser.zero_grad()
         (-policy(batch.forest).logprobs.sum()).backward()
-        parts.append(list(optimiser.gradients))
+        parts.append([unit.gradient for unit in optimiser._apart])
     optimiser.zero_grad()
     for batch in batches:
         (-policy(batch.forest).logprobs.sum()).backward()
-    for grads, got in zip(zip(*parts, strict=True), optimiser.gradients, strict=True):
+    for grads, got in zip(zip(*parts, strict=True), [unit.gradient for unit in optimiser._apart], strict=True):
         assert got.dtype == torch.float32
         assert torch.equal(got, grads[0].float() + grads[1].float() + grads[2].float())
     optimiser.zero_grad()
     run_window(policy, SFT(), [batch_of(rows)])
-    assert {grad.dtype for grad in optimiser.gradients} == {torch.bfloat16}
+    assert {unit.gradient.dtype for unit in optimiser._apart} == {torch.bfloat16}
     assert all(p.grad is None for p in policy.parameters())
 
 
 def test_a_state_saved_and_loaded_makes_the_same_next_update_bit_for_bit():
     rows = make_rows(8)
 
-    def step(policy: Policy, optimiser: FlatAdamW) -> None:
+    def step(policy: Policy, optimiser: Optimiser) -> None:
         optimiser.zero_grad()
         run_window(policy, SFT(), [batch_of(rows)])
         optimiser.step(1e-3, optimiser.grad_norm())
 
-    first, second = Policy(tiny_model("llama")), Policy(tiny_model("llama", seed=1))
-    one, two = FlatAdamW(first.named_parameters(), make_stage()), FlatAdamW(second.named_parameters(), make_stage())
+    first, second = Policy(tiny_model("llama")), Policy(tiny_model("llama"))
+    one, two = Optimiser(first.named_parameters(), make_stage()), Optimiser(second.named_parameters(), make_stage())
     for _ in range(3):
         step(first, one)
     two.load({name: tensor.clone() for name, tensor in one.state().items()})
@@ -165,7 +166,7 @@ def test_a_state_saved_and_loaded_makes_the_same_next_update_bit_for_bit():
 
 
 def test_a_state_of_another_model_is_refused():
-    one = FlatAdamW(Policy(tiny_model("llama")).named_parameters(), make_stage())
-    other = FlatAdamW(Policy(tiny_model("gpt2")).named_parameters(), make_stage())
+    one = Optimiser(Policy(tiny_model("llama")).named_parameters(), make_stage())
+    other = Optimiser(Policy(tiny_model("gpt2")).named_parameters(), make_stage())
     with pytest.raises(CheckpointError, match="not this stage's"):
         one.load(other.state())

@@ -33,11 +33,11 @@ def test_a_stage_in_which_nothing_trains_ends_before_its_first_update(tmp_path, 
 
 def test_freed_memory_is_kept_from_when_model_and_optimiser_stand(tmp_path, monkeypatch):
     order = []
-    for name in ("build_model", "FlatAdamW", "keep_freed_memory", "train"):
+    for name in ("build_model", "Optimiser", "keep_freed_memory", "train"):
         plain = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, name=name, plain=plain, **kwargs: order.append(name) or plain(*args, **kwargs))
     train_stage(loaded(tiny_model("llama")), make_stage(method="full", max_steps=1), tmp_path / "run", ROWS)
-    assert order == ["build_model", "FlatAdamW", "keep_freed_memory", "train"]
+    assert order == ["build_model", "Optimiser", "keep_freed_memory", "train"]
 
 
 @pytest.mark.parametrize("part", ["train", "validation"])

@@ -53,8 +53,11 @@ class Stage(Section):
     """Shape of the schedule after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Updates of linear warm-up; derived as a twentieth of all."""
+    optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor", "muon"] = "adamw_torch_fused"
+    """The update rule, over fp32 masters: AdamW; AdamW with moments in 8 bits, paged to the host on CUDA; Adafactor; Muon for the layers'
+    matrices, with AdamW for the rest."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decoupled weight decay, on matrices only."""
+    """Decoupled weight decay, on matrices only."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW's first-moment decay."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -86,6 +89,14 @@ class Stage(Section):
             raise ValueError(
                 f"objective.reference: {named} is not what the stage starts from ({start}); write start, or start_from: {named}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _optim_reads_its_settings(self) -> Stage:
+        if self.optim == "adafactor":
+            for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name}: optim: adafactor has no such number; leave {name} out")
         return self
 
     @model_validator(mode="after")

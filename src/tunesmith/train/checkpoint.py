@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import CheckpointError, NonFinite
 from ..rundir import RunDirectory
-from .optimiser import FlatAdamW
+from .optimiser import Optimiser
 
 STATE, TENSORS = "state.json", "state.safetensors"
 RNG, SOURCE = "rng.cpu", "source."
@@ -42,7 +42,7 @@ class Progress:
 
 
 def save_checkpoint(
-    run: RunDirectory, stage: str, progress: Progress, optimiser: FlatAdamW, fingerprint: str, source: Mapping[str, torch.Tensor]
+    run: RunDirectory, stage: str, progress: Progress, optimiser: Optimiser, fingerprint: str, source: Mapping[str, torch.Tensor]
 ) -> Path:
     """Writes step-N; weights that are not finite are refused, so that the newest checkpoint is always usable. Raises NonFinite.
 
@@ -64,7 +64,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in tensor.view(-1).split(CHECKED))
 
 
-def load_checkpoint(folder: Path, optimiser: FlatAdamW, fingerprint: str) -> tuple[Progress, dict[str, torch.Tensor]]:
+def load_checkpoint(folder: Path, optimiser: Optimiser, fingerprint: str) -> tuple[Progress, dict[str, torch.Tensor]]:
     """Puts a verified checkpoint's state in place; gives how far it came, and the source's state.
 
     Raises CheckpointError when it belongs to another recipe or data.
@@ -83,6 +83,6 @@ def load_checkpoint(folder: Path, optimiser: FlatAdamW, fingerprint: str) -> tup
     return Progress(**state), source
 
 
-def load_weights(folder: Path, optimiser: FlatAdamW) -> None:
+def load_weights(folder: Path, optimiser: Optimiser) -> None:
     """Puts only a checkpoint's trained weights in place: for taking the best one at the end."""
     optimiser.load_weights(load_file(folder / TENSORS))

@@ -25,7 +25,8 @@ from ..rundir import RunDirectory, verify_folder
 from .checkpoint import Progress, load_checkpoint, load_weights, save_checkpoint
 from .invariants import starts_where_it_compares
 from .memory import peak_memory_bytes
-from .optimiser import FlatAdamW, learning_rate
+from .optimiser import Optimiser
+from .schedule import learning_rate
 from .signals import StopRequest
 from .window import Between, WindowResult, run_window
 
@@ -53,7 +54,7 @@ class Job:
     policy: Policy
     objective: Objective
     source: Source
-    optimiser: FlatAdamW
+    optimiser: Optimiser
     run: RunDirectory
     fingerprint: str
     """Of the settings and data that a checkpoint must share to be resumed from."""

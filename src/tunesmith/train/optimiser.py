@@ -1,212 +1,175 @@
-"""AdamW with fp32 masters (Loshchilov & Hutter 2019, arXiv:1711.05101), and the learning-rate schedule in closed form.
+"""The optimiser of one stage: it holds gradients and fp32 masters, takes the norm, clips, and lets the recipe's update rule move them.
 
-Every trained weight has an fp32 master, since a bf16 weight rounds most updates away. Tensors held in fp32 are their own masters and lie in
-one flat buffer, which one fused kernel updates. A bf16 tensor is the upper half of its master: the other 16 bits lie in `rest`, so that
-weight and master take 4 bytes and not 6; it is updated a block at a time, joined, changed and split again while in the processor's cache.
+What is kept where is `masters.py`; how a tensor moves is `updates/`. Weight decay applies to tensors of two or more dimensions only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
+from torch.distributed.tensor import DTensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RecipeError
 from ..recipe import Stage
+from .masters import Apart, Run
+from .updates import Choice, Moment
 
 SAMPLE = 200_000  # weights remembered from the start, to say which share has moved
-BLOCK = 1 << 17  # bf16 weights updated at once: 512 KiB a buffer, which stays in cache
-TIE = (1 << 15) - 1  # a master halfway between two bf16 values may be rounded down; its rest then does not fit 16 bits by one and is cut
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over the processes that hold the shards."""
 
 
-class FlatAdamW:
-    """The optimiser of one stage. Weight decay applies to tensors of two or more dimensions only.
+def _alone(tensor: Tensor) -> Tensor:
+    """The sum over processes where there is one."""
+    return tensor
 
-    The gradient of a bf16 tensor is left in bf16 after a window's first batch, and the others' are added to it in fp32.
+
+class Optimiser:
+    """Gradients, masters and what the rule remembers, of every parameter that trains.
+
+    parameters: by name; of DTensors, this process's shards are moved, and their gradients are taken to be reduced already. scales: how many
+    times the stage's learning rate a parameter moves at, by name. tables: names of embeddings and heads, which Muon leaves to AdamW.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], stage: Stage):
-        named = sorted(
-            ((n, p) for n, p in parameters if p.requires_grad), key=lambda pair: (pair[1].dtype != torch.float32, pair[1].dim() < 2)
-        )
-        self.stage = stage
-        self.names = [name for name, _ in named]
-        self.parameters = [parameter for _, parameter in named]
-        sizes = [p.numel() for p in self.parameters]
-        device = self.parameters[0].device
-        self._whole = [p for p in self.parameters if p.dtype == torch.float32]
-        self._halved = self.parameters[len(self._whole) :]
-        whole = sizes[: len(self._whole)]
-        halved = sizes[len(self._whole) :]
-        self.flat = torch.empty(sum(whole), dtype=torch.float32, device=device)
-        self.grad = torch.zeros(sum(whole), dtype=torch.float32, device=device)
-        self.rest = torch.zeros(sum(halved), dtype=torch.int16, device=device)
-        self.first, self.second = (torch.zeros(sum(sizes), dtype=torch.float32, device=device) for _ in range(2))
-        self.updates = torch.zeros((), dtype=torch.float32, device=device)
-        self._masters = [part.view_as(p) for part, p in zip(self.flat.split(whole), self._whole, strict=True)]
-        self._rests = list(self.rest.split(halved))
-        self._moments = list(zip(self.first.split(sizes), self.second.split(sizes), strict=True))
-        self.gradients: list[Tensor | None] = [part.view_as(p) for part, p in zip(self.grad.split(whole), self._whole, strict=True)]
-        for parameter, master, grad in zip(self._whole, self._masters, self.gradients, strict=True):
-            master.copy_(parameter.data)
-            parameter.data, parameter.grad = master, grad
-        for index, parameter in enumerate(self._halved, len(self._whole)):
-            self.gradients.append(None)
-            parameter.register_post_accumulate_grad_hook(partial(self._gather, index))
-        self.max_grad_norm = stage.max_grad_norm
-        self._stride = max(1, sum(sizes) // SAMPLE)
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        stage: Stage,
+        *,
+        scales: Mapping[str, float] | None = None,
+        tables: Collection[str] = (),
+    ):
+        self.weight_decay, self.max_grad_norm = stage.weight_decay, stage.max_grad_norm
+        self.updates = torch.zeros(())  # made so far
+        choice, scales = Choice(stage), scales or {}
+        named = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+        rules = {name: choice.rule(p.shape, table=name in tables) for name, p in named}
+        for name, parameter in named:
+            if isinstance(parameter, DTensor) and stage.optim in ("adafactor", "muon"):
+                raise RecipeError(
+                    f"{stage.optim} moves whole matrices, and `{name}` is sharded over processes",
+                    where=f"stages.{stage.name}.optim",
+                    mend="adamw_torch_fused or adamw_8bit, or train without sharding",
+                )
+
+        def group(pair: tuple[str, nn.Parameter]) -> tuple[bool, bool, float, bool, str]:
+            """What lies side by side: the flat buffer's tensors first, those that one call may move together."""
+            name, p = pair
+            flat, joins = p.dtype == torch.float32 and not isinstance(p, DTensor), rules[name].joins
+            return not flat, p.dim() < 2, scales.get(name, 1.0), joins, "" if flat and joins else name
+
+        named.sort(key=group)
+        self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
+        sizes = [p.numel() for pair, p in zip(named, self.parameters, strict=True) if not group(pair)[0]]
+        self.flat, self.flat_gradient = (torch.zeros(sum(sizes), dtype=torch.float32, device=self.parameters[0].device) for _ in range(2))
+        self._units: list[tuple[Run | Apart, bool, float]] = []
+        begin = 0
+        for (apart, is_vector, scale, *_), members in groupby(named, key=group):
+            held = list(members)
+            rule = rules[held[0][0]]
+            if apart:
+                self._units.append((Apart(*held[0], rule), not is_vector, scale))
+                continue
+            end = begin + sum(p.numel() for _, p in held)
+            self._units.append((Run(held, self.flat[begin:end], self.flat_gradient[begin:end], rule), not is_vector, scale))
+            begin = end
+        self._apart = [unit for unit, *_ in self._units if isinstance(unit, Apart)]
+        self._stride = max(1, sum(p.numel() for p in self.parameters) // SAMPLE)
         self._start = self._sample()
 
     @property
     def masters(self) -> list[Tensor]:
-        """Every trained tensor in fp32, in the order of `names`; a bf16 tensor's is a copy."""
-        return self._masters + [_join(p.data.flatten(), rest).view_as(p) for p, rest in zip(self._halved, self._rests, strict=True)]
+        """Every trained tensor in fp32, in the order of `names`; of a bf16 tensor a copy, of a sharded one this process's part."""
+        return [master for unit, *_ in self._units for master in unit.masters]
 
     def start_from(self, stored: Iterable[tuple[str, Tensor]]) -> None:
-        """Gives masters the bits that loading in bf16 dropped: `stored` are fp32 values by name, taken where they round to the weight held.
+        """Gives masters the bits that loading in 16 bits dropped: `stored` are fp32 values by name, taken where they round to the weight.
 
         A master that begins exactly at a bf16 value moves that weight only after half a bf16 step: the first updates would do nothing.
         """
-        halved = dict(zip(self.names[len(self._whole) :], zip(self._halved, self._rests, strict=True), strict=True))
+        apart = {unit.names[0]: unit for unit in self._apart}
         for name, value in stored:
-            parameter, rest = halved.get(name, (None, None))
-            if parameter is None or value.dtype != torch.float32 or value.shape != parameter.shape:
-                continue
-            value = value.to(parameter.device)
-            if torch.equal(value.to(parameter.dtype), parameter.data):
-                rest.copy_(_rest(value.flatten(), parameter.data.flatten()))
+            if name in apart:
+                apart[name].begin_at(value)
         self._start = self._sample()
 
     def zero_grad(self) -> None:
         """Sets every gradient to 0."""
-        self.grad.zero_()
-        self.gradients[len(self._whole) :] = [None] * len(self._halved)
+        self.flat_gradient.zero_()
+        for unit in self._apart:
+            unit.gradient = None
 
-    def _gather(self, index: int, parameter: nn.Parameter) -> None:
-        """Takes what a backward pass left in a bf16 parameter, so that the next one's is not added to it in bf16."""
-        held, new = self.gradients[index], parameter.grad
-        parameter.grad = None
-        self.gradients[index] = new if held is None else held.float().add_(new)
+    def gradients(self) -> list[Tensor]:
+        """Every gradient that each process holds whole, fp32, the same list on all of them: to be summed over processes in place."""
+        flat = [self.flat_gradient] if len(self.flat_gradient) else []
+        return flat + [unit.whole_gradient() for unit in self._apart if not unit.sharded]
 
-    def grad_norm(self) -> float:
-        """The Euclidean norm of all gradients."""
-        squares = float(torch.linalg.vector_norm(self.grad)) ** 2
-        for grad in self.gradients[len(self._whole) :]:
-            if grad is not None:
-                squares += sum(float(torch.linalg.vector_norm(part.float())) ** 2 for part in grad.view(-1).split(BLOCK))
-        return math.sqrt(squares)
+    def grad_norm(self, reduce: Reduce = _alone) -> float:
+        """The Euclidean norm of all gradients. reduce: sums the squares of shards over the processes that hold them."""
+        whole = torch.linalg.vector_norm(self.flat_gradient).square()
+        shards = torch.zeros_like(whole)
+        for unit in self._apart:
+            (shards if unit.sharded else whole).add_(unit.square())
+        return math.sqrt(float(whole) + float(reduce(shards)))
 
     def step(self, learning_rate: float, norm: float) -> None:
-        """One update; gradients are scaled down to max_grad_norm if `norm` is above it."""
-        scale = 1.0
+        """One update; gradients, which are overwritten, are scaled down to max_grad_norm if `norm` is above it."""
+        factor = 1.0
         if self.max_grad_norm is not None and norm > self.max_grad_norm:
-            scale = self.max_grad_norm / (norm + 1e-6)
-        if scale != 1.0:
-            self.grad.mul_(scale)
-        matrices, whole = sum(p.numel() for p in self._whole if p.dim() >= 2), len(self.flat)
-        for a, b in ((0, matrices), (matrices, whole)):
-            if a < b:
-                self._adamw(self.flat[a:b], self.grad[a:b], self.first[a:b], self.second[a:b], learning_rate, matrix=b == matrices)
-        for index in range(len(self._whole), len(self.parameters)):
-            self._step_halved(index, learning_rate, scale)
+            factor = self.max_grad_norm / (norm + 1e-6)
         self.updates += 1
+        for unit, decays, scale in self._units:
+            moment = Moment(int(self.updates), learning_rate * scale, self.weight_decay if decays else 0.0)
+            for master, gradient, memory in unit.pieces(factor):
+                if master.numel():  # a shard may be empty
+                    unit.rule.update(master, gradient, memory, moment)
 
-    def _step_halved(self, index: int, learning_rate: float, scale: float) -> None:
-        parameter, grad = self.parameters[index], self.gradients[index]
-        if grad is None:
-            return
-        parts = (parameter.data, self._rests[index - len(self._whole)], grad, *self._moments[index])
-        for held, rest, g, first, second in zip(*(part.view(-1).split(BLOCK) for part in parts), strict=True):
-            master = _join(held, rest)
-            self._adamw(master, g.float().mul_(scale), first, second, learning_rate, matrix=parameter.dim() >= 2)
-            held.copy_(master)
-            rest.copy_(_rest(master, held))
-
-    def _adamw(self, master: Tensor, grad: Tensor, first: Tensor, second: Tensor, learning_rate: float, *, matrix: bool) -> None:
-        stage = self.stage
-        adamw(
-            [master],
-            [grad],
-            [first],
-            [second],
-            [],
-            [self.updates.clone()],
-            fused=True,
-            amsgrad=False,
-            maximize=False,
-            lr=learning_rate,
-            beta1=stage.adam_beta1,
-            beta2=stage.adam_beta2,
-            eps=stage.adam_epsilon,
-            weight_decay=stage.weight_decay if matrix else 0.0,
-        )
-
-    def without_gradient(self) -> list[str]:
-        """Names of tensors whose gradient is exactly 0 everywhere."""
-        return [name for name, grad in zip(self.names, self.gradients, strict=True) if grad is None or not grad.any()]
+    def without_gradient(self, reduce: Reduce = _alone) -> list[str]:
+        """Names of tensors whose gradient is exactly 0 everywhere. reduce: sums over processes which shards have one, [names]."""
+        none = torch.zeros((), device=self.flat.device)
+        held = [part for unit, *_ in self._units for part in _gradients_of(unit)]
+        has = reduce(torch.stack([none if part is None else part.any().float() for part in held]))
+        return [name for name, one in zip(self.names, has.tolist(), strict=True) if not one]
 
     def fraction_changed(self) -> float:
-        """The share of (sampled) weights that differ from where the stage began."""
+        """The share of (sampled) weights that differ from where the stage began; of shards, this process's."""
         return float((self._sample() != self._start).float().mean())
 
     def _sample(self) -> Tensor:
-        parts = [master.flatten()[:: self._stride] for master in self._masters]
-        parts += [
-            _join(p.data.flatten()[:: self._stride], rest[:: self._stride]) for p, rest in zip(self._halved, self._rests, strict=True)
-        ]
-        return torch.cat(parts)
+        return torch.cat([unit.sample(self._stride) for unit, *_ in self._units])
 
     def state(self) -> dict[str, Tensor]:
-        """Everything an update depends on: masters (bf16 ones in two halves), both moments, the update count, and the remembered start."""
-        tensors = {"start": self._start, "adamw.first": self.first, "adamw.second": self.second, "adamw.updates": self.updates}
-        return tensors | dict(self._weights())
+        """Everything an update depends on, by parameter: weights (bf16 ones in two halves), what the rule remembers, the update count."""
+        remembered = {key: held for unit, *_ in self._units for key, held in unit.remembered()}
+        return {"updates": self.updates} | dict(self._weights()) | remembered
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, held in zip(self.names, [*self._masters, *(p.data for p in self._halved)], strict=True):
-            yield f"weight.{name}", held
-        for name, rest in zip(self.names[len(self._whole) :], self._rests, strict=True):
-            yield f"rest.{name}", rest
+        for unit, *_ in self._units:
+            yield from unit.weights()
 
-    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts a saved state's weights in place, and nothing else."""
         for name, held in self._weights():
             held.copy_(tensors[name])
+        for unit in self._apart:
+            unit.follow()
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts a saved state in place, bit for bit. Raises CheckpointError if names or shapes differ."""
-        want = {name: tuple(held.shape) for name, held in self._weights()}
-        have = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith(("weight.", "rest."))}
-        if want != have:
-            odd = sorted(set(want.items()) ^ set(have.items()))
+        mine = self.state()
+        odd = sorted({(k, tuple(t.shape)) for k, t in mine.items()} ^ {(k, tuple(t.shape)) for k, t in tensors.items()})
+        if odd:
             raise CheckpointError(
                 f"the checkpoint's weights are not this stage's: {odd[0][0]}", mend="resume with the recipe the run began with"
             )
+        for name, held in mine.items():
+            held.copy_(tensors[name])
         self.load_weights(tensors)
-        self._start.copy_(tensors["start"])
-        for name, held in (("first", self.first), ("second", self.second), ("updates", self.updates)):
-            held.copy_(tensors[f"adamw.{name}"])
 
 
-def _join(held: Tensor, rest: Tensor) -> Tensor:
-    """The fp32 values whose upper halves, rounded, are the bf16 tensor, and whose lower halves are int16."""
-    return held.float().view(torch.int32).add_(rest.to(torch.int32)).view(torch.float32)
-
-
-def _rest(master: Tensor, held: Tensor) -> Tensor:
-    """What `_join` needs besides the bf16 tensor to give the master back: numbers of 16 bits, held in 32."""
-    upper = held.float().view(torch.int32)
-    return torch.sub(master.view(torch.int32), upper, out=upper).clamp_(max=TIE)
-
-
-def learning_rate(step: int, *, total: int, warmup: int, peak: float, kind: str) -> float:
-    """The rate of update `step` (from 0) of `total`: linear warm-up from 0, then cosine or linear to 0, or constant, as in transformers."""
-    if step < warmup:
-        return peak * step / max(1, warmup)
-    if kind == "constant":
-        return peak
-    progress = (step - warmup) / max(1, total - warmup)
-    return peak * (max(0.0, 0.5 * (1 + math.cos(math.pi * progress))) if kind == "cosine" else max(0.0, 1 - progress))
+def _gradients_of(unit: Run | Apart) -> list[Tensor | None]:
+    return [p.grad for p in unit.parameters] if isinstance(unit, Run) else [unit.gradient]

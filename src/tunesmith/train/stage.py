@@ -40,7 +40,7 @@ from .invariants import (
 from .loop import Job, train
 from .memory import keep_freed_memory
 from .offline import judge_reward_model
-from .optimiser import FlatAdamW
+from .optimiser import Optimiser
 from .rollouts import steps_per_pass
 from .scoring import Gold, locate_result, named_files, named_models
 from .signals import StopRequest
@@ -148,7 +148,7 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
 
     given = WorkInputs(loaded, model, data, inputs.start, stops, inputs.gold, fingerprint, seed, check)
     with stage_work(stage, given, run) as work:
-        optimiser = FlatAdamW(work.policy.named_parameters(), stage)
+        optimiser = Optimiser(work.policy.named_parameters(), stage)
         if stage.method.type in WHOLE:
             optimiser.start_from((f"model.{name}", value) for name, value in stored_weights(loaded.identity.folder))
         job = Job(

@@ -1,0 +1,177 @@
+"""Where trained weights lie, in fp32 or so that fp32 can be had: parameters, their gradients, and what a rule remembers of them.
+
+Every trained weight has an fp32 master, since a 16-bit weight rounds most updates away. Tensors held in fp32 are their own masters and
+lie in one flat buffer, a `Run` of which one call updates. The others stand `Apart`: a bf16 tensor is the upper half of its master, whose
+other 16 bits lie in `rest`, so that weight and master take 4 bytes and not 6; an fp16 tensor, with an exponent of its own, has its master
+beside it (6 bytes); of a tensor that is sharded over processes (a DTensor), this process's part is updated, and nothing is laid flat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .updates import Rule
+
+BLOCK = 1 << 17  # bf16 weights updated at once where the rule allows it: 512 KiB a buffer, which stays in cache
+TIE = (1 << 15) - 1  # a master halfway between two bf16 values may be rounded down; its rest then does not fit 16 bits by one and is cut
+
+Piece = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""A master, its gradient, and what the rule remembers of it."""
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a tensor lies in this process: all of it, or of a DTensor its shard, in the same memory."""
+    held = tensor.detach()
+    return held.to_local() if isinstance(held, DTensor) else held
+
+
+class Run:
+    """fp32 tensors side by side in the flat buffer, moved by one rule at one rate: one tensor, or any number where the rule joins them."""
+
+    def __init__(self, named: list[tuple[str, nn.Parameter]], masters: Tensor, gradients: Tensor, rule: Rule):
+        self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
+        self.rule = rule
+        shape = masters.shape if rule.joins else self.parameters[0].shape
+        self.master, self.gradient = masters.view(shape), gradients.view(shape)
+        self.memory = rule.remember(shape, masters.device)
+        self.masters = self._cut(self.master)
+        for parameter, master, gradient in zip(self.parameters, self.masters, self._cut(self.gradient), strict=True):
+            master.copy_(parameter.data)
+            parameter.data, parameter.grad = master, gradient
+
+    def _cut(self, joined: Tensor) -> list[Tensor]:
+        if not self.rule.joins:
+            return [joined]
+        parts = joined.split([p.numel() for p in self.parameters])
+        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+
+    def pieces(self, factor: float) -> Iterator[Piece]:
+        """What the rule is to move, the gradient multiplied by a factor."""
+        yield self.master, self.gradient.mul_(factor) if factor != 1.0 else self.gradient, self.memory
+
+    def sample(self, stride: int) -> Tensor:
+        """Every so-manieth weight."""
+        return self.master.flatten()[::stride].clone()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that give the weights, as they are to be kept."""
+        for name, master in zip(self.names, self.masters, strict=True):
+            yield f"weight.{name}", master
+
+    def remembered(self) -> Iterator[tuple[str, Tensor]]:
+        """What the rule remembers, by tensor."""
+        for kind, held in self.memory.items():
+            for name, part in zip(self.names, self._cut(held), strict=True):
+                yield f"{kind}.{name}", part
+
+
+class Apart:
+    """One tensor with a gradient of its own: 16 bits wide, or sharded.
+
+    The gradient is left as it comes after a window's first batch, and the others' are added to it in fp32.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, rule: Rule):
+        self.names, self.parameters, self.rule = [name], [parameter], rule
+        self.sharded = isinstance(parameter, DTensor)
+        self.gradient: Tensor | None = None
+        held = local(parameter)
+        self.rest = torch.zeros(held.shape, dtype=torch.int16, device=held.device) if held.dtype == torch.bfloat16 else None
+        self.copy = held.float() if held.dtype == torch.float16 else None
+        self.memory = rule.remember(held.shape, held.device)
+        parameter.register_post_accumulate_grad_hook(self._gather)
+
+    def _gather(self, parameter: nn.Parameter) -> None:
+        """Takes what a backward pass left in the parameter, so that the next one's is not added to it in 16 bits."""
+        new, parameter.grad = local(parameter.grad), None
+        self.gradient = new if self.gradient is None else self.gradient.float().add_(new)
+
+    def whole_gradient(self) -> Tensor:
+        """The gradient in fp32, which stays the one that is used; zeros where no batch reached the tensor."""
+        held = local(self.parameters[0])
+        self.gradient = torch.zeros(held.shape, device=held.device) if self.gradient is None else self.gradient.float()
+        return self.gradient
+
+    def square(self) -> Tensor:
+        """The gradient's squared norm, fp32."""
+        if self.gradient is None:
+            return torch.zeros((), device=local(self.parameters[0]).device)
+        parts = self.gradient.reshape(-1).split(BLOCK)
+        return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]).square().sum()
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """The weights in fp32; of a bf16 tensor a copy."""
+        held = local(self.parameters[0])
+        return [_join(held, self.rest) if self.rest is not None else held if self.copy is None else self.copy]
+
+    def pieces(self, factor: float) -> Iterator[Piece]:
+        """What the rule is to move, the gradient multiplied by a factor; whoever takes a piece and moves it, asks for the next one."""
+        held = local(self.parameters[0])
+        gradient = torch.zeros_like(held) if self.gradient is None else self.gradient
+        if self.rest is None:
+            master = held if self.copy is None else self.copy
+            yield master, gradient.float().mul_(factor), self.memory
+            held.copy_(master)
+            return
+        parts = (held, self.rest, gradient, *self.memory.values())
+        blocks = zip(*(part.view(-1).split(BLOCK) for part in parts), strict=True) if self.rule.joins else [parts]
+        for upper, rest, grad, *memory in blocks:
+            master = _join(upper, rest)
+            yield master, grad.float().mul_(factor), dict(zip(self.memory, memory, strict=True))
+            upper.copy_(master)
+            rest.copy_(_rest(master, upper))
+
+    def begin_at(self, value: Tensor) -> None:
+        """Takes fp32 values as the masters, if they round to the weights held."""
+        parameter = self.parameters[0]
+        if value.dtype != torch.float32 or value.shape != parameter.shape:
+            return
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+        held = local(parameter)
+        value = value.to(held.device)
+        if not torch.equal(value.to(held.dtype), held):
+            return
+        if self.rest is not None:
+            self.rest.copy_(_rest(value, held))
+        elif self.copy is not None:
+            self.copy.copy_(value)
+
+    def follow(self) -> None:
+        """Gives a weight that has its master beside it that master's value."""
+        if self.copy is not None:
+            local(self.parameters[0]).copy_(self.copy)
+
+    def sample(self, stride: int) -> Tensor:
+        """Every so-manieth weight."""
+        if self.rest is not None:
+            return _join(local(self.parameters[0]).flatten()[::stride], self.rest.flatten()[::stride])
+        return self.masters[0].flatten()[::stride].clone()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that give the weights, as they are to be kept."""
+        (name,) = self.names
+        yield f"weight.{name}", local(self.parameters[0]) if self.copy is None else self.copy
+        if self.rest is not None:
+            yield f"rest.{name}", self.rest
+
+    def remembered(self) -> Iterator[tuple[str, Tensor]]:
+        """What the rule remembers."""
+        for kind, held in self.memory.items():
+            yield f"{kind}.{self.names[0]}", held
+
+
+def _join(held: Tensor, rest: Tensor) -> Tensor:
+    """The fp32 values whose upper halves, rounded, are the bf16 tensor, and whose lower halves are int16."""
+    return held.float().view(torch.int32).add_(rest.to(torch.int32)).view(torch.float32)
+
+
+def _rest(master: Tensor, held: Tensor) -> Tensor:
+    """What `_join` needs besides the bf16 tensor to give the master back: numbers of 16 bits, held in 32."""
+    upper = held.float().view(torch.int32)
+    return torch.sub(master.view(torch.int32), upper, out=upper).clamp_(max=TIE)

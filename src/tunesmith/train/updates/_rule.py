@@ -1,0 +1,33 @@
+"""What an update rule is: how one fp32 tensor moves, given its gradient and what the rule remembers of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When an update is made, and how far it may go."""
+
+    step: int
+    """Updates made so far, this one included: 1 in the first."""
+    learning_rate: float
+    decay: float
+    """Decoupled weight decay: the share of the weight that is taken off, times the learning rate."""
+
+
+class Rule(Protocol):
+    """One rule; it may be asked about any number of tensors and keeps nothing itself."""
+
+    joins: bool
+    """Whether each number moves by itself, so that tensors may be laid end to end or cut into blocks, and what is remembered with them."""
+
+    def remember(self, shape: torch.Size, device: torch.device) -> dict[str, Tensor]:
+        """What is remembered of a tensor of this shape before its first update, by name."""
+
+    def update(self, master: Tensor, gradient: Tensor, memory: dict[str, Tensor], moment: Moment) -> None:
+        """Moves the fp32 master in place, and what is remembered; the fp32 gradient may be overwritten."""
