@@ -34,6 +34,7 @@ HEAD_CHUNKS = 4  # the head's logits of a chunk and what is made of them, each a
 PASSED_HIDDEN, PASSED_INNER = 9, 4  # vectors of each width that a forward pass without gradients holds at once, per token, in one layer
 LOGIT_COPIES = 3  # fp32 logits and what is made of them, at once
 SCATTERED = 1.5  # what the process holds for each byte in use while generating: freed blocks that nothing of their size has taken again
+MOMENTS = {"adamw_torch_fused": 8, "muon": 4, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0}  # bytes that a rule keeps of a weight
 LIBRARIES = 150 * 2**20  # bytes that libraries take once they really work
 
 
@@ -192,13 +193,13 @@ def train_memory(shape: Shape, stage: Stage, *, resident: int, batch_tokens: int
 
 
 def _state_bytes(shape: Shape, stage: Stage) -> int:
-    """Bytes that a trained weight takes beside what was resident: moments 8; a bf16 weight's other half 2, and its gradient 2, or 4 where
-    batches are added up; of a full fp32 model the gradient 4; of an adapter the weight itself besides."""
+    """Bytes that a trained weight takes beside what was resident: moments, 8 of AdamW; a bf16 weight's other half 2, and its gradient 2, or 4
+    where batches are added up; of a full fp32 model the gradient 4; of an adapter the weight itself besides."""
     if stage.method.type not in WHOLE:
-        return 16
+        return 8 + MOMENTS[stage.optim]
     if shape.itemsize == 4:
-        return 12
-    return 14 if stage.gradient_accumulation_steps > 1 else 12
+        return 4 + MOMENTS[stage.optim]
+    return (6 if stage.gradient_accumulation_steps > 1 else 4) + MOMENTS[stage.optim]
 
 
 def evaluation_memory(

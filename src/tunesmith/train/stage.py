@@ -44,6 +44,7 @@ from .optimiser import Optimiser
 from .rollouts import steps_per_pass
 from .scoring import Gold, locate_result, named_files, named_models
 from .signals import StopRequest
+from .updates import require_optimiser
 from .work import WorkInputs, learns_from_answers, probe_batch, stage_work
 
 Report = Callable[[dict[str, Any]], None]
@@ -52,7 +53,11 @@ UNFINGERPRINTED = {"save_steps", "save_total_limit", "logging_steps", "name", "d
 
 
 def derive_stage(stage: Stage, rows: int, *, start: Path | None = None) -> Stage:
-    """The stage with every setting that the recipe left open given its value. rows: training items of an epoch."""
+    """The stage with every setting that the recipe left open given its value. rows: training items of an epoch.
+
+    Raises RecipeError where its optimiser cannot work on this machine.
+    """
+    require_optimiser(stage)
     sampled = learns_from_answers(stage)
     size = stage.per_device_train_batch_size * stage.gradient_accumulation_steps
     steps_per_epoch = steps_per_pass(stage, rows) if sampled else math.ceil(rows / size)
@@ -148,7 +153,7 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
 
     given = WorkInputs(loaded, model, data, inputs.start, stops, inputs.gold, fingerprint, seed, check)
     with stage_work(stage, given, run) as work:
-        optimiser = Optimiser(work.policy.named_parameters(), stage)
+        optimiser = Optimiser(work.policy.named_parameters(), stage, tables=_tables(work.policy))
         if stage.method.type in WHOLE:
             optimiser.start_from((f"model.{name}", value) for name, value in stored_weights(loaded.identity.folder))
         job = Job(
@@ -183,6 +188,13 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
     spent = {"train_seconds": progress.seconds, "seconds": time.perf_counter() - began}
     _tell(run, report, {**done, **spent, "best_step": progress.best_step, "stopped_early": progress.stopped_early})
     return model.eval()
+
+
+def _tables(policy: Policy) -> set[str]:
+    """Names of the weights that stand between tokens, or numbers, and hidden states: embeddings and heads."""
+    modules = [m for m in policy.modules() if isinstance(m, nn.Embedding)] + [policy.causal.get_output_embeddings(), *policy.heads.values()]
+    held = {id(parameter) for module in modules for parameter in module.parameters()}
+    return {name for name, parameter in policy.named_parameters() if id(parameter) in held}
 
 
 def _check_rows(stage: Stage, inputs: StageInputs, loaded: LoadedModel) -> None:
