@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from .chat import Chat
     from .data.inspect import propose_recipe
     from .errors import TunesmithError
+    from .export import Exported, export
     from .inspection import check_data_file, init
     from .pipeline import RunResult, evaluate, plan, run, train
     from .recipe import Recipe, json_schema, load_recipe
     from .report import write_report
+    from .sweep import SweepResult, sweep
 
 _HOME = {
     "Chat": "chat",
@@ -23,12 +25,16 @@ _HOME = {
     "TunesmithError": "errors",
     "check_data_file": "inspection",
     "evaluate": "pipeline",
+    "Exported": "export",
+    "export": "export",
     "init": "inspection",
     "json_schema": "recipe",
     "load_recipe": "recipe",
     "plan": "pipeline",
     "propose_recipe": "data.inspect",
     "run": "pipeline",
+    "SweepResult": "sweep",
+    "sweep": "sweep",
     "train": "pipeline",
     "write_report": "report",
 }
@@ -43,7 +49,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """`train` and `evaluate` are verbs here, also once the subpackages of the same names are imported."""
+    """`train`, `evaluate`, `export` and `sweep` are verbs here, also once the subpackages of the same names are imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):

@@ -67,9 +67,27 @@ def _verb(as_json: bool, work: Callable[[Any], Any], show: Callable[[Any], str])
 
 @app.command(epilog="Example: tunesmith run recipes/quickstart.yaml --gate")
 def run(
-    recipe: RecipePath, set_: Sets = None, out: Out = None, resume: Resume = False, gate: GateFlag = False, as_json: AsJson = False
+    recipe: RecipePath,
+    set_: Sets = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", metavar="KEY=A,B,...", help="Run every combination, and compare: --sweep seed=0,1,2."),
+    ] = None,
+    out: Out = None,
+    resume: Resume = False,
+    gate: GateFlag = False,
+    as_json: AsJson = False,
 ) -> None:
     """Do everything the recipe asks for: data, plan, training, evaluation, verdict, report."""
+    if sweep:
+        if gate:
+            raise RecipeError(
+                "--gate is for one run, and a sweep is many", where="--gate", mend="leave it out: sweep.json has each verdict"
+            )
+        from .sweep import sweep as many
+
+        _verb(as_json, lambda display: many(recipe, sweep, sets=set_ or (), out=out, resume=resume, report=display), _sweep_words)
+        return
     _check_recipe(recipe, set_, out, resume)
     from .pipeline import run as work
 
@@ -173,6 +191,42 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run direct
     from .report import write_report
 
     _verb(as_json, lambda display: {"report": str(write_report(run))}, lambda done: done["report"])
+
+
+@app.command(epilog="Example: tunesmith export runs/quickstart --to merged --push me/tickets")
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    to: Annotated[str, typer.Option("--to", help="merged: plain weights; adapter: PEFT's layout.")] = "merged",
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The folder; else RUN/export/merged (or adapter).")] = None,
+    stage: Annotated[str | None, typer.Option(help="An earlier stage's result in place of the last.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of merged weights: float32, bfloat16 or float16; else the run's.")] = None,
+    push: Annotated[str | None, typer.Option("--push", metavar="REPO", help="A repository of the hub (HF_ENDPOINT, HF_TOKEN).")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Whether a repository made for it can be read by all.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Let code that the model brings run.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's result for other tools, proved equal to the live model, or nothing."""
+    from .export import export as work
+
+    how: dict[str, Any] = {"out": out, "stage": stage, "dtype": dtype, "push": push, "public": public}
+    _verb(as_json, lambda display: work(run, to, **how, trust_remote_code=trust_remote_code, report=display), _export_words)
+
+
+def _sweep_words(result: Any) -> str:
+    lines = [f"{run['name']}: {run['verdict'] or 'NOT MEASURED'}" for run in result.runs]
+    if result.best is None:
+        lines.append(f"nothing is chosen: {result.why}")
+    else:
+        lines.append(f"chosen: {', '.join(f'{key} = {value}' for key, value in result.best.items())} ({result.why})")
+    return "\n".join([*lines, f"page: {result.page}"])
+
+
+def _export_words(result: Any) -> str:
+    lines = [f"exported: {result.path}", *(f"note: {note}" for note in result.notes)]
+    if result.parity is not None:
+        p = result.parity
+        lines.insert(1, f"KL to the live model: {p.kl_mean:.2g} nats a position, at most {p.kl_max:.2g} ({p.prompts} rows)")
+    return "\n".join([*lines, *([f"pushed: {result.pushed}"] if result.pushed else [])])
 
 
 @app.command(epilog="Example: tunesmith schema > recipe.schema.json")

@@ -36,7 +36,7 @@ from .train.stage import StageInputs, is_finished, locate_start, run_stage
 from .train.trackers import Trackers, require_trackers
 from .train.work import learns_from_answers
 
-HUB_CLIENTS = ("huggingface_hub", "httpx", "requests")  # whose errors say that a model could not be fetched
+HUB_CLIENTS = ("huggingface_hub", "httpx", "httpx2", "requests")  # whose errors say that a model could not be fetched
 UNTRAINED = {"zero_shot", "few_shot", "classical", "shorter"}  # candidates that need no result of a stage
 Watched = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 """A gold measure in training: prompts and answers to a number for each."""

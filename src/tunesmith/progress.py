@@ -106,8 +106,10 @@ def event_words(event: dict[str, Any]) -> str | None:
         return f"note: {event['note']}"
     if kind == "evaluated":
         return f"  step {event['step']}: validation loss {event['eval_loss']:.4f}"
-    if kind == "evaluating":
+    if kind in ("evaluating", "exporting"):
         return f"  {event['what']}"
+    if kind == "sweeping":
+        return f"run {event['number']} of {event['of']}: {event['run']}"
     if kind == "resumed":
         return f"resumed {event['stage']} at step {event['step']}"
     if kind == "checkpoint_refused":

@@ -59,7 +59,7 @@ def render_report(run_path: Path) -> str:
 
 def _render(run: RunFiles, limits: Limits) -> str:
     return (
-        _environment()
+        environment()
         .get_template("report.html")
         .render(
             title=text(run.recipe.get("name") or run.path.resolve().name or "run", limits.names),
@@ -86,7 +86,8 @@ def _model_name(run: RunFiles) -> Any:
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """The templates; every value is escaped."""
     return jinja2.Environment(
         loader=jinja2.PackageLoader("tunesmith.report", "templates"),
         autoescape=True,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,15 @@ from ..models.load import ModelIdentity
 from ..models.result import is_adapter
 from ..rundir import MANIFEST, atomic_folder, verify_folder, write_text
 
+NAMES = {
+    "lora": "A LoRA adapter",
+    "ia3": "An IA3 adapter",
+    "bottleneck": "A bottleneck adapter",
+    "prefix": "A prefix-tuning adapter",
+    "prompt": "A prompt-tuning adapter",
+    "p_tuning": "A P-tuning adapter",
+}
+SIZES = ("r", "bottleneck_size", "num_virtual_tokens")
 MAIN_METRICS = (
     "exact_match",
     "field_accuracy",
@@ -32,18 +43,42 @@ def write_card(run_path: Path, base: ModelIdentity) -> None:
     recipe = yaml.safe_load((run_path / "recipe.yaml").read_text())
     evaluation = _read(run_path / "evaluation.json")
     adapter = is_adapter(run_path / "model")
+    stage = recipe["stages"][-1]
+    text = _front(recipe, base.name, evaluation, adapter) + _body(recipe, stage, asdict(base), evaluation, adapter)
+    write_text(run_path / "README.md", text)
+    _add_to_model((run_path / "model").resolve(), text)
+
+
+def export_card(
+    run_path: Path, recipe: dict[str, Any], card: dict[str, Any], *, stage: str | None, about: dict[str, Any], notes: Sequence[str]
+) -> str:
+    """The card of an export. card: the result's `tunesmith.json`; about: what was exported, with the merge's certificate; the run's
+    evaluation is of its last stage, so that another stage's card has none."""
+    evaluation = _read(run_path / "evaluation.json") if stage in (None, recipe["stages"][-1]["name"]) else {}
+    chosen = next((one for one in recipe["stages"] if one["name"] == stage), recipe["stages"][-1])
+    adapter, parity = about["to"] == "adapter", about["parity"]
+    lines = [_front(recipe, card["base"]["name"], evaluation, adapter) + _body(recipe, chosen, card["base"], evaluation, adapter)]
+    if parity is not None:
+        lines.append(
+            f"The adapter is merged into the weights ({about['dtype']}). Against the live model, on {parity['prompts']} rows "
+            f"({parity['positions']} positions): KL {parity['kl_mean']:.2g} nats a position, at most {parity['kl_max']:.2g}.\n"
+        )
+    return "\n".join([*lines, *(f"{note}.\n" for note in notes)])
+
+
+def _front(recipe: dict[str, Any], base: str, evaluation: dict[str, Any], adapter: bool) -> str:
+    """The front matter that hubs read, and the title."""
+    tags = ["tunesmith", *[stage["objective"]["type"] for stage in recipe["stages"]]]
     front = {
-        "base_model": base.name,
+        "base_model": base,
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-classification" if _scores(recipe) else "text-generation",
-        "tags": ["tunesmith", *[stage["objective"]["type"] for stage in recipe["stages"]], *(["lora"] if adapter else [])],
+        "tags": [*tags, *([recipe["stages"][-1]["method"]["type"]] if adapter else [])],
         "datasets": [Path(recipe["data"]["train"]).name],
         "metrics": recipe["task"]["metrics"],
         "model-index": [{"name": recipe["name"], "results": _results(evaluation, recipe["name"])}],
     }
-    text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {recipe['name']}\n\n{_body(recipe, base, evaluation, adapter)}"
-    write_text(run_path / "README.md", text)
-    _add_to_model((run_path / "model").resolve(), text)
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {recipe['name']}\n\n"
 
 
 def _add_to_model(folder: Path, card: str) -> None:
@@ -84,10 +119,17 @@ def _results(evaluation: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return [{"task": {"type": "text-generation"}, "dataset": {"name": f"{name} test items", "type": "private"}, "metrics": metrics}]
 
 
-def _body(recipe: dict[str, Any], base: ModelIdentity, evaluation: dict[str, Any], adapter: bool) -> str:
-    stage = recipe["stages"][-1]
-    what = f"A LoRA adapter (r = {stage['method']['r']}) for" if adapter else "A fully tuned copy of"
-    lines = [f"{what} {base.name}, weights sha256 `{base.sha256}`" + (f", revision `{base.revision}`" if base.revision else "") + "."]
+def _method_words(method: dict[str, Any]) -> str:
+    """`A LoRA adapter (r 16)`: a method and its size."""
+    size = next((f" ({key.replace('_', ' ')} {method[key]})" for key in SIZES if method.get(key)), "")
+    return f"{NAMES.get(method['type'], 'An adapter')}{size}"
+
+
+def _body(recipe: dict[str, Any], stage: dict[str, Any], base: dict[str, Any], evaluation: dict[str, Any], adapter: bool) -> str:
+    what = f"{_method_words(stage['method'])} for" if adapter else "A tuned copy of"
+    lines = [
+        f"{what} {base['name']}, weights sha256 `{base['sha256']}`" + (f", revision `{base['revision']}`" if base["revision"] else "") + "."
+    ]
     if recipe["task"]["description"]:
         lines.append(recipe["task"]["description"])
     lines.append(f"Verdict: **{evaluation.get('verdict', 'NOT MEASURED')}**. " + evaluation.get("recommendation", {}).get("reason", ""))
@@ -102,5 +144,7 @@ def _body(recipe: dict[str, Any], base: ModelIdentity, evaluation: dict[str, Any
         words = "A reward model: the score of an answer is the `score` head of `heads.safetensors` on the hidden state of its last token."
         lines.append(f"{words} `tunesmith evaluate` measures it on pairs, and a stage of `ppo` names it as `reward_model`.")
     elif adapter:
-        lines.append(f'```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(base, "model")  # base: {base.name}\n```')
+        lines.append(
+            f'```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(base, "model")  # base: {base["name"]}\n```'
+        )
     return "\n\n".join(lines) + "\n"

@@ -1,0 +1,205 @@
+"""A recipe run over a grid of settings, on one rendering of its data, and compared on one page.
+
+    sweep("recipe.yaml", ["stages.0.learning_rate=1e-4,3e-4", "seed=0,1,2"])   # six runs, runs/NAME-sweep/sweep.json and sweep.html
+
+Settings that differ in more than the seed are ranked by the validation loss of the last stage, its mean over the seeds: the test rows stay
+what they are, unseen by any choice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import OutputInUse, RecipeError
+from .pipeline import run as run_recipe
+from .recipe import Recipe, load_recipe
+from .report.sweep import render_sweep
+from .rundir import RunDirectory, make_folder, read_events, write_json, write_text
+
+MAX_RUNS = 1000  # more is a mistake in the words
+RESULT, PAGE = "sweep.json", "sweep.html"
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """path: the sweep's folder; runs: one a combination, as in sweep.json; best: the settings chosen, or None with the reason in `why`."""
+
+    path: Path
+    runs: list[dict[str, Any]]
+    best: dict[str, Any] | None
+    why: str
+    page: Path
+
+
+def sweep(
+    recipe: str | Path | dict[str, Any] | Recipe,
+    axes: Sequence[str],
+    *,
+    sets: Sequence[str] = (),
+    out: str | Path | None = None,
+    resume: bool = False,
+    report: Report = lambda event: None,
+) -> SweepResult:
+    """Runs every combination of the axes and writes sweep.json and sweep.html beside the runs.
+
+    axes: `key=value,value,...` each; a value with a comma of its own stands in brackets, braces or quotes. out: the sweep's folder, else
+    runs/NAME-sweep; each run is a folder in it. resume: finished runs are kept, the others go on. Raises RecipeError before anything is
+    run where an axis or a combination is not usable, OutputInUse, and whatever a run raises.
+
+    >>> tunesmith.sweep("recipes/quickstart.yaml", ["seed=0,1"]).best  # doctest: +SKIP
+    """
+    grid = [parse_axis(axis) for axis in axes]
+    combinations = list(itertools.product(*([(key, value) for value in values] for key, values in grid)))
+    if len(combinations) > MAX_RUNS:
+        raise RecipeError(f"{len(combinations)} runs", where="--sweep", mend=f"at most {MAX_RUNS}: leave values out")
+    first = load_recipe(recipe, sets)
+    folder = Path(out) if out is not None else Path("runs") / f"{first.name}-sweep"
+    if folder.is_dir() and any(folder.iterdir()) and not (resume and (folder / RESULT).is_file()):
+        raise OutputInUse(
+            "the folder holds something already", where=str(folder), mend="add --resume to go on with a sweep, or choose another --out"
+        )
+    words = [[f"{key}={value}" for key, value in combination] for combination in combinations]
+    for chosen in words:
+        load_recipe(recipe, [*sets, *chosen])
+    make_folder(folder)
+    done: list[dict[str, Any]] = []
+    write_json(folder / RESULT, _summary(grid, done))
+    for number, (combination, chosen) in enumerate(zip(combinations, words, strict=True), 1):
+        name = _slug(combination)
+        report({"event": "sweeping", "run": name, "number": number, "of": len(combinations)})
+        if done:
+            _share_tokens(folder / done[0]["name"], folder / name)
+        result = run_recipe(recipe, sets=[*sets, *chosen], out=folder / name, resume=True, report=report)
+        done.append(_account(name, dict(combination), result))
+        write_json(folder / RESULT, _summary(grid, done))
+        write_text(folder / PAGE, render_sweep(first.name, _summary(grid, done)))
+    summary = _summary(grid, done)
+    return SweepResult(folder, done, summary["best"], summary["why"], folder / PAGE)
+
+
+def parse_axis(text: str) -> tuple[str, list[str]]:
+    """`key=a,b` as the key and its values, in YAML as for --set. Raises RecipeError.
+
+    >>> parse_axis("stages.0.learning_rate=1e-4,3e-4")
+    ('stages.0.learning_rate', ['1e-4', '3e-4'])
+    """
+    key, equals, rest = text.partition("=")
+    values = [value.strip() for value in _split(rest)]
+    if not equals or not key or not all(values):
+        raise RecipeError("not of the form key=value,value", where=f"--sweep {text}", mend="write --sweep stages.0.learning_rate=1e-4,3e-4")
+    if len(set(values)) < len(values):
+        raise RecipeError("a value stands there twice", where=f"--sweep {text}", mend="name each value once")
+    return key, values
+
+
+def _split(text: str) -> list[str]:
+    """At the commas that stand outside brackets, braces and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        elif character in "[{":
+            depth += 1
+        elif character in "]}":
+            depth -= 1
+        elif character == "," and depth == 0:
+            parts.append("")
+            continue
+        parts[-1] += character
+    return parts
+
+
+def _slug(combination: Sequence[tuple[str, str]]) -> str:
+    """A folder's name: `learning_rate=1e-4,seed=0`."""
+    short = [f"{key.removeprefix('stages.')}={value}" for key, value in combination]
+    return re.sub(r"[^A-Za-z0-9=,._-]+", "_", ",".join(short))[:120].lstrip(".")
+
+
+def _share_tokens(done: Path, coming: Path) -> None:
+    """Gives a run the rendered rows of another, by links; a run checks what they were made from, and renders anew what does not fit."""
+    with RunDirectory.open(coming, resume=True) as run:
+        for store in done.glob("data/**/tokens/*"):
+            target = run.file(str(store.relative_to(done)))
+            if not target.exists():
+                shutil.copytree(store, target, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+def _account(name: str, settings: dict[str, str], result: Any) -> dict[str, Any]:
+    """What a finished run is compared by."""
+    evaluation = result.evaluation or {}
+    tuned = evaluation.get("tasks", {}).get("task", {}).get("candidates", {}).get("tuned", {}).get("metrics", {})
+    events = read_events(result.path)
+    losses = [event["eval_loss"] for event in events if event.get("event") == "evaluated"]
+    return {
+        "name": name,
+        "settings": settings,
+        "verdict": result.verdict,
+        "validation_loss": losses[-1] if losses else None,
+        "metrics": tuned,
+        "seconds": result.plan["measured"]["seconds"],
+        "peak_memory_bytes": result.plan["measured"]["peak_memory_bytes"],
+    }
+
+
+def _summary(grid: Sequence[tuple[str, list[str]]], done: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """sweep.json: the axes, the runs, the settings by their mean over the seeds, and the best of them."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for one in done:
+        groups.setdefault(json.dumps(_without_seed(one["settings"])), []).append(one)
+    settings = [_group(json.loads(key), runs) for key, runs in groups.items()]
+    best, why = _best(settings)
+    axes = {key: values for key, values in grid}
+    return {"axes": axes, "runs": list(done), "settings": settings, "best": best, "why": why}
+
+
+def _without_seed(settings: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in settings.items() if key.rpartition(".")[2] != "seed"}
+
+
+def _group(settings: dict[str, str], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One setting's runs: how many, and mean and standard deviation over the seeds of the loss and of each metric."""
+    names = sorted({name for run in runs for name in run["metrics"]})
+    measured = {name: [run["metrics"][name]["value"] for run in runs if name in run["metrics"]] for name in names}
+    losses = [run["validation_loss"] for run in runs]
+    return {
+        "settings": settings,
+        "n": len(runs),
+        "validation_loss": None if None in losses else _mean_and_spread(losses),
+        "metrics": {name: _mean_and_spread(values) for name, values in measured.items() if len(values) == len(runs)},
+    }
+
+
+def _mean_and_spread(values: Sequence[float]) -> dict[str, float | None]:
+    """The mean, and the standard deviation where there are several values (n - 1 in the denominator)."""
+    mean = sum(values) / len(values)
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) if len(values) > 1 else None
+    return {"mean": mean, "sd": spread}
+
+
+def _best(settings: Sequence[dict[str, Any]]) -> tuple[dict[str, str] | None, str]:
+    """The settings with the lowest mean validation loss, and why they were chosen or none was."""
+    if len(settings) < 2:
+        return None, "only the seed differs: there is nothing to choose"
+    if any(one["validation_loss"] is None for one in settings):
+        return None, "NOT MEASURED: a run has no validation loss (data.validation is 0), and nothing is chosen on test rows"
+    chosen = min(settings, key=lambda one: one["validation_loss"]["mean"])
+    return chosen["settings"], "the lowest validation loss, its mean over the seeds; the test rows took no part in it"

@@ -1,0 +1,126 @@
+"""A grid of settings over one rendering of the data, compared on one page; chosen by validation loss, never by test rows."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+from tests.pipeline.helpers import read_json, recipe, stage
+
+import tunesmith
+from tunesmith import sweep as sweep_runs
+from tunesmith.errors import OutputInUse, RecipeError
+from tunesmith.rundir import read_events
+from tunesmith.sweep import parse_axis
+
+AXES = ["stages.0.learning_rate=1e-2,1e-7", "seed=0,1"]
+QUICK = {"candidates": ["zero_shot", "tuned"], "gates": [{"metric": "exact_match", "better_than": "zero_shot"}]}
+
+
+def given(folder, tiny, **changed):
+    return recipe(folder, tiny, stages=[stage()], evaluate=QUICK, **changed)
+
+
+@pytest.fixture(scope="module")
+def swept(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    return sweep_runs(given(folder, tiny), AXES, out=folder / "sweep")
+
+
+def test_every_combination_is_a_whole_run_of_its_own(swept):
+    names = [run["name"] for run in swept.runs]
+    assert names == [
+        "0.learning_rate=1e-2,seed=0",
+        "0.learning_rate=1e-2,seed=1",
+        "0.learning_rate=1e-7,seed=0",
+        "0.learning_rate=1e-7,seed=1",
+    ]
+    for run in swept.runs:
+        folder = swept.path / run["name"]
+        resolved = tunesmith.load_recipe(folder / "recipe.yaml")
+        assert resolved.stages[0].learning_rate == float(run["settings"]["stages.0.learning_rate"])
+        assert resolved.seed == int(run["settings"]["seed"])
+        assert run["verdict"] == read_json(folder / "evaluation.json")["verdict"]
+        assert (folder / "report.html").is_file()
+
+
+def test_the_rows_are_rendered_once(swept):
+    (first, *others) = [swept.path / run["name"] / "data" / "tokens" / "train" / "tokens.int32.bin" for run in swept.runs]
+    assert all(other.samefile(first) for other in others)
+
+
+def test_the_setting_with_the_lowest_validation_loss_over_the_seeds_is_chosen(swept):
+    losses = {}
+    for run in swept.runs:
+        events = read_events(swept.path / run["name"])
+        last = [event["eval_loss"] for event in events if event.get("event") == "evaluated"][-1]
+        losses.setdefault(run["settings"]["stages.0.learning_rate"], []).append(last)
+    summary = read_json(swept.path / "sweep.json")
+    for one in summary["settings"]:
+        values = losses[one["settings"]["stages.0.learning_rate"]]
+        assert one["n"] == 2
+        assert one["validation_loss"]["mean"] == pytest.approx(statistics.mean(values))
+        assert one["validation_loss"]["sd"] == pytest.approx(statistics.stdev(values))
+    lowest = min(losses, key=lambda rate: statistics.mean(losses[rate]))
+    assert swept.best == {"stages.0.learning_rate": lowest} == summary["best"]
+
+
+def test_the_page_names_every_run_and_the_choice(swept):
+    page = swept.page.read_text()
+    for run in swept.runs:
+        assert run["name"] in page
+    assert f"stages.0.learning_rate = {swept.best['stages.0.learning_rate']}" in page
+    assert "± " in page
+
+
+def test_a_sweep_goes_on_where_it_stopped_and_runs_nothing_twice(tiny, tmp_path):
+    whole = given(tmp_path, tiny)
+    events = []
+
+    def stop(event):
+        events.append(event)
+        if event.get("event") == "sweeping" and event["number"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep_runs(whole, ["seed=0,1"], out=tmp_path / "sweep", report=stop)
+    with pytest.raises(OutputInUse, match="--resume"):
+        sweep_runs(whole, ["seed=0,1"], out=tmp_path / "sweep")
+    steps = []
+    done = sweep_runs(whole, ["seed=0,1"], out=tmp_path / "sweep", resume=True, report=lambda e: steps.append(e) if "loss" in e else None)
+    assert len(done.runs) == 2
+    assert len(steps) == 3  # the second run's three updates; the first was whole
+    assert done.best is None
+    assert "only the seed differs" in done.why
+
+
+def test_nothing_is_chosen_where_no_row_is_held_out(tiny, tmp_path):
+    whole = given(tmp_path, tiny, data={"validation": 0})
+    done = sweep_runs(whole, ["stages.0.learning_rate=1e-2,1e-3"], out=tmp_path / "sweep")
+    assert done.best is None
+    assert done.why.startswith("NOT MEASURED")
+
+
+@pytest.mark.parametrize(
+    "axis, want",
+    [
+        ("seed=0,1,2", ("seed", ["0", "1", "2"])),
+        ("evaluate.few_shot_k=[1, 2],[4]", ("evaluate.few_shot_k", ["[1, 2]", "[4]"])),
+        ("stages.0.method={type: lora, r: 4},full", ("stages.0.method", ["{type: lora, r: 4}", "full"])),
+        ("task.description='a, b',c", ("task.description", ["'a, b'", "c"])),
+    ],
+)
+def test_an_axis_is_split_at_the_commas_outside_brackets_and_quotes(axis, want):
+    assert parse_axis(axis) == want
+
+
+@pytest.mark.parametrize("axis", ["seed", "seed=", "=1,2", "seed=1,,2", "seed=1,1"])
+def test_an_axis_that_names_no_values_is_refused(axis):
+    with pytest.raises(RecipeError, match="--sweep"):
+        parse_axis(axis)
+
+
+def test_a_wrong_value_is_refused_before_anything_is_run(tiny, tmp_path):
+    with pytest.raises(RecipeError, match="learning_rate"):
+        sweep_runs(given(tmp_path, tiny), ["stages.0.learning_rate=1e-2,fast"], out=tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
