@@ -113,7 +113,7 @@ def _require_replaceable(target: Path) -> None:
 
 def _require_mergeable(folder: Path, recipe: Recipe) -> None:
     kind = ADAPTERS[read_adapter_config(folder)["peft_type"]]
-    if getattr(kind, "mergeable", None) is not None:
+    if kind.mergeable is not None:
         raise RecipeError(
             f"this adapter cannot be merged: {kind.mergeable}",
             where=str(folder),
