@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.recipe import WHOLE
+from pydantic import TypeAdapter
+
+from tunesmith.recipe import WHOLE, Method
 
 METHOD_CASES: dict[str, dict[str, Any]] = {
     "full": {"type": "full"},
+    "partial modules": {"type": "partial", "modules": ["mlp.up_proj", "norm"]},
+    "partial layers": {"type": "partial", "last_layers": 1},
     "lora": {"type": "lora", "r": 4},
+    "rslora": {"type": "lora", "r": 4, "use_rslora": True},
+    "dora": {"type": "lora", "r": 4, "use_dora": True},
+    "pissa": {"type": "lora", "r": 4, "init_lora_weights": "pissa"},
+    "pissa dora rslora": {"type": "lora", "r": 4, "init_lora_weights": "pissa", "use_dora": True, "use_rslora": True},
+    "orthogonal": {"type": "lora", "r": 4, "init_lora_weights": "orthogonal"},
+    "ia3": {"type": "ia3"},
 }
 ADAPTER_CASES = {name: settings for name, settings in METHOD_CASES.items() if settings["type"] not in WHOLE}
+
+
+def method(settings: dict[str, Any]) -> Method:
+    """A case's settings as the recipe reads them."""
+    return TypeAdapter(Method).validate_python(settings)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 POLICY = "default"  # the adapter that trains; PEFT's own default name, so that its folder is plain
@@ -56,9 +56,8 @@ def copy_policy(model: PeftModel, name: str = REFERENCE) -> None:
     """Adds a frozen copy of the policy's adapter as it is now, in fp32. A copy costs the adapter's memory, the base none."""
     with keeping_what_trains(model), torch.no_grad():
         model.add_adapter(name, model.peft_config[POLICY])
-        mine = adapter_parameters(model, POLICY)
-        for key, parameter in adapter_parameters(model, name).items():
-            parameter.data = mine[key].detach().clone()
+        mine = get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
+        set_peft_model_state_dict(model, mine, adapter_name=name)
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:

@@ -26,6 +26,11 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
     return backbone
 
 
+def layers_of(backbone: nn.Module) -> nn.ModuleList:
+    """The backbone's layers, in order."""
+    return next(module for module in backbone.modules() if isinstance(module, nn.ModuleList) and len(module) > 0)
+
+
 def unpackable_reason(config: Any) -> str | None:
     """Why rows of a model with this config cannot be computed together as if each were alone, or None."""
     config = config.get_text_config()

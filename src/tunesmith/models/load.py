@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..errors import ModelError, TunesmithError
 from ..recipe import ModelSection
 from ..rundir import atomic_folder
+from .quantised import compute_densely, quantization_config
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     identity: ModelIdentity
     dtype: torch.dtype
+    quantization: str | None = None
+    """What its linear layers are held in, where it is not the dtype."""
 
     @property
     def device(self) -> torch.device:
@@ -121,12 +124,20 @@ def load_model(section: ModelSection) -> LoadedModel:
     with _explained(section.name), quiet():
         tokenizer = _load_tokenizer(folder, section.trust_remote_code)
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=section.trust_remote_code
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=section.trust_remote_code,
+            quantization_config=quantization_config(section.quantization, dtype) if section.quantization else None,
         )
     _require_whole(info, section.name)
-    if torch.cuda.is_available():
+    if section.quantization:  # transformers has put it on the device
+        compute_densely(model)
+    elif torch.cuda.is_available():
         model = model.to("cuda")
-    return LoadedModel(model.eval(), tokenizer, ModelIdentity(name, hash_weights(folder), str(folder), revision), dtype)
+    identity = ModelIdentity(name, hash_weights(folder), str(folder), revision)
+    return LoadedModel(model.eval(), tokenizer, identity, dtype, section.quantization)
 
 
 def stored_weights(folder: str | Path) -> Iterator[tuple[str, Tensor]]:

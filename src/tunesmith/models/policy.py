@@ -24,7 +24,7 @@ from .adapters import active_adapter
 from .attention import FOREST, current_layout, forest_layout
 from .fused import FastPaths, fuse_layers, fuse_lora, plain_layers, remove_fast_forwards
 from .head import logit_shape, token_logprobs
-from .layout import backbone_of, unpackable_reason
+from .layout import backbone_of, layers_of, unpackable_reason
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,7 @@ def _require_interface(causal: PreTrainedModel) -> None:
 
 def _checkpoint_layers(backbone: nn.Module) -> None:
     """Recomputes each transformer layer in the backward pass, in the batch's own layout."""
-    layers = next(m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) > 0)
-    for layer in layers:
+    for layer in layers_of(backbone):
         plain = layer.forward
         layer.forward = partial(_checkpointed, plain)
 

@@ -62,6 +62,12 @@ class LoraMethod(Section):
     """Names of the linear layers that get an adapter, each of which must match; derived as every linear layer of the backbone but a
     mixture-of-experts router."""
 
+    @model_validator(mode="after")
+    def _two_halves_are_orthogonal(self) -> LoraMethod:
+        if self.init_lora_weights == "orthogonal" and self.r % 2:
+            raise ValueError(f"r: an orthogonal start has two halves, and {self.r} is odd; write {self.r + 1}")
+        return self
+
 
 class Ia3Method(Section):
     """Learned scales of keys, values and inner activations (Liu et al. 2022, arXiv:2205.05638)."""

@@ -18,6 +18,8 @@ class ModelSection(Section):
     """A hub revision; a 40-digit commit pins the model, anything else is resolved to one and recorded."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """How the base is held and computed: auto takes bfloat16 where the processor has it, else float32."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """What the base's linear layers are held in, by bitsandbytes: nf4 (a quarter of bfloat16's memory) or int8 (half)."""
     chat_template: PathText | None = None
     """For a base model without a chat template: a named one (chatml) or a .jinja file; its new tokens are trained and saved."""
     trust_remote_code: bool = False

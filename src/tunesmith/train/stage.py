@@ -22,7 +22,7 @@ from ..data.template import ChatTemplate
 from ..errors import CheckpointError, RecipeError
 from ..models.embeddings import grow_embeddings
 from ..models.load import LoadedModel, hash_weights, load_model, stored_weights
-from ..models.methods import attach, load_adapter, method_of, resolve, save_result, starts_unchanged
+from ..models.methods import attach, continue_adapter, method_of, resolve, save_result, starts_unchanged
 from ..models.policy import Policy
 from ..models.result import CARD, is_adapter
 from ..objectives import SFT
@@ -101,7 +101,7 @@ def build_model(loaded: LoadedModel, stage: Stage, start: Path | None, seed: int
                 where=f"stages.{stage.name}",
                 mend="leave method out: it is that of start_from; or start from the base",
             )
-        return load_adapter(loaded, start, trainable=True)
+        return continue_adapter(loaded, stage.method, start)
     return attach(loaded, stage.method, seed=seed, new_tokens=new_tokens)
 
 
@@ -178,6 +178,7 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
             "template_sha256": inputs.template.sha256 if inputs.template else None,
             "stage": stage.name,
             "objective": stage.objective.type,
+            "method": stage.method.model_dump(mode="json"),
             "steps": progress.step,
             "system": inputs.system,
             "fingerprint": fingerprint,
@@ -237,7 +238,8 @@ def stage_fingerprint(
     origin = hash_weights(start) if start is not None else None
     base = loaded.identity.sha256 if origin is None or is_adapter(start) else origin
     tokens = [json.loads((part.store.folder / "key.json").read_text()) for part in (data.train, data.validation) if part is not None]
-    what = [settings, base, origin, str(loaded.dtype), rows, tokens, template.sha256 if template else None, data.max_length, seed]
+    held = [str(loaded.dtype), loaded.quantization]
+    what = [settings, base, origin, held, rows, tokens, template.sha256 if template else None, data.max_length, seed]
     what += [hash_weights(locate_result(name, run)) for name in named_models(stage.objective)]
     what += [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in named_files(stage.objective).values()]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

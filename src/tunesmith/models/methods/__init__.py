@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,14 +17,16 @@ from transformers import PreTrainedModel
 from ...errors import AdapterError
 from ...recipe import FullMethod, LoraMethod, Method
 from ..load import LoadedModel
-from ..result import ADAPTER_WEIGHTS, is_adapter, read_adapter_config
+from ..result import ADAPTER_WEIGHTS, is_adapter, read_adapter_config, read_card
 from ._kind import AdapterKind, MethodKind
-from .lora import Lora
+from .ia3 import Ia3
+from .lora import Lora, learning_rate_scales
 from .saving import add_adapter, load_adapter, save_result, trainable_state
+from .starts import hold_start
 from .targets import target_modules
-from .whole import Full
+from .whole import Full, Partial
 
-KINDS: dict[str, MethodKind] = {"full": Full(), "lora": Lora()}
+KINDS: dict[str, MethodKind] = {"full": Full(), "partial": Partial(), "lora": Lora(), "ia3": Ia3()}
 ADAPTERS: dict[str, AdapterKind] = {kind.peft_type: kind for kind in KINDS.values() if hasattr(kind, "peft_type")}
 
 __all__ = [
@@ -31,6 +34,8 @@ __all__ = [
     "KINDS",
     "add_adapter",
     "attach",
+    "continue_adapter",
+    "learning_rate_scales",
     "load_adapter",
     "method_of",
     "resolve",
@@ -55,6 +60,14 @@ def attach(loaded: LoadedModel, method: Method, *, seed: int, new_tokens: list[i
     return KINDS[method.type].attach(loaded, resolve(loaded.model, method), seed=seed, new_tokens=new_tokens or [])
 
 
+def continue_adapter(loaded: LoadedModel, method: Method, folder: Path) -> nn.Module:
+    """A saved adapter on its base, whose parameters train again. Raises AdapterError."""
+    model = load_adapter(loaded, folder, trainable=True)
+    if getattr(method, "init_lora_weights", None) == "pissa":
+        hold_start(model)
+    return model
+
+
 def trainable_count(model: PreTrainedModel, method: Method) -> int:
     """How many numbers a resolved method trains in a model, without putting it there."""
     return KINDS[method.type].trainable(model, method)
@@ -71,6 +84,9 @@ def method_of(start: Path | None) -> Method:
         return LoraMethod()
     if not is_adapter(start):
         return FullMethod()
+    saved = read_card(start).get("method")
+    if saved is not None:
+        return TypeAdapter(Method).validate_python(saved)
     config = read_adapter_config(start)
     kind = ADAPTERS.get(config.get("peft_type"))
     if kind is None:

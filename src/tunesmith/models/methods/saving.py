@@ -60,7 +60,8 @@ def save_result(model: nn.Module, loaded: LoadedModel, folder: Path, card: dict[
     _reopen(folder, state)
     save_heads(heads or nn.ModuleDict(), folder)
     loaded.tokenizer.save_pretrained(folder)
-    (folder / CARD).write_text(json.dumps({"base": loaded.identity.public(), **card}, indent=2, sort_keys=True))
+    base = {"base": loaded.identity.public(), "quantization": loaded.quantization}
+    (folder / CARD).write_text(json.dumps({**base, **card}, indent=2, sort_keys=True))
 
 
 def _plain(value: Any) -> Any:
@@ -122,6 +123,13 @@ def _read_adapter(loaded: LoadedModel, folder: Path) -> tuple[PeftConfig, dict[s
     if not weights.is_file():
         raise AdapterError(f"no {ADAPTER_WEIGHTS}", where=str(folder), mend="name a run, a stage's model folder or a PEFT adapter")
     card = read_card(folder)
+    if card and card.get("quantization") != loaded.quantization:
+        held = card.get("quantization")
+        raise AdapterError(
+            f"trained on a base held in {held or 'its dtype'}, and this one is held in {loaded.quantization or 'its dtype'}",
+            where=str(folder),
+            mend=f"set model.quantization: {held or 'null'}: it learned to make up for the rounding of the base it was trained on",
+        )
     expected = card.get("base", {}).get("sha256")
     if expected and expected != loaded.identity.sha256:
         raise AdapterError(
@@ -134,10 +142,24 @@ def _read_adapter(loaded: LoadedModel, folder: Path) -> tuple[PeftConfig, dict[s
             warnings.filterwarnings("ignore", message=f".*{FIELD}")
             config, have = PeftConfig.from_pretrained(str(folder)), load_file(weights)
         mark_tokens(config, read_adapter_config(folder).get(FIELD))
+        _start_plainly(config, folder)
     except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
         mend = f"it needs a PEFT {ADAPTER_CONFIG} and whole weights"
         raise AdapterError(f"the adapter cannot be read: {error}", where=str(folder), mend=mend) from error
     return config, have
+
+
+def _start_plainly(config: PeftConfig, folder: Path) -> None:
+    """Every tensor is read from the file, so none needs a start of its own; one that PEFT takes out of the base would change the base."""
+    start = getattr(config, "init_lora_weights", None)
+    if start not in (None, True, False, "gaussian", "orthogonal"):
+        raise AdapterError(
+            f"it was trained on a base that its start had changed (init_lora_weights: {start})",
+            where=str(folder),
+            mend="convert it to a plain LoRA with PEFT (path_initial_model_for_weight_conversion)",
+        )
+    if start is not None:
+        vars(config)["init_lora_weights"] = True
 
 
 def _fill(model: PeftModel, adapter: str, have: dict[str, torch.Tensor], folder: Path) -> None:
