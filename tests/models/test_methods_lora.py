@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from tests.toys import batch_of, loaded, make_rows, model_folder, tiny_model
+from tests.toys import batch_of, loaded, make_rows, make_stage, model_folder, tiny_model, train_stage
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
@@ -194,6 +194,17 @@ def test_lora_plus_gives_b_the_rate_that_peft_gives_it():
     assert all(".lora_B." in name for name in scales)
     assert learning_rate_scales(ours(), LoraMethod()) == {}
     assert len(learning_rate_scales(ours(init_lora_weights="pissa"), LoraMethod(loraplus_lr_ratio=2.0))) == 14
+
+
+def test_a_stage_moves_b_at_its_own_rate(tmp_path):
+    moved = {}
+    for ratio in (1.0, 8.0):
+        settings = {"type": "lora", "r": 4, "loraplus_lr_ratio": ratio}
+        stage = make_stage(method=settings, max_steps=1, warmup_steps=0, max_grad_norm=None)
+        train_stage(loaded(tiny_model("llama")), stage, tmp_path / str(ratio), make_rows(4))
+        moved[ratio] = load_file(tmp_path / str(ratio) / "stages" / "sft" / "model" / "adapter_model.safetensors")
+    for name, tensor in moved[8.0].items():
+        torch.testing.assert_close(tensor, moved[1.0][name] * (8 if "lora_B" in name else 1), rtol=1e-4, atol=1e-6)
 
 
 def test_pissa_of_more_ranks_than_a_weight_has_is_refused():

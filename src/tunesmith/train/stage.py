@@ -22,7 +22,7 @@ from ..data.template import ChatTemplate
 from ..errors import CheckpointError, RecipeError
 from ..models.embeddings import grow_embeddings
 from ..models.load import LoadedModel, hash_weights, load_model, stored_weights
-from ..models.methods import attach, continue_adapter, method_of, resolve, save_result, starts_unchanged
+from ..models.methods import attach, continue_adapter, learning_rate_scales, method_of, resolve, save_result, starts_unchanged
 from ..models.policy import Policy
 from ..models.result import CARD, is_adapter
 from ..objectives import SFT
@@ -153,7 +153,8 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
 
     given = WorkInputs(loaded, model, data, inputs.start, stops, inputs.gold, fingerprint, seed, check)
     with stage_work(stage, given, run) as work:
-        optimiser = Optimiser(work.policy.named_parameters(), stage, tables=_tables(work.policy))
+        scales = learning_rate_scales(work.policy, stage.method)
+        optimiser = Optimiser(work.policy.named_parameters(), stage, scales=scales, tables=_tables(work.policy))
         if stage.method.type in WHOLE:
             optimiser.start_from((f"model.{name}", value) for name, value in stored_weights(loaded.identity.folder))
         job = Job(
