@@ -12,6 +12,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from tests.families import tiny_model
+from tests.generate.helpers import generator, plain_greedy, prompts_with_prefix, tokens_of
 from tests.toys import batch_of, make_items, make_rows, make_stage, model_folder, tiny_tokenizer, train_stage
 from torch import nn
 
@@ -168,6 +169,20 @@ def test_a_quantised_base_computes_in_bf16(folder):
     assert (logprobs - exact).abs().mean() < 0.1
     logprobs.sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_and_scores_on_a_quantised_base_are_those_of_a_plain_full_forward(folder, kind):
+    model = attach(base(folder, kind), LoraMethod(r=4), seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    prompts = prompts_with_prefix(5)
+    ours = generator(model, batch_size=3)
+    greedy = tokens_of(ours.generate(prompts, max_new_tokens=6))
+    assert greedy == [plain_greedy(model, prompt, 6) for prompt in prompts]
+    assert ours.notes == []
 
 
 def test_a_copy_of_a_quantised_model_computes_the_same(folder):
