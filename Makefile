@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart quickstart-rlhf test install dev docs lint clean
+.PHONY: quickstart quickstart-rlhf test test-faults install dev docs lint clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,10 @@ quickstart-rlhf: install
 
 test: dev
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# The whole fault plan: every kill, damaged file and full disk as often as docs/trust.md says. Under 25 minutes on two cores.
+test-faults: dev
+	$(BIN)/python benchmarks/faults.py --write benchmarks/results/faults.md
 
 lint: dev
 	$(BIN)/ruff check src tests benchmarks

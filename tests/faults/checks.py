@@ -9,6 +9,7 @@ import contextlib
 import os
 import select
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tunesmith.rundir import RunDirectory, read_events, storage, verify_folder
 
 STAGE = "sft"
 STEPS = 3
+REFUSED_WITHIN = 2  # seconds in which a second process must have ended
 
 
 def fill(folder: Path, step: int) -> None:
@@ -210,6 +212,7 @@ def check_lock(folder: Path) -> None:
     children = [Child(compete) for _ in range(4)]
     for descriptor in (go_read, end_read, told_write, go_write):
         os.close(descriptor)
+    began = time.monotonic()
     try:
         winners = os.read(told_read, 100).split()
         assert len(winners) == 1, "two processes write to one run directory"
@@ -218,6 +221,7 @@ def check_lock(folder: Path) -> None:
             if child.pid != winner:
                 readable, _, _ = select.select([told_read, child.result_pipe], [], [])
                 assert told_read not in readable, "two processes write to one run directory"
+        assert time.monotonic() - began < REFUSED_WITHIN, "the others wait"
     finally:
         os.close(end_write)
         endings = {child.pid: child.wait() for child in children}

@@ -24,6 +24,7 @@ from tests.faults.checks import (
     STAGE,
     STEPS,
     assert_complete_or_absent,
+    check_lock,
     fill,
     flipped,
     kill_while,
@@ -37,10 +38,17 @@ from tests.faults.harness import CountingStorage, FailingStorage, copy_of, in_ch
 from tunesmith.errors import CheckpointError, StorageFailed
 from tunesmith.rundir import RunDirectory, _directory, _storage, atomic_folder, storage, verify_folder, write_json
 
+TWO_PROCESSES = "two processes in one run folder; a stale lock"
+
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_nothing_is_lost_under(check, tmp_path):
     CHECKS[check](tmp_path)
+
+
+def test_of_four_processes_at_once_one_gets_the_run_directory(fault, tmp_path):
+    for _ in fault(TWO_PROCESSES).drawn(short=1, whole=10):
+        check_lock(tmp_path)
 
 
 def test_a_run_killed_at_any_call_of_its_first_minute_goes_on_unaided(tmp_path):
@@ -226,15 +234,16 @@ def test_every_single_bit_of_a_manifest_is_guarded(tmp_path):
             verify_folder(folder)
 
 
-def test_a_process_killed_while_it_holds_the_lock_leaves_a_stale_lock_that_stops_nobody(tmp_path):
+def test_a_process_killed_while_it_holds_the_lock_leaves_a_stale_lock_that_stops_nobody(fault, tmp_path):
     def hold_and_die() -> None:
-        RunDirectory.open(tmp_path / "run", resume=False)
+        RunDirectory.open(tmp_path / "run", resume=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    assert in_child(hold_and_die).signal == signal.SIGKILL
-    assert (tmp_path / "run" / ".lock").read_text()
-    with RunDirectory.open(tmp_path / "run", resume=False) as run:
-        run.log({"step": 1})
+    for _ in fault(TWO_PROCESSES).drawn(short=1, whole=10):
+        assert in_child(hold_and_die).signal == signal.SIGKILL
+        assert (tmp_path / "run" / ".lock").read_text()
+        with RunDirectory.open(tmp_path / "run", resume=True) as run:
+            run.log({"step": 1})
 
 
 @pytest.mark.parametrize("jump", [-86_400, 86_400])
