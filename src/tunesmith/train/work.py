@@ -145,16 +145,17 @@ def _policy(stage: Stage, inputs: WorkInputs, objective: Objective) -> Policy:
         if need in objective.needs:
             policy.heads[name] = _head(name, inputs, seed)
     if not objective.needs & {"logprobs", "entropy"}:
-        _freeze_unused_head(policy.causal)
+        _freeze_unused_head(policy)
     inputs.check(policy)
     return policy
 
 
-def _freeze_unused_head(model: nn.Module) -> None:
+def _freeze_unused_head(policy: Policy) -> None:
     """Where no token's probability is asked for, a language head of its own, not tied to the embeddings, has nothing to learn from."""
-    head = model.get_output_embeddings()
-    if head.weight is not model.get_input_embeddings().weight:
-        head.weight.requires_grad_(False)
+    head = policy.causal.get_output_embeddings()
+    if head.weight is not policy.causal.get_input_embeddings().weight:
+        for parameter in head.parameters(recurse=False):  # what wraps it, for new tokens, may be shared with the embeddings
+            parameter.requires_grad_(False)
 
 
 def _head(name: str, inputs: WorkInputs, seed: int | None) -> nn.Linear:
