@@ -92,7 +92,7 @@ def make_job(
         "policy": policy,
         "objective": objective,
         "source": DatasetSource(items_of(rows), batch_size=size, accumulation=accumulation, seed=0),
-        "optimiser": Optimiser(policy.named_parameters(), stage),
+        "optimiser": changed.get("optimiser") or Optimiser(policy.named_parameters(), stage),
         "run": run,
         "fingerprint": "f",
         "evaluate": held_out,

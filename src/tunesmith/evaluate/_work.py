@@ -159,7 +159,7 @@ class Work:
 
     def _disagreement(self, task: Task) -> None:
         """Notes how many of some bf16 answers depend on what else is in the batch: its rounding is no property of the model."""
-        if self.inputs.dtype != "bfloat16" or len(task.items) < CHECKED_ALONE or self.section.temperature:
+        if self.inputs.dtype == "float32" or len(task.items) < CHECKED_ALONE or self.section.temperature:
             return
         from ..generate.local import batch_disagreement  # imported here: torch, which the rest of the evaluation does without
 

@@ -114,7 +114,7 @@ def resolve_dtype(section: ModelSection) -> torch.dtype:
     """The dtype the base is held in."""
     if section.dtype == "auto":
         return torch.bfloat16 if has_fast_bf16() else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[section.dtype]
+    return getattr(torch, section.dtype)
 
 
 def load_model(section: ModelSection) -> LoadedModel:

@@ -193,7 +193,7 @@ def train_memory(shape: Shape, stage: Stage, *, resident: int, batch_tokens: int
 
 
 def _state_bytes(shape: Shape, stage: Stage) -> int:
-    """Bytes that a trained weight takes beside what was resident: moments, 8 of AdamW; a bf16 weight's other half 2, and its gradient 2, or 4
+    """Bytes that a trained weight takes beside what was resident: moments, 8 of AdamW; a bf16 weight's other half 2, its gradient 2, or 4
     where batches are added up; of a full fp32 model the gradient 4; of an adapter the weight itself besides."""
     if stage.method.type not in WHOLE:
         return 8 + MOMENTS[stage.optim]

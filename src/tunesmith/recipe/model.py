@@ -16,8 +16,8 @@ class ModelSection(Section):
     """An embedded model (smollm2-135m-instruct), a folder, a .gguf file, or a hub name (owner/name)."""
     revision: str | None = None
     """A hub revision; a 40-digit commit pins the model, anything else is resolved to one and recorded."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """How the base is held and computed: auto takes bfloat16 where the processor has it, else float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """How the base is held and computed: auto takes bfloat16 where the processor has it, else float32. In float16 the loss is scaled."""
     quantization: Literal["nf4", "int8"] | None = None
     """What the base's linear layers are held in, by bitsandbytes: nf4 (a quarter of bfloat16's memory) or int8 (half)."""
     chat_template: PathText | None = None

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import CheckpointError, NonFinite
 from ..rundir import RunDirectory
+from .masters import local
 from .optimiser import Optimiser
 
 STATE, TENSORS = "state.json", "state.safetensors"
@@ -49,7 +50,8 @@ def save_checkpoint(
     source: what the source of windows needs to go on, such as rollouts that are not used up.
     """
     tensors = {name: tensor.detach().contiguous() for name, tensor in optimiser.state().items()}
-    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _is_finite(tensor)]
+    halves = {name: local(p) for name, p in zip(optimiser.names, optimiser.parameters, strict=True) if p.dtype == torch.float16}
+    bad = [name for name, tensor in (tensors | halves).items() if tensor.is_floating_point() and not _is_finite(tensor)]
     if bad:
         raise NonFinite(f"`{bad[0]}` is not finite", where=f"stage {stage}, step {progress.step}", mend="lower learning_rate")
     tensors[RNG] = torch.get_rng_state()

@@ -23,13 +23,21 @@ from ..errors import InvariantViolated
 from ..models.policy import Policy
 from ..objectives import Objective
 
-LEAK = {torch.float32: 1e-4, torch.bfloat16: 0.75}  # largest difference in hidden states, relative to their spread: rounding, not attention
-FAST_LOSS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative, of the mean over LOSS_TOKENS or more
+LEAK = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 0.75,
+    torch.float16: 0.1,
+}  # largest difference in hidden states over their spread
+FAST_LOSS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative, of the mean over LOSS_TOKENS or more
 LOSS_TOKENS = 64  # over fewer, rounding cancels less: 6 tokens of a 135M Llama in bf16 differed by up to 3.7e-2
-FAST_GRADIENT = {torch.float32: 0.014, torch.bfloat16: 0.25}  # relative; on a 135M Llama in bf16 rounding alone makes 0.05 to 0.1
+FAST_GRADIENT = {
+    torch.float32: 0.014,
+    torch.bfloat16: 0.25,
+    torch.float16: 0.1,
+}  # relative; rounding a 135M Llama to bf16 makes 0.05 to 0.1
 INPUTS = "input embeddings"
 KINDS = (INPUTS, "lora_A", "lora_B")  # what does not share its size of gradients with the rest
-START = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # nats a token; rows in other company round otherwise
+START = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # nats a token; rows in other company round otherwise
 PROBE_B = 0.002
 PROBE_TOKENS = 24
 

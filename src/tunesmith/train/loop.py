@@ -151,14 +151,14 @@ def _update(job: Job, progress: Progress) -> None:
         return
     if step == 0:
         starts_where_it_compares(job.policy, window.batches)
-    optimiser.zero_grad()
-    result = run_window(job.policy, job.objective, window.batches)
-    norm = optimiser.grad_norm()
-    _require_finite({"loss": result.loss, "gradient norm": norm}, "no update was made from it", stage.name, step + 1)
+    result, norm = _gradients(job, window, step + 1)
     if norm > 0:
         _require_gradients(job, progress)
     rate = learning_rate(step, total=stage.max_steps, warmup=stage.warmup_steps, peak=stage.learning_rate, kind=stage.lr_scheduler_type)
+    scale = optimiser.scale
     optimiser.step(rate, norm)
+    if optimiser.loss_scale is not None:
+        optimiser.loss_scale.held()
     seconds = time.perf_counter() - began
     tokens = sum(int(batch.forest.lengths_B.sum()) for batch in window.batches)
     progress.step += 1
@@ -179,6 +179,7 @@ def _update(job: Job, progress: Progress) -> None:
                 **window.metrics,
                 "learning_rate": rate,
                 "grad_norm": norm,
+                **({"loss_scale": scale} if optimiser.loss_scale is not None else {}),
                 "tokens": tokens,
                 "computed_tokens": sum(len(batch.forest.tokens_T) for batch in window.batches),
                 "tokens_per_second": tokens / seconds,
@@ -186,6 +187,21 @@ def _update(job: Job, progress: Progress) -> None:
                 "fraction_changed": optimiser.fraction_changed(),
             },
         )
+
+
+def _gradients(job: Job, window: Window, step: int) -> tuple[WindowResult, float]:
+    """Forward and backward over a window, and the gradients' norm; computed again with half the loss scale while gradients overflow."""
+    optimiser, stage = job.optimiser, job.stage.name
+    while True:
+        optimiser.zero_grad()
+        result = run_window(job.policy, job.objective, window.batches, scale=optimiser.scale)
+        _require_finite({"loss": result.loss}, "no update was made from it", stage, step)
+        norm = optimiser.grad_norm()
+        if math.isfinite(norm) or optimiser.loss_scale is None:
+            _require_finite({"gradient norm": norm}, "no update was made from it", stage, step)
+            return result, norm
+        optimiser.loss_scale.overflowed(f"stage {stage}, step {step}")
+        _log(job, {"event": "overflowed", "step": step - 1, "loss_scale": optimiser.scale})
 
 
 def _require_finite(values: dict[str, float], consequence: str, stage: str, step: int) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import CheckpointError, RecipeError
 from ..recipe import Stage
+from .loss_scale import LossScale
 from .masters import Apart, Run
 from .updates import Choice, Moment
 
@@ -33,6 +34,7 @@ class Optimiser:
 
     parameters: by name; of DTensors, this process's shards are moved, and their gradients are taken to be reduced already. scales: how many
     times the stage's learning rate a parameter moves at, by name. tables: names of embeddings and heads, which Muon leaves to AdamW.
+    loss_scale: what gradients are multiplied by when they come.
     """
 
     def __init__(
@@ -42,7 +44,9 @@ class Optimiser:
         *,
         scales: Mapping[str, float] | None = None,
         tables: Collection[str] = (),
+        loss_scale: LossScale | None = None,
     ):
+        self.loss_scale = loss_scale
         self.weight_decay, self.max_grad_norm = stage.weight_decay, stage.max_grad_norm
         self.updates = torch.zeros(())  # made so far
         choice, scales = Choice(stage), scales or {}
@@ -108,19 +112,24 @@ class Optimiser:
         flat = [self.flat_gradient] if len(self.flat_gradient) else []
         return flat + [unit.whole_gradient() for unit in self._apart if not unit.sharded]
 
+    @property
+    def scale(self) -> float:
+        """What the loss is to be multiplied by before its backward pass."""
+        return 1.0 if self.loss_scale is None else self.loss_scale.value
+
     def grad_norm(self, reduce: Reduce = _alone) -> float:
-        """The Euclidean norm of all gradients. reduce: sums the squares of shards over the processes that hold them."""
+        """The Euclidean norm of all gradients, the loss scale taken out. reduce: sums the squares of shards over the processes."""
         whole = torch.linalg.vector_norm(self.flat_gradient).square()
         shards = torch.zeros_like(whole)
         for unit in self._apart:
             (shards if unit.sharded else whole).add_(unit.square())
-        return math.sqrt(float(whole) + float(reduce(shards)))
+        return math.sqrt(float(whole) + float(reduce(shards))) / self.scale
 
     def step(self, learning_rate: float, norm: float) -> None:
         """One update; gradients, which are overwritten, are scaled down to max_grad_norm if `norm` is above it."""
-        factor = 1.0
+        factor = 1.0 / self.scale
         if self.max_grad_norm is not None and norm > self.max_grad_norm:
-            factor = self.max_grad_norm / (norm + 1e-6)
+            factor *= self.max_grad_norm / (norm + 1e-6)
         self.updates += 1
         for unit, decays, scale in self._units:
             moment = Moment(int(self.updates), learning_rate * scale, self.weight_decay if decays else 0.0)
@@ -145,7 +154,8 @@ class Optimiser:
     def state(self) -> dict[str, Tensor]:
         """Everything an update depends on, by parameter: weights (bf16 ones in two halves), what the rule remembers, the update count."""
         remembered = {key: held for unit, *_ in self._units for key, held in unit.remembered()}
-        return {"updates": self.updates} | dict(self._weights()) | remembered
+        scale = dict(self.loss_scale.state()) if self.loss_scale is not None else {}
+        return {"updates": self.updates} | scale | dict(self._weights()) | remembered
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         for unit, *_ in self._units:

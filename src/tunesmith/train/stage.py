@@ -38,6 +38,7 @@ from .invariants import (
     something_trains,
 )
 from .loop import Job, train
+from .loss_scale import LossScale
 from .memory import keep_freed_memory
 from .offline import judge_reward_model
 from .optimiser import Optimiser
@@ -153,8 +154,9 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
 
     given = WorkInputs(loaded, model, data, inputs.start, stops, inputs.gold, fingerprint, seed, check)
     with stage_work(stage, given, run) as work:
-        scales = learning_rate_scales(work.policy, stage.method)
-        optimiser = Optimiser(work.policy.named_parameters(), stage, scales=scales, tables=_tables(work.policy))
+        scales, loss_scale = learning_rate_scales(work.policy, stage.method), LossScale() if loaded.dtype == torch.float16 else None
+        tables = _tables(work.policy)
+        optimiser = Optimiser(work.policy.named_parameters(), stage, scales=scales, tables=tables, loss_scale=loss_scale)
         if stage.method.type in WHOLE:
             optimiser.start_from((f"model.{name}", value) for name, value in stored_weights(loaded.identity.folder))
         job = Job(

@@ -41,11 +41,11 @@ def window_divisors(objective: Objective, batches: Sequence[Any]) -> dict[str, f
 
 
 def run_window(
-    policy: Policy, objective: Objective, batches: Sequence[Any], *, backward: bool = True, between: Between = _nothing
+    policy: Policy, objective: Objective, batches: Sequence[Any], *, backward: bool = True, scale: float = 1.0, between: Between = _nothing
 ) -> WindowResult:
     """Runs a window, calling `between` before each batch; a term whose divisor is 0 gives nothing.
 
-    With `backward`, gradients of the loss are added to the parameters' own.
+    With `backward`, gradients of `scale` times the loss are added to the parameters' own.
     """
     divisors = window_divisors(objective, batches)
     loss = 0.0
@@ -64,7 +64,7 @@ def run_window(
                 loss += coefficient * float(mean.detach())
                 parts.append(coefficient * mean)
             if backward and parts:
-                torch.stack(parts).sum().backward()
+                torch.stack(parts).sum().mul(scale).backward()
         for name, (total, divisor) in objective.metrics(outputs, batch).items():
             metrics[name][0] += total
             metrics[name][1] += divisor
