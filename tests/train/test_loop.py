@@ -109,7 +109,7 @@ def test_tokens_count_a_shared_token_once_for_each_row_that_holds_it(tmp_path):
 METHODS = {"full": FullMethod(), "lora": LoraMethod(r=4)}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt"])
 def test_every_trained_tensor_has_a_gradient_by_the_second_step(tmp_path, family, method, checkpointing):

@@ -143,7 +143,7 @@ def model_shape(loaded: LoadedModel) -> Shape:
 def train_phase(shape: Shape, machine: Machine, stage: Stage, *, tokens: float, supervised: float) -> Phase:
     """Forward and backward over `tokens` computed tokens (shared ones once), `supervised` of which go through the head."""
     full = stage.method.type in WHOLE
-    passes = (3 if full else 2) + (1 if stage.gradient_checkpointing else 0)
+    passes = (3 if full else 2) + (0.5 if stage.gradient_checkpointing == "selective" else float(stage.gradient_checkpointing))
     flops = 2.0 * shape.linear * tokens * passes + 2.0 * shape.vocabulary * shape.hidden * supervised * (4 if full else 2)
     moved = _elementwise(shape, tokens) + supervised * shape.vocabulary * 4 * 6
     if full:
@@ -182,9 +182,10 @@ def train_memory(shape: Shape, stage: Stage, *, resident: int, batch_tokens: int
     batch_tokens: computed tokens of the largest batch. trainable: weights that train.
     """
     full = stage.method.type in WHOLE
-    layers = 2 if stage.gradient_checkpointing else shape.layers
+    again = {False: 0, "selective": (shape.layers + 1) // 2, True: shape.layers}[stage.gradient_checkpointing]
+    layers = min(shape.layers, shape.layers - again + 2)  # of those computed again, one in the backward pass and what it is made of
     saved = batch_tokens * layers * (SAVED_HIDDEN * shape.hidden + SAVED_INNER * shape.inner) * shape.itemsize
-    kept = batch_tokens * shape.layers * shape.hidden * shape.itemsize if stage.gradient_checkpointing else 0
+    kept = batch_tokens * again * shape.hidden * shape.itemsize
     wide = 0 if full else shape.linear // shape.layers * shape.itemsize
     head = HEAD_CHUNKS * CHUNK_BYTES
     if full:  # the logits' gradient of many chunks, in the model's dtype, and the head's own in fp32

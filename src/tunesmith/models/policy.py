@@ -9,22 +9,22 @@ without padding, and the head runs on supervised tokens only.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..data.forest import Forest
 from ..errors import ModelError
 from .adapters import active_adapter
-from .attention import FOREST, current_layout, forest_layout
+from .attention import FOREST, forest_layout
 from .fused import FastPaths, fuse_layers, fuse_lora, plain_layers, remove_fast_forwards
 from .head import logit_shape, token_logprobs
-from .layout import backbone_of, layers_of, unpackable_reason
+from .layout import backbone_of, unpackable_reason
+from .recompute import recompute_layers
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Policy(nn.Module):
         model: nn.Module,
         *,
         fast: bool = True,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Literal["selective"] = False,
         temperature: float = 1.0,
         detach_values: bool = True,
     ):
@@ -75,7 +75,7 @@ class Policy(nn.Module):
             fuse_layers(self.causal, self.fast_paths)
             fuse_lora(self.model, self.fast_paths)
         if gradient_checkpointing:
-            _checkpoint_layers(self.backbone)
+            recompute_layers(self.backbone, gradient_checkpointing)
 
     def forward(self, forest: Forest, needs: Collection[str] = ("logprobs",), *, embeddings: Tensor | None = None) -> TokenOutputs:
         """Runs a batch. needs: any of logprobs, entropy, values, scores. embeddings: [1, T, H] in place of the tokens' own."""
@@ -159,15 +159,3 @@ def _require_interface(causal: PreTrainedModel) -> None:
     reason = unpackable_reason(causal.config)
     if reason:
         raise ModelError(f"examples cannot be packed for {type(causal).__name__}: {reason}", mend="tune another model family")
-
-
-def _checkpoint_layers(backbone: nn.Module) -> None:
-    """Recomputes each transformer layer in the backward pass, in the batch's own layout."""
-    for layer in layers_of(backbone):
-        plain = layer.forward
-        layer.forward = partial(_checkpointed, plain)
-
-
-def _checkpointed(plain, *args, **kwargs):  # noqa: ANN001
-    nodes = current_layout()
-    return checkpoint(plain, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), forest_layout(nodes)), **kwargs)

@@ -66,8 +66,8 @@ class Stage(Section):
     """AdamW's denominator term."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradient norm above which gradients are scaled down; null switches it off."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["selective"] = False
+    """Recompute activations in the backward pass: of every layer, for about a third more time, or (selective) of every second one."""
     eval_steps: Positive | None = None
     """Updates between evaluations on the validation rows; derived as once an epoch."""
     early_stopping_patience: Positive | None = None
