@@ -19,6 +19,12 @@ METHOD_CASES: dict[str, dict[str, Any]] = {
     "pissa dora rslora": {"type": "lora", "r": 4, "init_lora_weights": "pissa", "use_dora": True, "use_rslora": True},
     "orthogonal": {"type": "lora", "r": 4, "init_lora_weights": "orthogonal"},
     "ia3": {"type": "ia3"},
+    "prefix": {"type": "prefix", "num_virtual_tokens": 4},
+    "prefix projection": {"type": "prefix", "num_virtual_tokens": 4, "prefix_projection": True, "encoder_hidden_size": 8},
+    "prompt": {"type": "prompt", "num_virtual_tokens": 4},
+    "prompt from text": {"type": "prompt", "num_virtual_tokens": 4, "prompt_tuning_init_text": "Answer in JSON."},
+    "p_tuning": {"type": "p_tuning", "num_virtual_tokens": 4, "encoder_hidden_size": 8},
+    "p_tuning lstm": {"type": "p_tuning", "num_virtual_tokens": 4, "encoder_reparameterization_type": "LSTM"},
 }
 ADAPTER_CASES = {name: settings for name, settings in METHOD_CASES.items() if settings["type"] not in WHOLE}
 

@@ -47,7 +47,7 @@ def leak(monkeypatch: pytest.MonkeyPatch) -> None:
     def leaking(module, query, key, *args, **kwargs):
         from tunesmith.data.forest import Node
 
-        with attention.forest_layout((Node(0, query.shape[2], ()),)):
+        with attention.forest_layout(attention.Layout((Node(0, query.shape[2], ()),))):
             return plain(module, query, key, *args, **kwargs)
 
     from transformers import AttentionInterface

@@ -230,6 +230,12 @@ class PrefixCache(Cache):
         layout.changed()
 
     def take_prefix(self) -> PrefixKV:
-        """The first row's keys and values per layer, [Hkv, P, D] each, to be the shared prefix of other caches."""
+        """The shared prefix and the first row's keys and values per layer, [Hkv, P, D] each, to be the shared prefix of other caches."""
         used = self.layout.used
-        return [(layer.keys[:, 0, :used].contiguous(), layer.values[:, 0, :used].contiguous()) for layer in self.layers]
+        own = [(layer.keys[:, 0, :used].contiguous(), layer.values[:, 0, :used].contiguous()) for layer in self.layers]
+        if not self.layout.prefix:
+            return own
+        return [
+            (torch.cat([layer.prefix[0], keys], 1), torch.cat([layer.prefix[1], values], 1))
+            for layer, (keys, values) in zip(self.layers, own, strict=True)
+        ]

@@ -2,7 +2,7 @@
 
 Takes rows (rows.py), moves them to their end; takes prompts and answers, gives log-probabilities. The prefix common to all prompts of a
 call is computed once, for one row, and what rows of one prompt share beyond it once for all of them; the suffixes of a batch run together
-without padding; the head runs on the positions that need it.
+without padding; the head runs on the positions that need it. Tokens that an adapter has learned are where the shared prefix begins.
 Run it under `attention_implementation(model, attention.NAME)`.
 """
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..models.head import logit_shape, shape_logits
+from ..models.virtual import virtual_tokens
 from .attention import NAME, attending, attention_implementation
 from .cache import PrefixCache, PrefixKV
 from .protocol import Sampling
@@ -37,10 +38,10 @@ CHECK_TOLERANCE_HALF = 0.1
 
 
 class Engine:
-    """Prefix, rows and steps of one model."""
+    """Prefix, rows and steps of one model. tuned: it, or PEFT's module around it."""
 
-    def __init__(self, model: PreTrainedModel, batch_size: int):
-        self.model, self.batch_size = model, batch_size
+    def __init__(self, model: PreTrainedModel, tuned: torch.nn.Module, batch_size: int):
+        self.model, self.tuned, self.batch_size = model, tuned, batch_size
         self.decoder, self.lm_head = model.get_decoder(), model.get_output_embeddings()
         self.config = model.config.get_text_config()
         self.layers = self.config.num_hidden_layers
@@ -49,18 +50,23 @@ class Engine:
         """Logits [S, V] of hidden states, with the scaling and soft-capping that the model's config names."""
         return shape_logits(self.lm_head(hidden_SH), *logit_shape(self.config))
 
-    def forward(self, cache: PrefixCache, ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states of one pass, [N, H] for rows [1, N], [B, H] for a step [B, 1]."""
+    def forward(self, cache: PrefixCache, **inputs: torch.Tensor) -> torch.Tensor:
+        """Hidden states of one pass, [N, H] for rows [1, N], [B, H] for a step [B, 1]. inputs: `input_ids`, or `inputs_embeds`."""
         with attending(cache):
-            output = self.decoder(input_ids=ids, position_ids=cache.positions(), cache=cache, use_cache=True)
+            output = self.decoder(**inputs, position_ids=cache.positions(), cache=cache, use_cache=True)
         return output.last_hidden_state.flatten(0, 1)
 
     def prefix(self, ids: Sequence[int]) -> PrefixKV | None:
-        """Keys and values of the shared prefix per layer, computed for one row; None where there is none."""
-        if not ids:
-            return None
-        cache = PrefixCache(self.layers, [len(ids)], device=self.model.device)
-        self.forward(cache, self._tensor([ids]))
+        """Keys and values per layer of learned tokens and those that all prompts begin with, for one row; None where there are none."""
+        virtual = virtual_tokens(self.tuned, self.model.dtype)
+        learned = None if virtual is None else virtual.prefix
+        if virtual is not None and virtual.embeddings_NH is not None:
+            learned = self._extended(None, virtual.count, inputs_embeds=virtual.embeddings_NH[None])
+        return self._extended(learned, len(ids), input_ids=self._tensor([ids])) if ids else learned
+
+    def _extended(self, prefix: PrefixKV | None, tokens: int, **inputs: torch.Tensor) -> PrefixKV:
+        cache = PrefixCache(self.layers, [tokens], prefix=prefix, device=self.model.device)
+        self.forward(cache, **inputs)
         return cache.take_prefix()
 
     def generate(self, rows: list[Row], sampling: Sampling, stop_ids: frozenset[int]) -> None:
@@ -77,7 +83,7 @@ class Engine:
         suffixes = [prompt[P:] for prompt in of_prompt]
         extra = min(max(row.limit for row in rows), FIRST_SLOTS)
         cache = PrefixCache(self.layers, [len(s) for s in suffixes], extra_slots=extra, prefix=prefix, device=self.model.device)
-        hidden_NH = self.forward(cache, self._tensor([[token for suffix in suffixes for token in suffix]]))
+        hidden_NH = self.forward(cache, input_ids=self._tensor([[token for suffix in suffixes for token in suffix]]))
         last_P = torch.tensor([len(s) for s in suffixes], device=hidden_NH.device).cumsum(0) - 1
         hidden_BH = hidden_NH[last_P[prompt_B]]
         if len(of_prompt) < len(rows):
@@ -91,7 +97,7 @@ class Engine:
                 cache.keep(kept)
                 rows, tokens_B = [rows[b] for b in kept], [tokens_B[b] for b in kept]
             cache.next_step()
-            hidden_BH = self.forward(cache, self._tensor([[token] for token in tokens_B]))
+            hidden_BH = self.forward(cache, input_ids=self._tensor([[token] for token in tokens_B]))
 
     def logprobs(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probability of every answer token, float32 [len(answer)] a pair."""
@@ -103,7 +109,7 @@ class Engine:
         for chosen in batches([len(suffixes[i]) for i in scored], self.batch_size):
             batch = [scored[i] for i in chosen]
             cache = PrefixCache(self.layers, [len(suffixes[i]) for i in batch], prefix=prefix, device=self.model.device)
-            hidden_NH = self.forward(cache, self._tensor([[token for i in batch for token in suffixes[i]]]))
+            hidden_NH = self.forward(cache, input_ids=self._tensor([[token for i in batch for token in suffixes[i]]]))
             ends = np.cumsum([len(suffixes[i]) for i in batch])
             wanted_S = np.concatenate([np.arange(end - len(answers[i]), end) for end, i in zip(ends, batch, strict=True)])
             targets_S = np.concatenate([np.asarray(answers[i], dtype=np.int64) for i in batch])
@@ -131,14 +137,14 @@ class Engine:
         n, p = len(ids), len(ids) // 2
         with attention_implementation(self.model, NAME):
             cache = PrefixCache(self.layers, [n - p, n - p - 2], extra_slots=1, prefix=self.prefix(ids[:p]), device=self.model.device)
-            rows_NH = self.forward(cache, self._tensor([ids[p:] + ids[p:-2]]))
+            rows_NH = self.forward(cache, input_ids=self._tensor([ids[p:] + ids[p:-2]]))
             if sorted(cache.attended) != list(range(self.layers)):
                 raise ModelError(f"attention ran in layers {cache.attended} of {self.layers}", where=type(self.model).__name__)
             cache.next_step()
-            step_BH = self.forward(cache, self._tensor([ids[:1], ids[-2:-1]]))
+            step_BH = self.forward(cache, input_ids=self._tensor([ids[:1], ids[-2:-1]]))
             ours_3V = self.logits(torch.stack([rows_NH[n - p - 1], rows_NH[-1], step_BH[1]])).float()
         with attention_implementation(self.model, plain_attention):
-            plain_3V = self.model(input_ids=self._tensor([ids]), use_cache=False).logits[0, [n - 1, n - 3, n - 2]].float()
+            plain_3V = self.tuned(input_ids=self._tensor([ids]), use_cache=False).logits[0, [-1, -3, -2]].float()
         plain_3V, ours_3V = (x - x.mean(dim=-1, keepdim=True) for x in (plain_3V, ours_3V))
         return float(((ours_3V - plain_3V).norm(dim=-1) / plain_3V.norm(dim=-1).clamp_min(1e-12)).max())
 

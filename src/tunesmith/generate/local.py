@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..models.layout import unpackable_reason
+from ..models.virtual import virtual_count
 from .attention import NAME, attention_implementation
 from .engine import CHECK_TOLERANCE, CHECK_TOLERANCE_HALF, Engine
 from .fallback import Fallback
@@ -77,7 +78,9 @@ class LocalGenerator:
         """
         if not len(prompts):
             return []
-        rows = make_rows(prompts, max_new_tokens, sampling, constraint, self._max_positions, seeds=seeds, logprobs=logprobs)
+        virtual = virtual_count(self.model)
+        how = {"virtual": virtual, "seeds": seeds, "logprobs": logprobs}
+        rows = make_rows(prompts, max_new_tokens, sampling, constraint, self._max_positions, **how)
         stop_ids = self.stop_ids if constraint is None else self.stop_ids | constraint.stop_ids
         with self._ready(prompts) as way:
             way.generate(rows, sampling, stop_ids)
@@ -90,8 +93,10 @@ class LocalGenerator:
         """
         if len(prompts) != len(answers):
             raise ValueError(f"{len(prompts)} prompts, {len(answers)} answers")
-        check_lengths(prompts, self._max_positions, room=0)
-        check_lengths([[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)], self._max_positions, room=0)
+        virtual = virtual_count(self.model)
+        whole = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
+        for rows in (prompts, whole):
+            check_lengths(rows, self._max_positions, room=0, virtual=virtual)
         if not len(prompts):
             return []
         with self._ready(prompts) as way:
@@ -110,11 +115,11 @@ class LocalGenerator:
 
     def _checked_engine(self, prompt: Sequence[int], plain_attention: str) -> Engine | None:
         """The engine, if the model is of a kind that it knows and it agrees with the plain model on the prompt's first tokens."""
-        reason = _unknown_layout(self.model, self._base)
+        reason = _unknown_layout(self._base)
         if reason is None:
             ids = (list(prompt) * 8)[: max(8, min(len(prompt), CHECKED_TOKENS))]
             try:
-                engine = Engine(self._base, self.batch_size)
+                engine = Engine(self._base, self.model, self.batch_size)
                 difference = engine.difference(ids, plain_attention)
             except (ModelError, AttributeError, TypeError, IndexError, RuntimeError) as error:  # what another layout may trip over
                 reason = f"{type(error).__name__}: {error}"
@@ -149,10 +154,8 @@ def _plain_attention(base: PreTrainedModel) -> str:
     return "sdpa" if base._supports_sdpa else "eager"
 
 
-def _unknown_layout(model: torch.nn.Module, base: PreTrainedModel) -> str | None:
+def _unknown_layout(base: PreTrainedModel) -> str | None:
     """Why the engine cannot run the model, as far as its config says, or None."""
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return "the adapter puts learned tokens before the prompt"
     reason = unpackable_reason(base.config)
     if reason:
         return reason

@@ -48,35 +48,38 @@ def make_rows(
     constraint: Constraint | None,
     max_positions: int | None,
     *,
+    virtual: int = 0,
     seeds: Sequence[int] | None = None,
     logprobs: bool = False,
 ) -> list[Row]:
-    """One row a prompt, in order. seeds: what decides each row's stream, in place of the sampling's seed and the prompt.
+    """One row a prompt, in order. seeds: what decides each row's stream, in place of the sampling's seed and the prompt. virtual: positions
+    that learned tokens take.
 
     Raises ModelError, naming the prompt, where it leaves no room in the model's max_positions tokens.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    check_lengths(prompts, max_positions, room=1)
+    check_lengths(prompts, max_positions, room=1, virtual=virtual)
     if seeds is not None and len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds")
     rows = []
     for prompt, seed in zip(prompts, row_seeds(prompts, sampling.seed) if seeds is None else seeds, strict=True):
-        limit = max_new_tokens if max_positions is None else min(max_new_tokens, max_positions - len(prompt))
+        limit = max_new_tokens if max_positions is None else min(max_new_tokens, max_positions - virtual - len(prompt))
         stream = row_stream(seed) if sampling.temperature > 0 else None
         matcher = constraint.matcher() if constraint else None
         rows.append(Row([int(token) for token in prompt], limit, stream, matcher, [] if logprobs else None))
     return rows
 
 
-def check_lengths(prompts: Sequence[Sequence[int]], max_positions: int | None, *, room: int) -> None:
-    """Refuses an empty prompt, and one that leaves less than `room` tokens of the model's context."""
+def check_lengths(prompts: Sequence[Sequence[int]], max_positions: int | None, *, room: int, virtual: int = 0) -> None:
+    """Refuses an empty prompt, and one that leaves less than `room` tokens of the model's context beside the `virtual` ones."""
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ModelError("the prompt has no tokens, so there is nothing to continue", where=f"prompt {number}")
-        if max_positions is not None and len(prompt) + room > max_positions:
+        if max_positions is not None and virtual + len(prompt) + room > max_positions:
+            learned = f" and {virtual} learned ones" if virtual else ""
             raise ModelError(
-                f"{len(prompt)} tokens do not fit the model's context of {max_positions}",
+                f"{len(prompt)} tokens{learned} do not fit the model's context of {max_positions}",
                 where=f"prompt {number}",
                 mend="shorten the prompt (fewer few-shot examples) or use a model with a longer context",
             )

@@ -11,7 +11,10 @@ from contextlib import contextmanager
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import TrainableTokensWrapper
 from torch import nn
+
+from .virtual import learns_tokens, show_new_tokens
 
 POLICY = "default"  # the adapter that trains; PEFT's own default name, so that its folder is plain
 REFERENCE = "reference"
@@ -31,12 +34,12 @@ def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
         return
     with keeping_what_trains(model):
         if name is None:
-            with model.disable_adapter():
+            with model.disable_adapter(), _without_new_tokens(model):
                 yield
             return
         if name not in model.peft_config:
             raise KeyError(name)
-        model.base_model.set_adapter(name)
+        model.set_adapter(name)
         yield
 
 
@@ -47,9 +50,23 @@ def keeping_what_trains(model: PeftModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.base_model.set_adapter(POLICY)
+        model.set_adapter(POLICY)
+        show_new_tokens(model)
         for parameter in model.parameters():
             parameter.requires_grad_(parameter in trained)
+
+
+@contextmanager
+def _without_new_tokens(model: PeftModel) -> Iterator[None]:
+    """For a while, new tokens have the base's rows: PEFT leaves the trained ones in place where learned tokens are switched off."""
+    rows = [module for module in model.modules() if learns_tokens(model) and isinstance(module, TrainableTokensWrapper)]
+    for module in rows:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module in rows:
+            module.enable_adapters(True)
 
 
 def copy_policy(model: PeftModel, name: str = REFERENCE) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,25 +19,34 @@ from transformers import AttentionInterface
 
 from ..data.forest import Node
 from ..errors import ModelError
+from .virtual import KeysValues
 
 FOREST = "tunesmith_forest"
 QUERY_BLOCK = 512  # queries at once: bounds the scores of one block to heads x 512 x keys
 
-_layout: ContextVar[tuple[Node, ...] | None] = ContextVar("forest_layout", default=None)
+
+class Layout(NamedTuple):
+    """The nodes of a batch, and learned keys and values, a pair [Hkv, n, D] a layer, which nodes know as tokens [T, T + n)."""
+
+    nodes: tuple[Node, ...]
+    prefix: KeysValues | None = None
+
+
+_layout: ContextVar[Layout | None] = ContextVar("forest_layout", default=None)
 
 
 @contextmanager
-def forest_layout(forest_nodes: tuple[Node, ...] | None) -> Iterator[None]:
-    """Makes the nodes of a batch known to the attention function for a while."""
-    token = _layout.set(forest_nodes)
+def forest_layout(layout: Layout | None) -> Iterator[None]:
+    """Makes the layout of a batch known to the attention function for a while."""
+    token = _layout.set(layout)
     try:
         yield
     finally:
         _layout.reset(token)
 
 
-def current_layout() -> tuple[Node, ...] | None:
-    """The nodes of the batch in hand, to be captured by activation checkpointing."""
+def current_layout() -> Layout | None:
+    """The layout of the batch in hand, to be captured by activation checkpointing."""
     return _layout.get()
 
 
@@ -59,8 +68,8 @@ def forest_attention(
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """query[1, Hq, T, D], key and value[1, Hkv, T, D] -> (output[1, T, Hq, D], None); the layout is the current batch's."""
-    nodes = _layout.get()
-    if nodes is None:
+    layout = _layout.get()
+    if layout is None:
         raise ModelError(
             "the model was called outside the policy's forward", mend="call the policy, or switch the attention implementation first"
         )
@@ -72,8 +81,24 @@ def forest_attention(
     if attention_mask is not None:
         _refuse("attention_mask", module)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = _ForestAttention.apply(query[0], key[0], value[0], nodes, scale, extra.get("sliding_window"), extra.get("softcap"))
+    key, value = key[0], value[0]
+    if layout.prefix is not None:
+        key, value = _with_prefix(module, key, value, layout.prefix)
+    out = _ForestAttention.apply(query[0], key, value, layout.nodes, scale, extra.get("sliding_window"), extra.get("softcap"))
     return out.unsqueeze(0), None
+
+
+def _with_prefix(module: torch.nn.Module, key: Tensor, value: Tensor, prefix: KeysValues) -> tuple[Tensor, Tensor]:
+    """A layer's keys and values [Hkv, T + n, D], its learned ones after the tokens' own."""
+    keys, values = prefix[module.layer_idx]
+    if (keys.shape[0], keys.shape[2], values.shape[2]) != (key.shape[0], key.shape[2], value.shape[2]):
+        raise ModelError(
+            f"prefix tuning makes keys and values of {keys.shape[0]} heads of {keys.shape[2]}, layer {module.layer_idx} has "
+            f"{key.shape[0]} of {key.shape[2]} and {value.shape[2]}",
+            where=getattr(getattr(module, "config", None), "model_type", None),
+            mend="use another method, such as prompt",
+        )
+    return torch.cat([key, keys], 1), torch.cat([value, values], 1)
 
 
 AttentionInterface.register(FOREST, forest_attention)

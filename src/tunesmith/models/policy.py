@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data.forest import Forest
+from ..data.forest import Forest, Node
 from ..errors import ModelError
 from .adapters import active_adapter
-from .attention import FOREST, forest_layout
+from .attention import FOREST, Layout, forest_layout
 from .fused import FastPaths, fuse_layers, fuse_lora, plain_layers, remove_fast_forwards
 from .head import logit_shape, token_logprobs
 from .layout import backbone_of, unpackable_reason
 from .recompute import recompute_layers
+from .virtual import virtual_tokens
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,26 @@ class Policy(nn.Module):
         self.fast_paths = FastPaths(refused=dict.fromkeys(self.fast_paths.used, "disagrees with the plain layers on the first batch"))
 
     def hidden(self, embeddings_1TH: Tensor, forest: Forest) -> Tensor:
-        """The backbone's last hidden states [T, H] for input embeddings [1, T, H]."""
+        """The backbone's last hidden states [T, H] for input embeddings [1, T, H].
+
+        An adapter's n learned tokens are an ancestor of every node, computed once. They stand after the batch's tokens, whose places in it
+        are what they are without them; their positions are the first.
+        """
         positions = torch.from_numpy(forest.positions_T).to(embeddings_1TH.device)[None]
-        with forest_layout(forest.nodes):
-            return self.backbone(inputs_embeds=embeddings_1TH, position_ids=positions, use_cache=False).last_hidden_state[0]
+        total, layout = embeddings_1TH.shape[1], Layout(forest.nodes)
+        virtual = virtual_tokens(self.model, embeddings_1TH.dtype)
+        if virtual is not None:
+            root = (total, total + virtual.count)
+            nodes = [Node(node.start, node.end, (root, *node.ancestors)) for node in forest.nodes]
+            positions = positions + virtual.count
+            if virtual.embeddings_NH is not None:
+                nodes.append(Node(*root, ancestors=()))
+                positions = torch.cat([positions, torch.arange(virtual.count, device=positions.device)[None]], 1)
+                embeddings_1TH = torch.cat([embeddings_1TH, virtual.embeddings_NH[None]], 1)
+            layout = Layout(tuple(nodes), virtual.prefix)
+        with forest_layout(layout):
+            hidden_TH = self.backbone(inputs_embeds=embeddings_1TH, position_ids=positions, use_cache=False).last_hidden_state[0]
+        return hidden_TH[:total]
 
     def _head(self, hidden_SH: Tensor, target_S: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
         head, config = self.causal.get_output_embeddings(), self.causal.config.get_text_config()

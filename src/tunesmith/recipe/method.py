@@ -107,13 +107,19 @@ class PrefixMethod(Section):
     num_virtual_tokens: Positive = 20
     """Length of the prefix."""
     prefix_projection: bool = False
-    """Whether the prefix is made by a small network, which is left out of the saved result's use but saved with it."""
+    """Whether the prefix is made by a small network while it trains; the result is the prefix, with the network beside it for a later stage."""
     encoder_hidden_size: Positive | None = None
     """That network's width; derived as the model's."""
 
+    @model_validator(mode="after")
+    def _width_of_a_network(self) -> PrefixMethod:
+        if self.encoder_hidden_size is not None and not self.prefix_projection:
+            raise ValueError("encoder_hidden_size is the width of a network that is not there: add prefix_projection: true, or leave it out")
+        return self
+
 
 class PromptMethod(Section):
-    """Learned embeddings before the prompt (prompt tuning, Lester et al. 2021, arXiv:2104.08691)."""
+    """Learned embeddings before every row (prompt tuning, Lester et al. 2021, arXiv:2104.08691)."""
 
     default_learning_rate: ClassVar[float] = 1e-2
     type: Literal["prompt"] = "prompt"
@@ -125,7 +131,7 @@ class PromptMethod(Section):
 
 
 class PTuningMethod(Section):
-    """Learned embeddings before the prompt, made by a small network (P-tuning, Liu et al. 2021, arXiv:2103.10385)."""
+    """Learned embeddings before every row, made by a small network (P-tuning, Liu et al. 2021, arXiv:2103.10385)."""
 
     default_learning_rate: ClassVar[float] = 1e-3
     type: Literal["p_tuning"] = "p_tuning"
@@ -136,8 +142,14 @@ class PTuningMethod(Section):
     """The network's kind."""
     encoder_hidden_size: Positive | None = None
     """Its width; derived as the model's."""
-    encoder_num_layers: Positive = 2
-    """Layers of an LSTM."""
+    encoder_num_layers: Positive | None = None
+    """Layers of an LSTM; derived as 2."""
+
+    @model_validator(mode="after")
+    def _layers_of_an_lstm(self) -> PTuningMethod:
+        if self.encoder_num_layers is not None and self.encoder_reparameterization_type != "LSTM":
+            raise ValueError("encoder_num_layers counts an LSTM's layers, and an MLP has three always: leave it out")
+        return self
 
 
 Method = Annotated[

@@ -21,12 +21,21 @@ from ..result import ADAPTER_WEIGHTS, is_adapter, read_adapter_config, read_card
 from ._kind import AdapterKind, MethodKind
 from .ia3 import Ia3
 from .lora import Lora, learning_rate_scales
+from .prompt import Prefix, Prompt, PTuning
 from .saving import add_adapter, load_adapter, save_result, trainable_state
 from .starts import hold_start
 from .targets import target_modules
 from .whole import Full, Partial
 
-KINDS: dict[str, MethodKind] = {"full": Full(), "partial": Partial(), "lora": Lora(), "ia3": Ia3()}
+KINDS: dict[str, MethodKind] = {
+    "full": Full(),
+    "partial": Partial(),
+    "lora": Lora(),
+    "ia3": Ia3(),
+    "prefix": Prefix(),
+    "prompt": Prompt(),
+    "p_tuning": PTuning(),
+}
 ADAPTERS: dict[str, AdapterKind] = {kind.peft_type: kind for kind in KINDS.values() if hasattr(kind, "peft_type")}
 
 __all__ = [

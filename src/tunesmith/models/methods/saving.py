@@ -25,6 +25,7 @@ from ..adapters import POLICY, adapter_parameters, keeping_what_trains
 from ..heads import save_heads
 from ..load import LoadedModel, quiet
 from ..result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, read_adapter_config, read_card
+from ..virtual import has_network, load_network, save_network, show_new_tokens
 from .tokens import FIELD, mark_tokens, saved_config
 
 
@@ -34,7 +35,9 @@ def put_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int | None 
         torch.manual_seed(seed)
     with warnings.catch_warnings():  # PEFT asks for what transformers has renamed
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(model, config, autocast_adapter_dtype=True)
+        tuned = get_peft_model(model, config, autocast_adapter_dtype=True)
+    show_new_tokens(tuned)
+    return tuned
 
 
 def trainable_state(model: nn.Module, adapter: str = POLICY) -> dict[str, torch.Tensor]:
@@ -58,6 +61,8 @@ def save_result(model: nn.Module, loaded: LoadedModel, folder: Path, card: dict[
         with quiet():
             model.save_pretrained(folder)
     _reopen(folder, state)
+    if isinstance(model, PeftModel):
+        save_network(model, POLICY, folder)
     save_heads(heads or nn.ModuleDict(), folder)
     loaded.tokenizer.save_pretrained(folder)
     base = {"base": loaded.identity.public(), "quantization": loaded.quantization}
@@ -91,6 +96,8 @@ def load_adapter(loaded: LoadedModel, folder: Path, *, trainable: bool = False) 
     """
     config, have = _read_adapter(loaded, folder)
     config.inference_mode = not trainable
+    if hasattr(config, "prompt_tuning_init"):
+        config.prompt_tuning_init = "RANDOM"  # filled below; PEFT would load a tokenizer by name for a text
     with _fitting(folder):
         model = put_adapter(loaded.model, config)
     _fill(model, POLICY, have, folder)
@@ -174,6 +181,8 @@ def _fill(model: PeftModel, adapter: str, have: dict[str, torch.Tensor], folder:
             where=str(folder / ADAPTER_WEIGHTS),
             mend="the file is damaged or of another model",
         )
+    if has_network(model, adapter):
+        have = have | {"prompt_embeddings": load_network(model, adapter, have["prompt_embeddings"], folder)}
     set_peft_model_state_dict(model, have, adapter_name=adapter)
     for parameter in adapter_parameters(model, adapter).values():
         parameter.data = parameter.data.float()
