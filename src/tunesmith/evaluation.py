@@ -141,7 +141,7 @@ def _inputs(session: Session) -> EvaluationInputs:
         general=tasks.general,
         validation=tasks.validation,
         constraint=_constraint(tasks.schema, tasks.labels, session.loaded, stops),
-        context_length=session.loaded.context,
+        context_length=session.context,
         training_template_sha256=read_card(result).get("template_sha256"),
         dtype=str(session.loaded.dtype).removeprefix("torch."),
         stop_ids=tuple(stops),

@@ -21,7 +21,7 @@ from .errors import MissingFile, RecipeError
 from .evaluate import TemplateEncoder, derive_max_new_tokens
 from .models.load import LoadedModel, load_model
 from .models.result import read_card, require_unaltered
-from .recipe import WHOLE, DataSection, ModelReward, Recipe, Stage, dump_recipe
+from .recipe import WHOLE, DataSection, ModelReward, Recipe, Stage, dump_recipe, virtual_tokens_of
 from .rundir import manifest, write_json, write_text
 from .score.rewards import make_rewards
 from .session import Session
@@ -59,6 +59,7 @@ def prepare(session: Session) -> None:
         _prepare_data(session)
     session.stages = _derived_stages(session)
     for stage in session.stages:
+        _require_room(session, stage)
         _require_same_result(session, stage)
         _require_rewards(session, stage)
     session.data.write_account(session.run)
@@ -67,7 +68,7 @@ def prepare(session: Session) -> None:
     tasks = make_tasks(recipe, session.data, session.stage_data.values(), has_template=session.template is not None)
     room = recipe.evaluate.max_new_tokens or derive_max_new_tokens(int(np.count_nonzero(weights)) for _, weights in session.data.train)
     encoder = TemplateEncoder(session.template, session.loaded.tokenizer)
-    session.tasks = encodable_tasks(tasks, encoder, max_new_tokens=room, context_length=session.loaded.context)
+    session.tasks = encodable_tasks(tasks, encoder, max_new_tokens=room, context_length=session.context)
     session.recipe = _resolved(session, room)
     write_text(session.run.file("recipe.yaml"), dump_recipe(session.recipe))
     hashes = {part: source["sha256"] for part, source in session.data.sources.items()}
@@ -107,7 +108,7 @@ def _prepare_data(session: Session) -> None:
     shared = _rows_of(sharing[0]) if sharing else Wanted(None)
 
     def prepared(section: DataSection, wanted: Wanted, folder: str, kept_apart: Sequence[AnyRecord] = ()) -> PreparedData:
-        context = session.loaded.context - wanted.room
+        context = session.context - wanted.room
         how = Rendering(session.template, session.loaded.tokenizer, context, recipe.task.description, wanted.train_on)
         return prepare_data(section, session.run, how, seed=recipe.seed, folder=folder, kept_apart=kept_apart, kind=wanted.kind)
 
@@ -173,6 +174,20 @@ def _require_same_method(derived: Stage, given: Stage, start: Any) -> None:
             f"it goes on with an adapter of {other[0]} {getattr(start, other[0])}, and its method says {getattr(derived.method, other[0])}",
             where=f"{where}.{other[0]}",
             mend="leave method out: it is that of start_from",
+        )
+
+
+def _require_room(session: Session, stage: Stage) -> None:
+    """A row, an answer to it that is yet to come, and learned tokens fit the model. Raises RecipeError.
+
+    Only the learned tokens of an adapter that an earlier run trained are not known when the rows are cut.
+    """
+    learned, longest = virtual_tokens_of(stage.method), session.data_of(stage).max_length + _rows_of(stage).room
+    if learned + longest > session.loaded.context:
+        raise RecipeError(
+            f"rows of {longest} tokens and {learned} learned ones do not fit the model's context of {session.loaded.context}",
+            where=f"stages.{stage.name}",
+            mend=f"set data.max_length to at most {session.loaded.context - learned - _rows_of(stage).room}, and data.too_long",
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from .data.prepare import PreparedData
 from .data.template import ChatTemplate
 from .models.load import LoadedModel
-from .recipe import Recipe, Stage
+from .recipe import Recipe, Stage, virtual_tokens_of
 from .rundir import RunDirectory
 from .tasks import Tasks
 from .train.memory import peak_memory_bytes
@@ -37,6 +37,11 @@ class Session:
     stages: list[Stage] = field(default_factory=list)
     worked: bool = False
     """Whether anything was trained or scored, and not only found finished."""
+
+    @property
+    def context(self) -> int:
+        """Tokens that a row may have: the model's context without what learned tokens of a stage take of it."""
+        return self.loaded.context - max(virtual_tokens_of(stage.method) for stage in self.stages or self.recipe.stages)
 
     def data_of(self, stage: Stage) -> PreparedData:
         """What a stage trains on: rows of its own, else the recipe's."""

@@ -40,7 +40,7 @@ ACCEPTED: dict[Kind, tuple[Kind, ...]] = {  # of data, by what is wanted, the fi
 
 @dataclass(frozen=True)
 class Rendering:
-    """How rows become tokens. context: the model's, in tokens; system: the message of rows that bring none."""
+    """How rows become tokens. context: the most tokens that the model has room for; system: the message of rows that bring none."""
 
     template: ChatTemplate | None
     tokenizer: Any

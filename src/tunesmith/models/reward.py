@@ -38,6 +38,7 @@ from .load import LoadedModel, load_model, quiet
 from .methods import add_adapter, load_adapter
 from .policy import Policy
 from .result import is_adapter, read_adapter_config, read_card, require_unaltered
+from .virtual import virtual_count
 
 ROWS_AT_ONCE = 32
 UNBOUNDED = 1 << 20  # tokens of a row for a model whose config names no limit
@@ -170,12 +171,17 @@ def open_reward_model(folder: Path, loaded: LoadedModel, beside: nn.Module | Non
     writer = None if _written_alike(tokenizer, loaded.tokenizer) else Writer(_template(folder, tokenizer), tokenizer)
     same_base = read_card(folder).get("base", {}).get("sha256") == loaded.identity.sha256
     has_room = writer is None or len(tokenizer) <= loaded.model.config.get_text_config().vocab_size
-    if is_adapter(folder) and same_base and has_room and isinstance(beside, PeftModel):
+    if is_adapter(folder) and same_base and has_room and isinstance(beside, PeftModel) and _of_one_kind(folder, beside):
         add_adapter(beside, loaded, folder, name)
         return Shared(name, load_head(folder, "score", loaded.width).to(loaded.device), writer)
     own = _own_base(folder, loaded, len(tokenizer))
     model = load_adapter(own, folder) if is_adapter(folder) else own.model
     return Separate.of(model, load_head(folder, "score", own.width).to(own.device), writer)
+
+
+def _of_one_kind(folder: Path, beside: PeftModel) -> bool:
+    """Whether a saved adapter is of the method that a model's own is, so that PEFT takes it beside that."""
+    return read_adapter_config(folder).get("peft_type") == beside.peft_type
 
 
 def _written_alike(one: Any, other: Any) -> bool:
@@ -247,10 +253,10 @@ def _rows(answers: Sequence[Scored], writer: Writer | None) -> Sequence[np.ndarr
 
 def _head_scores(policy: Policy, adapter: str | None, head: nn.Linear, rows: Sequence[np.ndarray | None]) -> np.ndarray:
     """A head's number at the last token of each row, float64 [N]; NaN where there is no row, or one longer than the model's positions."""
-    longest = _positions(policy.causal)
-    known = [i for i, row in enumerate(rows) if row is not None and len(row) <= longest]
     found = np.full(len(rows), np.nan)
     with policy.using(adapter):
+        longest = _positions(policy.causal) - virtual_count(policy.model)
+        known = [i for i, row in enumerate(rows) if row is not None and len(row) <= longest]
         for start in range(0, len(known), ROWS_AT_ONCE):
             chosen = known[start : start + ROWS_AT_ONCE]
             chunk = [(rows[i], np.zeros(len(rows[i]), dtype=np.float32)) for i in chosen]

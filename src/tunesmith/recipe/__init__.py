@@ -15,6 +15,7 @@ from .method import (
     PrefixMethod,
     PromptMethod,
     PTuningMethod,
+    virtual_tokens_of,
 )
 from .model import ModelSection
 from .objective import (
@@ -93,4 +94,5 @@ __all__ = [
     "dump_recipe",
     "json_schema",
     "load_recipe",
+    "virtual_tokens_of",
 ]

@@ -158,3 +158,8 @@ Method = Annotated[
 ]
 WHOLE = ("full", "partial")
 """Methods whose result is a whole model, and not an adapter."""
+
+
+def virtual_tokens_of(method: Method | None) -> int:
+    """How many learned tokens a method puts before every row."""
+    return getattr(method, "num_virtual_tokens", 0)

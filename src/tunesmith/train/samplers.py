@@ -14,6 +14,7 @@ from ..generate.protocol import Generation, Sampling
 from ..models.load import LoadedModel
 from ..models.methods import save_result
 from ..models.policy import Policy
+from ..models.virtual import learns_tokens
 from ..recipe import Stage
 from ..rundir import RunDirectory, atomic_folder, remove_folder
 
@@ -43,9 +44,10 @@ class ServerSampler:
     """
 
     def __init__(self, stage: Stage, policy: Policy, loaded: LoadedModel, stop_ids: Sequence[int], run: RunDirectory):
-        if not isinstance(policy.model, PeftModel):
+        if not isinstance(policy.model, PeftModel) or learns_tokens(policy.model):
+            trained = "learned tokens" if isinstance(policy.model, PeftModel) else "the whole model"
             raise RecipeError(
-                "a server is given adapters, and this stage trains the whole model",
+                f"a server is given adapters within the model's layers, and this stage trains {trained}",
                 where=f"stages.{stage.name}.rollout.server",
                 mend="use method lora, or sample here",
             )

@@ -49,6 +49,7 @@ from .updates import require_optimiser
 from .work import WorkInputs, learns_from_answers, probe_batch, stage_work
 
 Report = Callable[[dict[str, Any]], None]
+STARTS_AWAY = "{} tuning starts away from the base: fresh learned tokens change what it says, and the first losses show it"
 EVALUATIONS = 5  # in a stage that samples, where the recipe names no steps between them
 UNFINGERPRINTED = {"save_steps", "save_total_limit", "logging_steps", "name", "data"}  # they change no weight; rows are hashed themselves
 
@@ -152,6 +153,8 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
         if slow:
             _tell(run, report, {"event": "fast_paths_dropped", "stage": stage.name, "paths": slow})
 
+    if not starts_unchanged(stage.method) and (inputs.start is None or not is_adapter(inputs.start)):
+        _tell(run, report, {"event": "note", "stage": stage.name, "note": STARTS_AWAY.format(stage.method.type)})
     given = WorkInputs(loaded, model, data, inputs.start, stops, inputs.gold, fingerprint, seed, check)
     with stage_work(stage, given, run) as work:
         scales, loss_scale = learning_rate_scales(work.policy, stage.method), LossScale() if loaded.dtype == torch.float16 else None

@@ -24,6 +24,7 @@ from ..models.heads import HEADS, load_head, make_head
 from ..models.load import LoadedModel
 from ..models.policy import Policy
 from ..models.result import is_adapter
+from ..models.virtual import learns_tokens
 from ..objectives import OBJECTIVES, Objective
 from ..recipe import Objective as ObjectiveSettings
 from ..recipe import Stage
@@ -174,7 +175,10 @@ Reference = Callable[[Policy, Forest], torch.Tensor]
 
 
 def _reference(stage: Stage, inputs: WorkInputs) -> Reference:
-    """The stage's start, frozen: another adapter of the policy's model, or that model without any; of a full model, a copy."""
+    """The stage's start, frozen: another adapter of the policy's model, or that model without any; of a full model, a copy.
+
+    Fresh learned tokens are a start of their own, since they change the model's output.
+    """
     model = inputs.model
     if not isinstance(model, PeftModel):
         held = copy.deepcopy(model).requires_grad_(False)
@@ -184,7 +188,7 @@ def _reference(stage: Stage, inputs: WorkInputs) -> Reference:
             return Policy(held, fast=fast, temperature=stage.rollout.temperature)
 
         return lambda policy, forest: _frozen(frozen(bool(policy.fast_paths.used)), None, forest)
-    adapter = REFERENCE if inputs.start is not None and is_adapter(inputs.start) else None
+    adapter = REFERENCE if learns_tokens(model) or (inputs.start is not None and is_adapter(inputs.start)) else None
     if adapter is not None:
         copy_policy(model, adapter)
     return lambda policy, forest: _frozen(policy, adapter, forest)
