@@ -107,14 +107,14 @@ class PrefixMethod(Section):
     num_virtual_tokens: Positive = 20
     """Length of the prefix."""
     prefix_projection: bool = False
-    """Whether the prefix is made by a small network while it trains; the result is the prefix, with the network beside it for a later stage."""
+    """Whether a small network makes the prefix while it trains; the result is the prefix, and beside it the network, for a later stage."""
     encoder_hidden_size: Positive | None = None
     """That network's width; derived as the model's."""
 
     @model_validator(mode="after")
     def _width_of_a_network(self) -> PrefixMethod:
         if self.encoder_hidden_size is not None and not self.prefix_projection:
-            raise ValueError("encoder_hidden_size is the width of a network that is not there: add prefix_projection: true, or leave it out")
+            raise ValueError("encoder_hidden_size is a network's width, and there is none: add prefix_projection: true, or leave it out")
         return self
 
 
