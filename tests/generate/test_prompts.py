@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from tests.families import FAMILIES
 from tests.generate.helpers import ANSWERS, generator, prompts_with_prefix, tokens_of
 from tests.models.test_prompts import LEARNED, LONG, moved, tuned
-
 from tunesmith.errors import ModelError
 from tunesmith.generate import Sampling
 

@@ -74,6 +74,10 @@ def copy_policy(model: PeftModel, name: str = REFERENCE) -> None:
     with keeping_what_trains(model), torch.no_grad():
         model.add_adapter(name, model.peft_config[POLICY])
         mine = get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
+        if learns_tokens(model):  # of a network PEFT's state is its output, and its loader fills the table alone
+            encoder = model.prompt_encoder[POLICY]
+            model.prompt_encoder[name].load_state_dict(encoder.state_dict())
+            mine["prompt_embeddings"] = encoder.embedding.weight
         set_peft_model_state_dict(model, mine, adapter_name=name)
 
 
