@@ -49,13 +49,13 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits[0]
+        return model(input_ids=ids, use_cache=False).logits[0, -ids.shape[1] :]  # PEFT gives learned tokens' too
 
 
 def learn(model: nn.Module, steps: int = 2) -> nn.Module:
     """Some plain steps, by hand, so that nothing of the method is as it was put there."""
     for _ in range(steps):
-        out = model(input_ids=IDS, use_cache=False).logits[0, :-1]
+        out = model(input_ids=IDS, use_cache=False).logits[0, -IDS.shape[1] : -1]
         loss = torch.nn.functional.cross_entropy(out, IDS[0, 1:])
         parameters = list(trained(model).values())
         for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
