@@ -17,7 +17,7 @@ from tunesmith.cli import app
 from tunesmith.recipe import load_recipe
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-VERBS = [["run"], ["train"], ["evaluate"], ["plan"], ["chat"], ["init"], ["report"], ["schema"], ["data", "check"]]
+VERBS = [["run"], ["train"], ["evaluate"], ["plan"], ["chat"], ["init"], ["launch"], ["report"], ["schema"], ["data", "check"]]
 
 
 @pytest.fixture(scope="module")

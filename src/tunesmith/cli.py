@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -36,6 +37,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standar
 GateFlag = Annotated[bool, typer.Option("--gate", help="Exit with status 5 unless the verdict is PASS.")]
 
 
+class Tool(StrEnum):
+    """What a launch file is for."""
+
+    slurm = "slurm"
+    sky = "sky"
+    dstack = "dstack"
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         from .inspection import package_version
@@ -54,6 +63,7 @@ def _options(
 def _verb(as_json: bool, work: Callable[[Any], Any], show: Callable[[Any], str]) -> Any:
     """Runs a verb's function with a display, prints its result, and gives it."""
     from .progress import Display, as_json_text, libraries_in_json, visible
+    from .rundir import rank
 
     display = Display(as_json=as_json)
     with libraries_in_json() if as_json else nullcontext():
@@ -61,7 +71,8 @@ def _verb(as_json: bool, work: Callable[[Any], Any], show: Callable[[Any], str])
             result = work(display)
         finally:
             display.close()
-    print(as_json_text(result, indent=2) if as_json else visible(show(result)))
+    if rank() == 0:
+        print(as_json_text(result, indent=2) if as_json else visible(show(result)))
     return result
 
 
@@ -107,7 +118,7 @@ def train(recipe: RecipePath, set_: Sets = None, out: Out = None, resume: Resume
 @app.command(epilog="Example: tunesmith evaluate recipes/quickstart.yaml")
 def evaluate(recipe: RecipePath, set_: Sets = None, out: Out = None, gate: GateFlag = False, as_json: AsJson = False) -> None:
     """Evaluate what `train` left in the run directory; one that holds no trained run is refused."""
-    _check_recipe(recipe, set_, out, True)
+    _check_recipe(recipe, set_, out, True, train=False)
     from .pipeline import evaluate as work
 
     _require_pass(_verb(as_json, lambda display: work(recipe, sets=set_ or (), out=out, report=display), _run_words), gate)
@@ -183,6 +194,21 @@ def init(
         lambda display: {"written": [str(path) for path in work(file, test, out=out or ".", force=force)]},
         lambda done: f"wrote {', '.join(done['written'])}\nnext: tunesmith plan {done['written'][0]}",
     )
+
+
+@app.command(epilog="Example: tunesmith launch recipes/quickstart.yaml --print slurm > job.sbatch")
+def launch(
+    recipe: RecipePath,
+    tool: Annotated[Tool, typer.Option("--print", help="The cluster's tool.")],
+    set_: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the file that starts a recipe on the machines of its `launch` section, for the tool that submits it."""
+    from .launch import cluster_file
+    from .recipe import load_recipe
+
+    checked = load_recipe(recipe, set_ or ())
+    _verb(as_json, lambda display: {"file": cluster_file(checked, str(recipe), tool.value)}, lambda done: done["file"])
 
 
 @app.command(epilog="Example: tunesmith report runs/quickstart")
@@ -267,13 +293,17 @@ def _mapping(words: str) -> dict[str, str]:
     return {field.strip(): column.strip() for field, _, column in pairs}
 
 
-def _check_recipe(recipe: Path, sets: list[str] | None, out: Path | None, resume: bool) -> None:
-    """Refuses a wrong recipe or a run directory in use before anything heavy is imported."""
+def _check_recipe(recipe: Path, sets: list[str] | None, out: Path | None, resume: bool, *, train: bool = True) -> None:
+    """Refuses a wrong recipe or a run directory in use before anything heavy is imported; starts the other processes that it asks for."""
+    from .launch import start, starts_others
     from .recipe import load_recipe
-    from .rundir import refuse_in_use
+    from .rundir import rank, refuse_in_use
 
     checked = load_recipe(recipe, sets or (), out=out)
-    refuse_in_use(Path(checked.output.dir or Path("runs") / checked.name), resume=resume)
+    if rank() == 0:
+        refuse_in_use(Path(checked.output.dir or Path("runs") / checked.name), resume=resume)
+    if train and starts_others(checked.launch):
+        sys.exit(start(checked.launch, sys.argv[1:]))
 
 
 def _run_words(result: Any) -> str:

@@ -103,5 +103,9 @@ class AdapterError(TunesmithError):
     """An adapter's weights do not match the model they are loaded into."""
 
 
+class PeerLost(TunesmithError):
+    """Another of the processes that train together ended; its own error says why."""
+
+
 class StorageFailed(TunesmithError):
     """The disk refused a write; what was there before is intact."""

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ from .data.prepare import PreparedData
 from .errors import GateFailed, ModelError
 from .evaluation import evaluate_run
 from .forewarning import quarantine_notes, verdict_warnings
+from .launch import require_processes
 from .models.load import EMBEDDED
 from .planning import make_plan
 from .preparation import fresh_base, prepare, require_files
-from .recipe import Recipe, Stage, dump_recipe, load_recipe
+from .recipe import Recipe, Stage, TrackingSection, dump_recipe, load_recipe
 from .report import write_report
 from .report.card import write_card
-from .rundir import RunDirectory, storage, storage_failures, sync, write_json
+from .rundir import RunDirectory, rank, storage, storage_failures, sync, write_json
 from .score.gold import Gold, gold_function, lost_words, means_of_checks
 from .session import Report, Session
+from .train.devices import first_goes_ahead, of_first, process_group
 from .train.memory import peak_memory_bytes
 from .train.signals import StopRequest
 from .train.stage import StageInputs, is_finished, locate_start, run_stage
@@ -78,6 +81,8 @@ def run(
     """
     with _session(recipe, sets, out, resume, report) as session:
         _train(session)
+        if rank() > 0:
+            return RunResult(session.run.path)
         with session.phase("evaluate"):
             evaluation = evaluate_run(session)
         result = _finish(session, evaluation)
@@ -101,7 +106,7 @@ def train(
     """Data, plan and training, without the evaluation. Arguments and errors as for `run`."""
     with _session(recipe, sets, out, resume, report) as session:
         _train(session)
-        return _finish(session, None)
+        return _finish(session, None) if rank() == 0 else RunResult(session.run.path)
 
 
 def evaluate(
@@ -124,6 +129,8 @@ def evaluate(
             mend="train it first: tunesmith train RECIPE, with the same --out",
         )
     with _session(recipe, sets, out, True, report) as session:
+        if rank() > 0:  # the first process evaluates alone
+            return RunResult(session.run.path)
         prepare(session)
         with session.phase("evaluate"):
             evaluation = evaluate_run(session)
@@ -171,8 +178,15 @@ def _session(
     recipe = load_recipe(source, sets, out=out)
     require_files(recipe)
     require_trackers(recipe.tracking)
-    with StopRequest() as stop, RunDirectory.open(_run_path(recipe), resume=resume) as directory, _hub_explained(recipe.model.name):
-        yield Session(recipe, directory, stop, report)
+    with StopRequest() as stop, process_group(), _directory(_run_path(recipe), resume) as directory, _hub_explained(recipe.model.name):
+        yield Session(recipe, directory, stop, report if rank() == 0 else lambda event: None)
+
+
+def _directory(path: Path, resume: bool) -> RunDirectory:
+    """The run directory: the first process opens it and writes, the others follow."""
+    opened = RunDirectory.open(path, resume=resume) if rank() == 0 else None
+    resumed = of_first(lambda: opened.resumed)
+    return opened or RunDirectory.follow(path, resumed=resumed)
 
 
 def _run_path(recipe: Recipe) -> Path:
@@ -196,7 +210,28 @@ def _hub_explained(name: str) -> Iterator[None]:
 
 def _train(session: Session) -> None:
     """Prepares, plans, and trains every stage that is not finished yet."""
-    prepare(session)
+    require_processes(session.recipe.launch)
+    with first_goes_ahead():
+        prepare(session)
+    if rank() == 0:
+        _plan(session)
+    recipe, steps = session.recipe, {stage.name: stage.max_steps for stage in session.stages}
+    told = recipe.tracking if rank() == 0 else TrackingSection()
+    with Trackers(told, recipe.name, session.run.path, recipe.model_dump(), steps) as trackers:
+
+        def report(event: dict[str, Any]) -> None:
+            session.report(event)
+            trackers.log(event)
+
+        for stage in session.stages:
+            if not of_first(partial(is_finished, session.run, stage)):
+                _train_stage(session, stage, report)
+    if rank() == 0:
+        _publish_model(session)
+
+
+def _plan(session: Session) -> None:
+    """Writes and shows what is to be expected."""
     predicted = make_plan(session)
     write_json(session.run.file("plan.json"), {"predicted": predicted, "measured": None})
     notes = [*session.data.notes, *(note for data in session.stage_data.values() for note in data.notes), *predicted["notes"]]
@@ -204,17 +239,6 @@ def _train(session: Session) -> None:
     warnings = verdict_warnings(session.recipe, session.tasks)
     session.run.log({"event": "notes", "notes": notes})
     session.report({"event": "plan", **predicted, "ledger": session.data.ledger.to_json(), "notes": notes, "warnings": warnings})
-    recipe, steps = session.recipe, {stage.name: stage.max_steps for stage in session.stages}
-    with Trackers(recipe.tracking, recipe.name, session.run.path, recipe.model_dump(), steps) as trackers:
-
-        def report(event: dict[str, Any]) -> None:
-            session.report(event)
-            trackers.log(event)
-
-        for stage in session.stages:
-            if not is_finished(session.run, stage):
-                _train_stage(session, stage, report)
-    _publish_model(session)
 
 
 def _train_stage(session: Session, stage: Stage, report: Report) -> None:
@@ -231,6 +255,8 @@ def _train_stage(session: Session, stage: Stage, report: Report) -> None:
             start=locate_start(stage, session.run.path),
             seed=session.recipe.seed if stage.seed is None else stage.seed,
             gold=gold,
+            processes=session.recipe.launch.processes,
+            sharded=session.recipe.launch.strategy == "fsdp",
         )
         run_stage(stage, inputs, session.run, stop=session.stop, report=report)
         del inputs
@@ -244,7 +270,7 @@ def _train_stage(session: Session, stage: Stage, report: Report) -> None:
 def _watched(session: Session, stage: Stage) -> Iterator[Watched | None]:
     """The recipe's gold measure, while a stage samples answers; its process ends after."""
     setting = session.recipe.task.gold_reward
-    if setting is None or not learns_from_answers(stage):
+    if setting is None or rank() > 0 or not learns_from_answers(stage):
         yield None
         return
     with closing(gold_function(setting)) as gold:

@@ -50,7 +50,7 @@ def make_plan(session: Session) -> dict[str, Any]:
     peak, tokens = 0, 0
     for stage in session.stages:
         update = _update(session, stage)
-        tokens += int(update.rows * stage.max_steps)
+        tokens += int(update.rows * stage.max_steps) * session.recipe.launch.processes
         peak = max(peak, _stage_memory(session, shape, stage, update))
         phases += _stage_phases(session, shape, machine, stage, update)
     phases += _evaluation(session, shape, machine)

@@ -21,8 +21,8 @@ from .errors import MissingFile, RecipeError
 from .evaluate import TemplateEncoder, derive_max_new_tokens
 from .models.load import LoadedModel, load_model
 from .models.result import read_card, require_unaltered
-from .recipe import WHOLE, DataSection, ModelReward, Recipe, Stage, dump_recipe, virtual_tokens_of
-from .rundir import manifest, write_json, write_text
+from .recipe import WHOLE, DataSection, ModelReward, Recipe, Stage, dump_recipe, load_recipe, virtual_tokens_of
+from .rundir import manifest, world, write_json, write_text
 from .score.rewards import make_rewards
 from .session import Session
 from .tasks import encodable_tasks, make_tasks
@@ -49,7 +49,7 @@ def require_files(recipe: Recipe) -> None:
 
 def prepare(session: Session) -> None:
     """Model, template, data, tasks and derived stages; writes recipe.yaml and manifest.json."""
-    recipe = session.recipe
+    session.recipe = recipe = _with_processes(session)
     with session.phase("load"):
         session.loaded = load_model(recipe.model)
         if session.loaded.tokenizer.chat_template or recipe.model.chat_template is not None:
@@ -77,6 +77,15 @@ def prepare(session: Session) -> None:
     about["stage_data"] = {name: data.sources for name, data in session.stage_data.items()}
     about["chat_template_sha256"] = session.template.sha256 if session.template else None
     write_json(session.run.file("manifest.json"), about)
+
+
+def _with_processes(session: Session) -> Recipe:
+    """The recipe with the number of processes that share an update: its own, that of the run which goes on, else those that there are."""
+    launch, before = session.recipe.launch, session.run.path / "recipe.yaml"
+    count = launch.processes
+    if count is None and session.run.resumed and before.is_file():
+        count = load_recipe(before).launch.processes
+    return session.recipe.model_copy(update={"launch": launch.model_copy(update={"processes": count or world()})})
 
 
 def _require_rewards(session: Session, stage: Stage) -> None:
@@ -138,6 +147,7 @@ def _rows_of(stage: Stage) -> Wanted:
 def _derived_stages(session: Session) -> list[Stage]:
     """Every stage with its open settings filled in. Raises RecipeError where a stage cannot start from what it names."""
     done: dict[str, Stage] = {}
+    processes = session.recipe.launch.processes
     for stage in session.recipe.stages:
         start = None if stage.start_from in done else locate_start(stage, session.run.path)
         if start is not None:
@@ -146,11 +156,11 @@ def _derived_stages(session: Session) -> list[Stage]:
         if stage.start_from in done:
             inherited = done[stage.start_from].method
         elif start is not None:
-            inherited = derive_stage(stage.model_copy(update={"method": None}), rows, start=start).method
+            inherited = derive_stage(stage.model_copy(update={"method": None}), rows, start=start, processes=processes).method
         else:
             inherited = None
         derived = stage if stage.method else stage.model_copy(update={"method": inherited})
-        derived = resolve_method(derive_stage(derived, rows, start=start), session.loaded)
+        derived = resolve_method(derive_stage(derived, rows, start=start, processes=processes), session.loaded)
         _require_same_method(derived, stage, inherited)
         done[stage.name] = derived
     return list(done.values())
@@ -199,7 +209,8 @@ def _require_same_result(session: Session, stage: Stage) -> None:
         return
     start = locate_start(stage, session.run.path)
     seed = session.recipe.seed if stage.seed is None else stage.seed
-    fingerprint = stage_fingerprint(stage, session.loaded, session.data_of(stage), session.template, start, seed, session.run.path)
+    made_of = (stage, session.loaded, session.data_of(stage), session.template, start, seed, session.run.path)
+    fingerprint = stage_fingerprint(*made_of, session.recipe.launch.processes)
     if card.get("fingerprint") != fingerprint:
         raise RecipeError(
             f"the result of stage {stage.name} was trained with other settings or data",

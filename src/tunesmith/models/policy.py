@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.export import register_dataclass
 from transformers import PreTrainedModel
 
 from ..data.forest import Forest, Node
@@ -42,13 +43,16 @@ class TokenOutputs:
     """[B] a reward head's output at each row's last token."""
 
 
+register_dataclass(TokenOutputs)  # so that what shards a model finds the tensors in it
+
+
 class Policy(nn.Module):
     """A causal language model, with or without adapters, over forests.
 
     model: transformers' or PEFT's module; fast: whether layers may take their fast paths.
     heads: linear heads on the hidden state by name, `value` and `score`, each giving one number (`heads.py`).
     temperature: what logits are divided by before log-probabilities and entropy are taken. detach_values: whether the value head's gradient
-    stays out of the model.
+    stays out of the model. sharded: whether the base is going to be.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Policy(nn.Module):
         gradient_checkpointing: bool | Literal["selective"] = False,
         temperature: float = 1.0,
         detach_values: bool = True,
+        sharded: bool = False,
     ):
         super().__init__()
         self.model = model
@@ -74,7 +79,10 @@ class Policy(nn.Module):
         self.causal.set_attn_implementation(FOREST)
         if fast:
             fuse_layers(self.causal, self.fast_paths)
-            fuse_lora(self.model, self.fast_paths)
+            if sharded:
+                self.fast_paths.refused["lora"] = "the base is sharded over processes, and one product would hold it whole"
+            else:
+                fuse_lora(self.model, self.fast_paths)
         if gradient_checkpointing:
             recompute_layers(self.backbone, gradient_checkpointing)
 

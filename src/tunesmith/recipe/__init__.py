@@ -4,6 +4,7 @@ from ._load import dump_recipe, json_schema, load_recipe
 from ._recipe import Recipe
 from .data import DataSection
 from .evaluate import EvaluateSection, Gate
+from .launch import LaunchSection
 from .method import (
     WHOLE,
     BottleneckMethod,
@@ -81,6 +82,7 @@ __all__ = [
     "EvaluateSection",
     "FullMethod",
     "Gate",
+    "LaunchSection",
     "LoraMethod",
     "Method",
     "ModelSection",

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from ._base import Section
 from .data import DataSection
 from .evaluate import CANDIDATES, EvaluateSection
+from .launch import LaunchSection
 from .model import ModelSection
 from .rewards import ModelReward
 from .stage import Stage
@@ -34,6 +35,8 @@ class Recipe(Section):
     """Training stages, in order."""
     evaluate: EvaluateSection = EvaluateSection()
     """What is compared, and the gates."""
+    launch: LaunchSection = LaunchSection()
+    """Several processes and machines."""
     tracking: TrackingSection = TrackingSection()
     """Trackers."""
     output: OutputSection = OutputSection()

@@ -48,7 +48,7 @@ class Stage(Section):
     per_device_train_batch_size: Positive = 8
     """Rows of one forward pass on one device."""
     gradient_accumulation_steps: Positive = 1
-    """Forward passes of one update."""
+    """Forward passes of one update, on each of `launch.processes`."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the schedule after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None

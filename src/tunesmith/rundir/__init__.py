@@ -32,6 +32,7 @@ from ._storage import (
     write_json,
     write_text,
 )
+from ._writer import launched, rank, world
 
 __all__ = [
     "MANIFEST",
@@ -39,9 +40,11 @@ __all__ = [
     "RunDirectory",
     "Storage",
     "atomic_folder",
+    "launched",
     "make_folder",
     "manifest",
     "plain",
+    "rank",
     "read_events",
     "redact",
     "refuse_in_use",
@@ -51,6 +54,7 @@ __all__ = [
     "sweep",
     "sync",
     "verify_folder",
+    "world",
     "write_bytes",
     "write_json",
     "write_text",

@@ -34,6 +34,7 @@ from ._storage import (
     verify_folder,
     write_bytes,
 )
+from ._writer import follow, is_writer, lead
 
 EVENTS = "events.jsonl"
 LOCK = ".lock"
@@ -54,7 +55,7 @@ class RefusedCheckpoint(NamedTuple):
 class RunDirectory:
     """A run's folder, written by this process alone until it is closed. `resumed` says whether it held a run when it was opened."""
 
-    def __init__(self, path: Path, lock: int, *, resumed: bool):
+    def __init__(self, path: Path, lock: int | None, *, resumed: bool):
         self.path = path
         self.resumed = resumed
         self._lock: int | None = lock
@@ -84,8 +85,15 @@ class RunDirectory:
             os.close(lock)
             raise
 
+    @classmethod
+    def follow(cls, path: Path, *, resumed: bool) -> RunDirectory:
+        """The folder that another process has opened for the run that both are of: here it is only read, until it is closed."""
+        follow(Path(path).absolute())
+        return cls(Path(path).absolute(), None, resumed=resumed)
+
     def close(self) -> None:
         """Give the lock back. The lock's file stays, empty: removing it would let two processes hold two files of one name."""
+        lead(self.path)
         if self._log is not None:
             os.close(self._log)
             self._log = None
@@ -126,6 +134,8 @@ class RunDirectory:
         Numbers that are not finite are written as strings, as by `write_json`. Raises StorageFailed, with the log as it was before.
         """
         path = self.file(EVENTS)
+        if not is_writer(path):
+            return
         line = _line(event)
         with storage_failures(path, len(line)):
             if self._log is None:

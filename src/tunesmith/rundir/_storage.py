@@ -18,12 +18,15 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import CheckpointError, StorageFailed
+
+from ._writer import is_writer
 
 MANIFEST = "manifest.json"
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{32}")
@@ -85,6 +88,8 @@ def storage_failures(where: Path, needed: int | None = None) -> Iterator[None]:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file that is whole or, if it fails, as it was before; folders on the way are made. Raises StorageFailed."""
+    if not is_writer(path):
+        return
     temporary = path.parent / _temporary_name()
     with storage_failures(path, len(data)):
         make_folder(path.parent)
@@ -137,6 +142,8 @@ def plain(value: Any) -> Any:
 
 def make_folder(path: Path) -> None:
     """Make a folder and those above it that are missing, each entry on the disk before the next. Raises StorageFailed."""
+    if not is_writer(path):
+        return
     missing = []
     while not os.path.isdir(path):
         missing.append(path)
@@ -150,6 +157,8 @@ def make_folder(path: Path) -> None:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder so that a kill leaves it whole or absent, never half. Raises StorageFailed."""
+    if not is_writer(path):
+        return
     doomed = path.parent / _temporary_name()
     with storage_failures(path):
         storage.rename(path, doomed)
@@ -164,7 +173,12 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     At the end of the block every file is fsynced, manifest.json written ({"files": {path: {"sha256", "bytes"}}}), the folder renamed
     to `final` (one that has the name is replaced) and its parent fsynced: a power cut after the block loses nothing. If the block
     raises, nothing of it stays. Raises StorageFailed when the disk refuses, also where a library reports that in its own way.
+    In a process that does not write there, what the block fills goes.
     """
+    if not is_writer(final):
+        with tempfile.TemporaryDirectory() as nowhere:
+            yield Path(nowhere)
+        return
     make_folder(final.parent)
     temporary = final.parent / _temporary_name()
     try:

@@ -1,24 +1,32 @@
 """A stage's state at a step, on disk and back: safetensors and JSON only, complete or absent, checked on load.
 
 stages/NAME/checkpoints/step-N/   state.safetensors (masters, moments, RNG), state.json (progress), manifest.json
+
+Each further process R adds state.R.safetensors, with its own RNG and its shards of what is sharded: the parts of a tensor, in the order of
+the processes, are the whole, whatever the number of processes that reads them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from ..errors import CheckpointError, NonFinite
-from ..rundir import RunDirectory
+from ..rundir import RunDirectory, rank
+from .devices import gather, of_first, together, wait
 from .masters import local
 from .optimiser import Optimiser
 
-STATE, TENSORS = "state.json", "state.safetensors"
+STATE = "state.json"
 RNG, SOURCE = "rng.cpu", "source."
 CHECKED = 1 << 22  # numbers tested for being finite at once, since the test takes as much memory again
 
@@ -51,15 +59,31 @@ def save_checkpoint(
     """
     tensors = {name: tensor.detach().contiguous() for name, tensor in optimiser.state().items()}
     halves = {name: local(p) for name, p in zip(optimiser.names, optimiser.parameters, strict=True) if p.dtype == torch.float16}
-    bad = [name for name, tensor in (tensors | halves).items() if tensor.is_floating_point() and not _is_finite(tensor)]
+    bad = together([name for name, tensor in (tensors | halves).items() if tensor.is_floating_point() and not _is_finite(tensor)])
     if bad:
         raise NonFinite(f"`{bad[0]}` is not finite", where=f"stage {stage}, step {progress.step}", mend="lower learning_rate")
+    if rank() == 0:
+        tensors |= {f"{SOURCE}{name}": tensor.contiguous() for name, tensor in source.items()}
+    else:
+        tensors = {name: tensor for name, tensor in tensors.items() if is_sharded(name, optimiser)}
     tensors[RNG] = torch.get_rng_state()
-    tensors |= {f"{SOURCE}{name}": tensor.contiguous() for name, tensor in source.items()}
-    with run.checkpoint(stage, progress.step) as folder:
-        save_file(tensors, folder / TENSORS)  # written from where they lie: masters share one buffer, but no bytes of it
-        (folder / STATE).write_text(json.dumps({"fingerprint": fingerprint, **asdict(progress)}, indent=2))
+    with run.checkpoint(stage, progress.step) as own:
+        folder = Path(of_first(lambda: str(own)))
+        save_file(tensors, folder / _file_of(rank()))  # written from where they lie: masters share one buffer, but no bytes of it
+        if rank() == 0:
+            (folder / STATE).write_text(json.dumps({"fingerprint": fingerprint, **asdict(progress)}, indent=2))
+        wait()
     return run.path / "stages" / stage / "checkpoints" / f"step-{progress.step}"
+
+
+def is_sharded(name: str, optimiser: Optimiser) -> bool:
+    """Whether the processes hold different parts of a tensor of the optimiser's state, KIND.PARAMETER."""
+    sharded = {name for name, held in zip(optimiser.names, optimiser.parameters, strict=True) if isinstance(held, DTensor)}
+    return name.partition(".")[2] in sharded
+
+
+def _file_of(process: int) -> str:
+    return f"state.{process}.safetensors" if process else "state.safetensors"
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -78,13 +102,36 @@ def load_checkpoint(folder: Path, optimiser: Optimiser, fingerprint: str) -> tup
             where=str(folder),
             mend="resume with the recipe the run began with, or choose another --out",
         )
-    tensors = load_file(folder / TENSORS)
-    torch.set_rng_state(tensors.pop(RNG))
-    source = {name.removeprefix(SOURCE): tensors.pop(name) for name in list(tensors) if name.startswith(SOURCE)}
-    optimiser.load(tensors)
+    with _parts(folder) as files:
+        torch.set_rng_state(files[rank() % len(files)].get_tensor(RNG))
+        source = {name.removeprefix(SOURCE): files[0].get_tensor(name) for name in files[0].keys() if name.startswith(SOURCE)}  # noqa: SIM118
+        optimiser.load(_own(files, optimiser))
     return Progress(**state), source
 
 
 def load_weights(folder: Path, optimiser: Optimiser) -> None:
     """Puts only a checkpoint's trained weights in place: for taking the best one at the end."""
-    optimiser.load_weights(load_file(folder / TENSORS))
+    with _parts(folder) as files:
+        optimiser.load_weights(_own(files, optimiser))
+
+
+@contextmanager
+def _parts(folder: Path) -> Iterator[list[Any]]:
+    """What each process wrote, opened."""
+    with ExitStack() as opened:
+        names = [_file_of(process) for process in range(len(list(folder.glob("state*.safetensors"))))]
+        yield [opened.enter_context(safe_open(folder / name, "pt")) for name in names]
+
+
+def _own(files: Sequence[Any], optimiser: Optimiser) -> dict[str, torch.Tensor]:
+    """This process's part of every tensor of the optimiser's state."""
+    mine = optimiser.state()
+    lengths = gather({name: len(tensor) for name, tensor in mine.items() if is_sharded(name, optimiser)})
+    held = {}
+    for name in (name for name in files[0].keys() if not name.startswith((SOURCE, RNG))):  # noqa: SIM118 - no mapping
+        parts = [file.get_tensor(name) for file in files if name in file.keys()]  # noqa: SIM118
+        held[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if name in lengths[0] and len(held[name]) == sum(each[name] for each in lengths):
+            begin = sum(each[name] for each in lengths[: rank()])
+            held[name] = held[name][begin : begin + len(mine[name])]
+    return held

@@ -21,8 +21,9 @@ from ..errors import Interrupted, InvariantViolated, NonFinite
 from ..models.policy import Policy
 from ..objectives import Objective
 from ..recipe import Stage
-from ..rundir import RunDirectory, verify_folder
+from ..rundir import RunDirectory, verify_folder, world
 from .checkpoint import Progress, load_checkpoint, load_weights, save_checkpoint
+from .devices import added, gather, of_first, sum_in_place, summed
 from .invariants import starts_where_it_compares
 from .memory import peak_memory_bytes
 from .optimiser import Optimiser
@@ -100,11 +101,12 @@ def train(job: Job) -> Progress:
 
 def _stop_if_asked(job: Job, progress: Progress) -> None:
     """Answers a signal; an evaluation that is due or under way is left to the resumed run, so that the answer comes at once."""
-    if job.stop.received is None:
+    received = [name for name in gather(job.stop.received and job.stop.received.name) if name]
+    if not received:
         return
     _save(job, progress)
     raise Interrupted(
-        f"stopped by {job.stop.received.name} after step {progress.step}; a checkpoint of that step is written",
+        f"stopped by {received[0]} after step {progress.step}; a checkpoint of that step is written",
         where=f"stage {job.stage.name}",
         mend="run the same command with --resume to go on",
     )
@@ -121,17 +123,25 @@ def _folder(job: Job, step: int) -> Path:
 
 
 def _resume(job: Job) -> Progress:
-    folder, refused = job.run.newest_valid_checkpoint(job.stage.name)
-    for checkpoint in refused:
-        _log(job, {"event": "checkpoint_refused", "checkpoint": checkpoint.path.name, "reason": checkpoint.reason})
-    if folder is None:
+    newest, refused = of_first(partial(_newest, job))
+    for name, reason in refused:
+        _log(job, {"event": "checkpoint_refused", "checkpoint": name, "reason": reason})
+    if newest is None:
         if job.run.resumed:
             job.run.rewind(job.stage.name, 0)
         return Progress()
+    folder = _folder(job, newest)
     progress, state = load_checkpoint(folder, job.optimiser, job.fingerprint)
     job.source.load(state)
     job.run.rewind(job.stage.name, progress.step)
     return progress
+
+
+def _newest(job: Job) -> tuple[int | None, list[tuple[str, str]]]:
+    """The step of the newest checkpoint that is whole, and the name of each that was refused, with the reason."""
+    folder, refused = job.run.newest_valid_checkpoint(job.stage.name)
+    step = None if folder is None else int(folder.name.removeprefix("step-"))
+    return step, [(checkpoint.path.name, checkpoint.reason) for checkpoint in refused]
 
 
 def _update(job: Job, progress: Progress) -> None:
@@ -159,8 +169,9 @@ def _update(job: Job, progress: Progress) -> None:
     optimiser.step(rate, norm)
     if optimiser.loss_scale is not None:
         optimiser.loss_scale.held()
+    size = _size(window)
     seconds = time.perf_counter() - began
-    tokens = sum(int(batch.forest.lengths_B.sum()) for batch in window.batches)
+    tokens = int(size["tokens"])
     progress.step += 1
     progress.seconds += seconds
     progress.tokens += tokens
@@ -181,7 +192,7 @@ def _update(job: Job, progress: Progress) -> None:
                 "grad_norm": norm,
                 **({"loss_scale": scale} if optimiser.loss_scale is not None else {}),
                 "tokens": tokens,
-                "computed_tokens": sum(len(batch.forest.tokens_T) for batch in window.batches),
+                "computed_tokens": int(size["computed"]),
                 "tokens_per_second": tokens / seconds,
                 "peak_memory_bytes": peak_memory_bytes(),
                 "fraction_changed": optimiser.fraction_changed(),
@@ -196,12 +207,20 @@ def _gradients(job: Job, window: Window, step: int) -> tuple[WindowResult, float
         optimiser.zero_grad()
         result = run_window(job.policy, job.objective, window.batches, scale=optimiser.scale)
         _require_finite({"loss": result.loss}, "no update was made from it", stage, step)
-        norm = optimiser.grad_norm()
+        if world() > 1:
+            sum_in_place(optimiser.gradients())
+        norm = optimiser.grad_norm(added)
         if math.isfinite(norm) or optimiser.loss_scale is None:
             _require_finite({"gradient norm": norm}, "no update was made from it", stage, step)
             return result, norm
         optimiser.loss_scale.overflowed(f"stage {stage}, step {step}")
         _log(job, {"event": "overflowed", "step": step - 1, "loss_scale": optimiser.scale})
+
+
+def _size(window: Window) -> dict[str, float]:
+    """The tokens of an update's rows, and those that are computed, shared ones once; of all processes."""
+    learned = [batch.forest for batch in window.batches if batch.counts]
+    return summed({"tokens": sum(int(f.lengths_B.sum()) for f in learned), "computed": sum(len(f.tokens_T) for f in learned)})
 
 
 def _require_finite(values: dict[str, float], consequence: str, stage: str, step: int) -> None:
@@ -218,7 +237,7 @@ def _require_gradients(job: Job, progress: Progress) -> None:
     """By the first update after one with a positive rate, every trained tensor has had a gradient."""
     if progress.saw_gradients or not progress.learned:
         return
-    silent = job.optimiser.without_gradient()
+    silent = job.optimiser.without_gradient(added)
     if silent:
         raise InvariantViolated(
             f"{len(silent)} trained tensors get no gradient, {silent[0]} among them",
@@ -248,8 +267,7 @@ def _evaluate(job: Job, progress: Progress) -> None:
 
 def _save(job: Job, progress: Progress, *, anew: bool = False) -> None:
     """Writes the step's checkpoint unless there is one; `anew`: also then, since what it should hold has changed."""
-    newest, _ = job.run.newest_valid_checkpoint(job.stage.name)
-    if anew or newest != _folder(job, progress.step):
+    if anew or of_first(partial(_newest, job))[0] != progress.step:
         save_checkpoint(job.run, job.stage.name, progress, job.optimiser, job.fingerprint, job.source.state())
         _log(job, {"event": "checkpoint", "step": progress.step})
     best = None

@@ -7,7 +7,8 @@ adapter or in full. Its sums are kept in stages/NAME/reference and read from the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from ..data.batching import Batch, DatasetSource, Row, Window
+from ..data.batching import Batch, DatasetSource, Row, Share, Window, deal
 from ..data.forest import build_forest
 from ..data.items import Items
 from ..errors import CheckpointError
 from ..models.policy import Policy
 from ..objectives import Objective, kto_z0
 from ..recipe import Stage
-from ..rundir import atomic_folder, verify_folder
+from ..rundir import atomic_folder, rank, verify_folder, world
 from ..score.preferences import item_accuracy, reward_model_json
+from .devices import in_order, of_first
 from .window import Between, WindowResult, evaluate_loss
 
 SUMS, KEY = "sums.safetensors", "key.json"
@@ -43,6 +45,7 @@ def compares_with_reference(stage: Stage) -> bool:
 def row_sums(policy: Policy, batches: Iterable[Batch], between: Between = _nothing) -> np.ndarray:
     """The log-probability of each row's supervised tokens, in nats, float64 [rows], rows in the batches' order; without gradients.
 
+    batches: this process's share; what is returned is of all of them.
     between: called before each batch; what it raises ends the work.
     """
     sums = []
@@ -50,8 +53,9 @@ def row_sums(policy: Policy, batches: Iterable[Batch], between: Between = _nothi
         for batch in batches:
             between()
             logprobs = policy(batch.forest).logprobs.double().cpu().numpy()
-            sums.append(np.bincount(batch.forest.row_S, weights=logprobs, minlength=len(batch.forest.lengths_B)))
-    return np.concatenate(sums) if sums else np.zeros(0)
+            if batch.counts:
+                sums.append(np.bincount(batch.forest.row_S, weights=logprobs, minlength=len(batch.forest.lengths_B)).tolist())
+    return np.array([one for part in in_order(sums) for one in part])
 
 
 def judge_reward_model(policy: Policy, items: Items | None, batch_size: int) -> dict[str, Any]:
@@ -84,6 +88,7 @@ def make_source(stage: Stage, items: Items, policy: Policy, *, seed: int, accumu
     """
     columns = {f"{name}_I": items.columns[name] for name in ITEM_COLUMNS if name in items.columns}
     settings = {"batch_size": stage.per_device_train_batch_size, "accumulation": accumulation, "seed": seed}
+    settings["share"] = Share(rank(), world())
     trim = stage.objective.type != "sft"
     if not compares_with_reference(stage):
         return DatasetSource(items, columns=columns, trim=trim, **settings)
@@ -92,7 +97,7 @@ def make_source(stage: Stage, items: Items, policy: Policy, *, seed: int, accumu
     def measure() -> dict[str, np.ndarray]:
         found = {"reference_B": row_sums(policy, plain.once())}
         if stage.objective.type == "kto":
-            found["mismatched"] = row_sums(policy, _chunks(Mismatched(items), plain.batch_size))
+            found["mismatched"] = row_sums(policy, _chunks(Mismatched(items), plain.batch_size, range(len(items)), plain.share))
         return found
 
     held = kept_sums(folder, key, measure)
@@ -104,17 +109,21 @@ def make_source(stage: Stage, items: Items, policy: Policy, *, seed: int, accumu
 
 def kept_sums(folder: Path, key: str, measure: Any) -> dict[str, np.ndarray]:
     """What lies whole in a folder and was made with this key, else what `measure` gives, which is then put there."""
-    try:
-        verify_folder(folder)
-        if json.loads((folder / KEY).read_text()) == key:
-            return load_file(folder / SUMS)
-    except CheckpointError:
-        pass
+    if of_first(lambda: _is_of(folder, key)):
+        return load_file(folder / SUMS)
     found = measure()
     with atomic_folder(folder) as temporary:
         save_file(found, temporary / SUMS)
         (temporary / KEY).write_text(json.dumps(key))
     return found
+
+
+def _is_of(folder: Path, key: str) -> bool:
+    try:
+        verify_folder(folder)
+    except CheckpointError:
+        return False
+    return json.loads((folder / KEY).read_text()) == key
 
 
 class Mismatched:
@@ -137,11 +146,9 @@ class Mismatched:
         return ((np.concatenate([ids[:begin], other[start:end]]), np.concatenate([np.zeros(begin, dtype=answer.dtype), answer])),)
 
 
-def _chunks(rows: Mismatched, size: int, chosen: Iterable[int] | None = None) -> Iterable[Batch]:
-    wanted = list(range(len(rows))) if chosen is None else list(chosen)
-    for start in range(0, len(wanted), size):
-        part = wanted[start : start + size]
-        yield Batch(build_forest([rows[i][0] for i in part]), tuple(part), np.arange(len(part)))
+def _chunks(rows: Mismatched, size: int, chosen: Sequence[int], share: Share) -> Iterable[Batch]:
+    for part, counts in deal([chosen[start : start + size] for start in range(0, len(chosen), size)], share):
+        yield Batch(build_forest([rows[i][0] for i in part]), tuple(part), np.arange(len(part)), counts=counts)
 
 
 class KTOSource(DatasetSource):
@@ -156,18 +163,13 @@ class KTOSource(DatasetSource):
 
     def window(self, step: int) -> Window:
         """As in a data set, with the column kto_z0."""
-        batches = super().window(step).batches
-        return Window(self._with_z0(batches))
+        return Window(self._with_z0(self.chosen(step)))
 
     def once(self, between: Between = _nothing) -> Iterator[Batch]:
         """Every item once, with the estimate over all of them. between: called before each forward pass of the estimate."""
-        return iter(self._with_z0(list(super().once()), between))
+        return iter(self._with_z0(np.arange(len(self.items)), between))
 
-    def _with_z0(self, batches: list[Batch], between: Between = _nothing) -> list[Batch]:
-        chosen = [i for batch in batches for i in batch.items]
-        z0 = kto_z0(row_sums(self.policy, _chunks(self.others, self.batch_size, chosen), between), self.mismatched[chosen])
-        return [Batch(b.forest, b.items, b.item_B, _with(b.columns, "kto_z0", np.array([z0]))) for b in batches]
-
-
-def _with(columns: Mapping[str, np.ndarray], name: str, values: np.ndarray) -> dict[str, np.ndarray]:
-    return {**columns, name: values}
+    def _with_z0(self, chosen: np.ndarray, between: Between = _nothing) -> list[Batch]:
+        sums = row_sums(self.policy, _chunks(self.others, self.batch_size, chosen.tolist(), self.share), between)
+        column = {"kto_z0": np.array([kto_z0(sums, self.mismatched[chosen])])}
+        return [replace(batch, columns={**batch.columns, **column}) for batch in self._batches(chosen)]

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from ..data.batching import Batch, Window, epoch_order
+from ..data.batching import Batch, Share, Window, deal, epoch_order
 from ..data.forest import Forest, build_forest
 from ..errors import RolloutFailed
 from ..generate.protocol import Generation, Sampling
@@ -26,10 +26,13 @@ from ..generate.sampling import stream_seed
 from ..models.policy import Policy
 from ..objectives import without_spread
 from ..recipe import Stage
+from ..rundir import rank, world
 from ..score.rewards import Scores
 from .buffer import Rollouts, flat
+from .devices import mine, together
 from .scoring import Answer, Prompt, Scorer
 from .shaping import Shaping
+from .sharding import whole
 from .watch import Baseline, broken_rule, watch_answers
 from .window import Between, WindowResult
 
@@ -89,7 +92,9 @@ class RolloutSource:
                 where=f"stages.{self.stage.name}.watch.{stop['rule']}",
                 mend="start from another model, or move the limit; null switches the rule off",
             )
-        return Window(self.shaping.part(rollouts.parts, within, self.seed, iteration), rollouts.metrics, stop)
+        batches = self.shaping.part(rollouts.parts, within, self.seed, iteration)
+        own = [replace(batch, counts=counts) for batch, counts in deal(batches, Share(rank(), world()))]
+        return Window(own, rollouts.metrics, stop)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The rollouts, for updates that are still to come from them, and what later iterations compare with."""
@@ -104,6 +109,10 @@ class RolloutSource:
 
     def evaluate(self, between: Between) -> WindowResult:
         """The mean reward of one answer to each held-out prompt (the first EVALUATED_PROMPTS of them), as a loss: its negative."""
+        with whole(self.parts.policy):
+            return self._evaluated(between)
+
+    def _evaluated(self, between: Between) -> WindowResult:
         answers: list[Answer] = []
         taken: Counter[str] = Counter()
         for start in range(0, len(self.held_out), EVALUATED_AT_ONCE):
@@ -123,6 +132,10 @@ class RolloutSource:
         return WindowResult(-reward, {}, metrics, tuple(samples))
 
     def _collect(self, iteration: int) -> Rollouts:
+        with whole(self.parts.policy):
+            return self._collected(iteration)
+
+    def _collected(self, iteration: int) -> Rollouts:
         taken: Counter[str] = Counter()
         answers = self._sample(self._chosen(iteration), iteration, self.shaping.group, taken)
         scores = self.parts.scorer(answers)
@@ -252,16 +265,20 @@ class RolloutSource:
     def _look(self, rollouts: Rollouts) -> dict[str, list[np.ndarray]]:
         """Each answer's log-probabilities under the policy and the reference, its entropies, and values where the objective has them."""
         policy, needs = self.parts.policy, {"logprobs", "entropy", *({"values"} if self.shaping.values else ())}
-        parts: dict[str, list[np.ndarray]] = {"old_S": [], "reference_S": [], "entropy_S": []}
-        for batch in (batch for part in self._parts(rollouts) for batch in part):
+        looked: list[dict[str, list[list[float]]]] = []
+        for batch in mine([batch for part in self._parts(rollouts) for batch in part]):
             with torch.no_grad(), policy.deterministic():
                 seen = policy(batch.forest, needs)
             found = {"old_S": seen.logprobs, "entropy_S": seen.entropy, "reference_S": self.parts.reference(batch.forest)}
             if seen.values is not None:
                 found["old_value_S"] = seen.values
             cuts = np.flatnonzero(np.diff(batch.forest.row_S)) + 1
-            for name, values in found.items():
-                parts.setdefault(name, []).extend(np.split(values.float().cpu().numpy(), cuts))
+            rows = {name: np.split(values.float().cpu().numpy(), cuts) for name, values in found.items()}
+            looked.append({name: [row.tolist() for row in values] for name, values in rows.items()})
+        parts: dict[str, list[np.ndarray]] = {"old_S": [], "reference_S": [], "entropy_S": []}
+        for seen in together(looked):
+            for name, values in seen.items():
+                parts.setdefault(name, []).extend(np.array(row, dtype=np.float32) for row in values)
         return parts
 
     def _compare(self, old: list[np.ndarray], sampled: list[np.ndarray], iteration: int) -> dict[str, float]:

@@ -1,10 +1,15 @@
-"""Where a stage's answers come from: the policy's own module, or a vLLM server that is given each new version of its adapter."""
+"""Where a stage's answers come from: the policy's own module, or a vLLM server that is given each new version of its adapter.
+
+Of several processes each samples its share here; a server is asked by the first alone. All of them get all the answers.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
 
 from peft import PeftModel
 
@@ -17,6 +22,7 @@ from ..models.policy import Policy
 from ..models.virtual import learns_tokens
 from ..recipe import Stage
 from ..rundir import RunDirectory, atomic_folder, remove_folder
+from .devices import mine, of_first, together
 
 ROLLOUT_BATCH = 64  # answers sampled together
 
@@ -31,7 +37,9 @@ class LocalSampler:
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling, seeds: Sequence[int], iteration: int | str
     ) -> list[Generation]:
         """One answer a prompt, with its log-probabilities."""
-        return self.generator.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling, seeds=seeds, logprobs=True)
+        own, drawn = mine(prompts), mine(seeds)
+        made = self.generator.generate(own, max_new_tokens=max_new_tokens, sampling=sampling, seeds=drawn, logprobs=True)
+        return [Generation(**one) for one in together([asdict(one) for one in made])]
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -61,8 +69,13 @@ class ServerSampler:
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling, seeds: Sequence[int], iteration: int | str
     ) -> list[Generation]:
         """One answer a prompt by the adapter as it is now, with its log-probabilities."""
-        self._publish(f"policy-{iteration}-{time.time_ns():x}".replace(" ", "-"))
-        return self.generator.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling, seeds=seeds, logprobs=True)
+
+        def asked() -> list[dict[str, Any]]:
+            self._publish(f"policy-{iteration}-{time.time_ns():x}".replace(" ", "-"))
+            made = self.generator.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling, seeds=seeds, logprobs=True)
+            return [asdict(one) for one in made]
+
+        return [Generation(**one) for one in of_first(asked)]
 
     def close(self) -> None:
         """Takes the last adapter off the server and the disk."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import nn
@@ -18,7 +19,9 @@ from ..models.policy import Policy
 from ..models.result import is_model
 from ..models.reward import RewardModel, Scored, Separate, Shared, open_reward_model
 from ..recipe import JSONSchemaReward, ModelReward, Objective, PPOObjective, PythonReward, Reward
+from ..rundir import plain
 from ..score.rewards import RewardSet, Scores, make_rewards
+from .devices import gather, mine
 
 REWARD_MODEL = "reward_model"
 
@@ -85,7 +88,11 @@ class StageScorer:
                 model.policy.make_plain()
 
     def __call__(self, answers: Sequence[Answer]) -> Scores:
-        """Scores answers; one that any reward cannot score has none in all."""
+        """Scores answers; one that any reward cannot score has none in all. Each process scores its share, and all get all the scores."""
+        own = mine(answers)
+        return _joined([part for part in gather(plain(self._scores(own)) if own else None) if part])
+
+    def _scores(self, answers: Sequence[Answer]) -> Scores:
         count = len(answers)
         total, parts, reasons = np.zeros(count), {}, {}
         if self.programs is not None:
@@ -114,6 +121,18 @@ class StageScorer:
     def __exit__(self, *exception: object) -> None:
         if self.programs is not None:
             self.programs.close()
+
+
+def _joined(parts: Sequence[dict[str, Any]]) -> Scores:
+    """Scores of answers that were scored apart."""
+    names = parts[0]["parts"] if parts else {}
+    reasons: Counter[str] = sum((Counter(part["reasons"]) for part in parts), Counter())
+    return Scores(
+        np.array([float(one) for part in parts for one in part["total"]]),
+        {name: np.array([float(one) for part in parts for one in part["parts"][name]]) for name in names},
+        sum(part["unscorable"] for part in parts),
+        dict(reasons),
+    )
 
 
 def stage_scorer(objective: Objective, loaded: LoadedModel, beside: nn.Module | None, locate: Callable[[str], Path]) -> StageScorer:

@@ -22,12 +22,22 @@ from ..data.template import ChatTemplate
 from ..errors import CheckpointError, RecipeError
 from ..models.embeddings import grow_embeddings
 from ..models.load import LoadedModel, hash_weights, load_model, stored_weights
-from ..models.methods import attach, continue_adapter, learning_rate_scales, method_of, resolve, save_result, starts_unchanged
+from ..models.methods import (
+    attach,
+    continue_adapter,
+    learning_rate_scales,
+    method_of,
+    resolve,
+    save_result,
+    starts_unchanged,
+    trainable_state,
+)
 from ..models.policy import Policy
 from ..models.result import CARD, is_adapter
 from ..objectives import SFT
 from ..recipe import WHOLE, ModelSection, Stage
-from ..rundir import RunDirectory, atomic_folder, verify_folder
+from ..rundir import RunDirectory, atomic_folder, rank, verify_folder, world
+from .devices import wait
 from .invariants import (
     every_answer_ends_with_a_stop,
     every_row_carries_loss,
@@ -54,14 +64,15 @@ EVALUATIONS = 5  # in a stage that samples, where the recipe names no steps betw
 UNFINGERPRINTED = {"save_steps", "save_total_limit", "logging_steps", "name", "data"}  # they change no weight; rows are hashed themselves
 
 
-def derive_stage(stage: Stage, rows: int, *, start: Path | None = None) -> Stage:
-    """The stage with every setting that the recipe left open given its value. rows: training items of an epoch.
+def derive_stage(stage: Stage, rows: int, *, start: Path | None = None, processes: int = 1) -> Stage:
+    """The stage with every setting that the recipe left open given its value.
 
-    Raises RecipeError where its optimiser cannot work on this machine.
+    rows: training items of an epoch. processes: those whose batches make an update together. Raises RecipeError where its optimiser cannot
+    work on this machine.
     """
     require_optimiser(stage)
     sampled = learns_from_answers(stage)
-    size = stage.per_device_train_batch_size * stage.gradient_accumulation_steps
+    size = stage.per_device_train_batch_size * stage.gradient_accumulation_steps * processes
     steps_per_epoch = steps_per_pass(stage, rows) if sampled else math.ceil(rows / size)
     total = stage.max_steps or max(1, math.ceil(stage.num_train_epochs * steps_per_epoch))
     between = min(steps_per_epoch, max(1, total // EVALUATIONS)) if sampled else steps_per_epoch
@@ -136,6 +147,10 @@ class StageInputs:
     seed: int
     gold: Gold | None = None
     """A measure that is watched while answers are sampled."""
+    processes: int = 1
+    """Those whose batches make an update together; as many or as few as there are share the work."""
+    sharded: bool = False
+    """Whether the base is sharded over the processes."""
 
 
 def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: StopRequest, report: Report) -> nn.Module:
@@ -144,7 +159,7 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
     data, seed = inputs.data, inputs.seed
     loaded = _base(inputs)
     model = build_model(loaded, stage, inputs.start, seed, inputs.new_tokens)
-    fingerprint = stage_fingerprint(stage, loaded, data, inputs.template, inputs.start, seed, run.path)
+    fingerprint = stage_fingerprint(stage, loaded, data, inputs.template, inputs.start, seed, run.path, inputs.processes)
     stops = stop_tokens(inputs.template, loaded.tokenizer) if inputs.template else []
     _check_rows(stage, inputs, loaded)
 
@@ -155,7 +170,8 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
 
     if not starts_unchanged(stage.method) and (inputs.start is None or not is_adapter(inputs.start)):
         _tell(run, report, {"event": "note", "stage": stage.name, "note": STARTS_AWAY.format(stage.method.type)})
-    given = WorkInputs(loaded, model, data, inputs.start, stops, inputs.gold, fingerprint, seed, check)
+    sharded = inputs.sharded and world() > 1
+    given = WorkInputs(loaded, model, data, inputs.start, stops, inputs.gold, fingerprint, seed, check, inputs.processes, sharded)
     with stage_work(stage, given, run) as work:
         scales, loss_scale = learning_rate_scales(work.policy, stage.method), LossScale() if loaded.dtype == torch.float16 else None
         tables = _tables(work.policy)
@@ -175,7 +191,7 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
             report=report,
         )
         keep_freed_memory()
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + rank())  # of dropout: no two processes have the same masks
         progress = train(job)
         if stage.objective.type == "reward":
             judged = judge_reward_model(work.policy, data.validation_items, stage.per_device_train_batch_size)
@@ -189,8 +205,11 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
             "system": inputs.system,
             "fingerprint": fingerprint,
         }
-        with atomic_folder(run.file(f"stages/{stage.name}/model")) as folder:
-            save_result(model, loaded, folder, card, work.policy.heads)
+        state = trainable_state(model) if sharded else None
+        if rank() == 0:
+            with atomic_folder(run.file(f"stages/{stage.name}/model")) as folder:
+                save_result(model, loaded, folder, card, work.policy.heads, state)
+        wait()
     done = {"event": "stage_finished", "stage": stage.name, "step": progress.step, "tokens": progress.tokens}
     spent = {"train_seconds": progress.seconds, "seconds": time.perf_counter() - began}
     _tell(run, report, {**done, **spent, "best_step": progress.best_step, "stopped_early": progress.stopped_early})
@@ -236,7 +255,14 @@ def _tell(run: RunDirectory, report: Report, event: dict[str, Any]) -> None:
 
 
 def stage_fingerprint(
-    stage: Stage, loaded: LoadedModel, data: PreparedData, template: ChatTemplate | None, start: Path | None, seed: int, run: Path
+    stage: Stage,
+    loaded: LoadedModel,
+    data: PreparedData,
+    template: ChatTemplate | None,
+    start: Path | None,
+    seed: int,
+    run: Path,
+    processes: int = 1,
 ) -> str:
     """A hash of all that decides the weights of a step; the token stores' keys cover system text, template, tokenizer and renderer."""
     settings = {key: value for key, value in stage.model_dump(mode="json").items() if key not in UNFINGERPRINTED}
@@ -246,6 +272,7 @@ def stage_fingerprint(
     tokens = [json.loads((part.store.folder / "key.json").read_text()) for part in (data.train, data.validation) if part is not None]
     held = [str(loaded.dtype), loaded.quantization]
     what = [settings, base, origin, held, rows, tokens, template.sha256 if template else None, data.max_length, seed]
+    what += [processes] if processes > 1 else []
     what += [hash_weights(locate_result(name, run)) for name in named_models(stage.objective)]
     what += [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in named_files(stage.objective).values()]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

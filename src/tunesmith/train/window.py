@@ -11,8 +11,10 @@ import torch
 
 from ..models.policy import Policy
 from ..objectives import Objective
+from .devices import summed
 
 Between = Callable[[], None]
+LOSS, TERM, METRIC, DIVISOR = "loss", "term ", "metric ", "divisor "  # what the processes tell one another of a window
 
 
 def _nothing() -> None:
@@ -32,12 +34,12 @@ class WindowResult:
 
 
 def window_divisors(objective: Objective, batches: Sequence[Any]) -> dict[str, float]:
-    """Each term's divisor over the window."""
+    """Each term's divisor over the window, the shares of all processes together."""
     totals: dict[str, float] = defaultdict(float)
     for batch in batches:
         for name, value in objective.divisors(batch).items():
-            totals[name] += value
-    return dict(totals)
+            totals[name] += value * batch.counts
+    return summed(totals)
 
 
 def run_window(
@@ -45,12 +47,11 @@ def run_window(
 ) -> WindowResult:
     """Runs a window, calling `between` before each batch; a term whose divisor is 0 gives nothing.
 
-    With `backward`, gradients of `scale` times the loss are added to the parameters' own.
+    With `backward`, gradients of `scale` times the loss are added to the parameters' own: those of this process's share, whose sum over the
+    processes is the window's. What is returned is the whole window's.
     """
     divisors = window_divisors(objective, batches)
-    loss = 0.0
-    terms: dict[str, float] = defaultdict(float)
-    metrics: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    found: dict[str, float] = defaultdict(float)
     for batch in batches:
         between()
         with torch.set_grad_enabled(backward):
@@ -59,16 +60,20 @@ def run_window(
             for name, (total, coefficient) in objective.terms(outputs, batch).items():
                 if divisors[name] == 0:
                     continue
-                mean = total / divisors[name]
-                terms[name] += float(mean.detach())
-                loss += coefficient * float(mean.detach())
+                mean = total / divisors[name] * batch.counts
+                found[TERM + name] += float(mean.detach())
+                found[LOSS] += coefficient * float(mean.detach())
                 parts.append(coefficient * mean)
             if backward and parts:
                 torch.stack(parts).sum().mul(scale).backward()
-        for name, (total, divisor) in objective.metrics(outputs, batch).items():
-            metrics[name][0] += total
-            metrics[name][1] += divisor
-    return WindowResult(loss, dict(terms), {name: total / divisor for name, (total, divisor) in metrics.items() if divisor})
+        for name, (total, divisor) in objective.metrics(outputs, batch).items() if batch.counts else ():
+            found[METRIC + name] += total
+            found[DIVISOR + name] += divisor
+    found = summed(found)
+    terms = {name.removeprefix(TERM): value for name, value in found.items() if name.startswith(TERM)}
+    measured = {name.removeprefix(DIVISOR): value for name, value in found.items() if name.startswith(DIVISOR) and value}
+    metrics = {name: found[METRIC + name] / divisor for name, divisor in measured.items()}
+    return WindowResult(found.get(LOSS, 0.0), terms, metrics)
 
 
 def evaluate_loss(policy: Policy, objective: Objective, batches: Iterable[Any], *, between: Between = _nothing) -> WindowResult:

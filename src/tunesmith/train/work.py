@@ -35,6 +35,7 @@ from .rollouts import Parts, RolloutSource
 from .samplers import LocalSampler, ServerSampler
 from .scoring import Gold, Prompt, gold_of, locate_result, stage_scorer
 from .shaping import SHAPINGS
+from .sharding import shard
 from .window import Between, WindowResult
 
 COMPARING = {"dpo", "simpo", "orpo", "cpo", "kto", "ranking", "ppo", "grpo", "rloo", "online_dpo"}
@@ -81,6 +82,8 @@ class WorkInputs:
     seed: int
     check: Callable[[Policy], None]
     """What must hold of the model at step 0; it may take fast paths out, before anything is computed with them."""
+    processes: int = 1
+    sharded: bool = False
 
 
 def learns_from_answers(stage: Stage) -> bool:
@@ -96,7 +99,7 @@ def stage_work(stage: Stage, inputs: WorkInputs, run: RunDirectory) -> Iterator[
         policy = _policy(stage, inputs, objective)
         folder = run.file(f"stages/{stage.name}/reference")
         made = partial(make_source, stage, policy=policy, seed=inputs.seed, key=inputs.key)
-        train = made(inputs.data.items, accumulation=stage.gradient_accumulation_steps, folder=folder / "train")
+        train = made(inputs.data.items, accumulation=stage.gradient_accumulation_steps * inputs.processes, folder=folder / "train")
         held_out = inputs.data.validation_items
         evaluate = None
         if held_out is not None:
@@ -139,6 +142,7 @@ def _policy(stage: Stage, inputs: WorkInputs, objective: Objective) -> Policy:
         gradient_checkpointing=stage.gradient_checkpointing,
         temperature=stage.rollout.temperature if learns_from_answers(stage) else 1.0,
         detach_values=getattr(stage.objective, "value", "detached") == "detached",
+        sharded=inputs.sharded,
     )
     if stage.objective.type in COMPARING:
         policy.model.eval()
@@ -148,6 +152,8 @@ def _policy(stage: Stage, inputs: WorkInputs, objective: Objective) -> Policy:
     if not objective.needs & {"logprobs", "entropy"}:
         _freeze_unused_head(policy)
     inputs.check(policy)
+    if inputs.sharded:
+        shard(policy)
     return policy
 
 

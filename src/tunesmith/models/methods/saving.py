@@ -18,6 +18,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ...errors import AdapterError
@@ -41,25 +42,41 @@ def put_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int | None 
 
 
 def trainable_state(model: nn.Module, adapter: str = POLICY) -> dict[str, torch.Tensor]:
-    """The trained tensors by their names in the saved file: an adapter's, or the whole model's."""
+    """The trained tensors by their names in the saved file: an adapter's, or the whole model's; of one that is sharded, every process has
+    to ask."""
     if isinstance(model, PeftModel):
         state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
         return {name: tensor.detach().contiguous() for name, tensor in state.items()}
-    return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    tied = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    found: dict[Any, torch.Tensor] = {}  # of what is tied, one tensor stands under several names
+    for name, tensor in state.items():
+        if tied.get(name, name) not in found:
+            found[tied.get(name, name)] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().contiguous()
+    return {name: found[tied.get(name, name)] for name in state}
 
 
-def save_result(model: nn.Module, loaded: LoadedModel, folder: Path, card: dict[str, Any], heads: nn.ModuleDict | None = None) -> None:
-    """Writes a result into a folder that exists (the caller makes it atomic), then reads it back: names, shapes, bytes."""
+def save_result(
+    model: nn.Module,
+    loaded: LoadedModel,
+    folder: Path,
+    card: dict[str, Any],
+    heads: nn.ModuleDict | None = None,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes a result into a folder that exists (the caller makes it atomic), then reads it back: names, shapes, bytes.
+
+    state: `trainable_state` of a model that is sharded, for which one process alone cannot ask.
+    """
+    gathered, state = state, state or trainable_state(model)
     if isinstance(model, PeftModel):
-        state = trainable_state(model)
         save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         config = saved_config(model.peft_config[POLICY])
         config["inference_mode"], config["base_model_name_or_path"] = True, loaded.identity.folder
         (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=_plain))
     else:
-        state = trainable_state(model)
         with quiet():
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=gathered and dict(gathered))  # it takes them out of the dict
     _reopen(folder, state)
     if isinstance(model, PeftModel):
         save_network(model, POLICY, folder)

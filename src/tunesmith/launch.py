@@ -1,0 +1,125 @@
+"""Starting a recipe on several processes: torchrun on this machine, or the file that a cluster's own tool takes.
+
+Takes a recipe's `launch` section; gives the exit status of the run, or a complete sbatch script, SkyPilot task or dstack task. No scheduler
+is ours: the file is submitted with `sbatch`, `sky launch` or `dstack apply`. The run directory must lie where every machine sees it.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+
+import yaml
+
+from .errors import RecipeError
+from .recipe import LaunchSection, Recipe
+from .rundir import launched
+
+PORT = 29500  # where the machines meet
+WARNING_SECONDS = 300  # before Slurm's limit, in which a checkpoint is written
+INSTALL = "pip install tunesmith"
+
+
+def starts_others(launch: LaunchSection) -> bool:
+    """Whether `run` and `train` are to start the processes themselves. Raises RecipeError where they lie on several machines."""
+    if launched() or (launch.nproc_per_node or 1) * launch.nodes == 1:
+        return False
+    if launch.nodes > 1:
+        raise RecipeError(
+            f"the recipe asks for {launch.nodes} machines, and this is one",
+            where="launch.nodes",
+            mend="submit the file that `tunesmith launch RECIPE --print slurm|sky|dstack` prints, or start torchrun on each machine",
+        )
+    return True
+
+
+def require_processes(launch: LaunchSection) -> None:
+    """Raises RecipeError where the recipe asks for several processes, and this one is alone."""
+    if starts_others(launch):
+        raise RecipeError(
+            f"the recipe asks for {launch.nproc_per_node} processes, and this is one",
+            where="launch.nproc_per_node",
+            mend="start it on the command line (tunesmith run RECIPE) or under torchrun; or leave it out",
+        )
+
+
+def start(launch: LaunchSection, words: Sequence[str]) -> int:
+    """Runs `tunesmith WORDS` in the recipe's number of processes on this machine; gives the exit status of the first that failed, or 0."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    try:
+        run(parse_args(["--standalone", f"--nproc_per_node={launch.nproc_per_node}", "-m", "tunesmith.cli", *words]))
+    except ChildFailedError as error:
+        return max(1, error.get_first_failure()[1].exitcode)  # below 0 where a signal killed it
+    except SignalException:
+        return 130
+    return 0
+
+
+def cluster_file(recipe: Recipe, path: str, tool: str) -> str:
+    """The file for a tool of `TOOLS`. path: the recipe's, as the machines see it."""
+    return TOOLS[tool](recipe, path)
+
+
+def _torchrun(recipe: Recipe, path: str, meeting: str, nodes: str) -> str:
+    words = f"--nnodes={nodes} --nproc_per_node={recipe.launch.nproc_per_node or 1} {meeting}"
+    return f"torchrun {words} -m tunesmith.cli run {shlex.quote(path)} --resume"
+
+
+def _slurm(recipe: Recipe, path: str) -> str:
+    launch = recipe.launch
+    gpus = f"{launch.accelerator}:" if launch.accelerator else ""
+    asked = [
+        f"--job-name={recipe.name}",
+        f"--nodes={launch.nodes}",
+        "--ntasks-per-node=1",
+        f"--gpus-per-node={gpus}{launch.nproc_per_node or 1}",
+        f"--signal=TERM@{WARNING_SECONDS}",
+        *([f"--time={launch.hours}:00:00"] if launch.hours else []),
+    ]
+    meeting = f'--rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$first:{PORT}"'
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *(f"#SBATCH {word}" for word in asked),
+            "set -euo pipefail",
+            'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            "srun " + _torchrun(recipe, path, meeting, '"$SLURM_JOB_NUM_NODES"'),
+            "",
+        ]
+    )
+
+
+def _sky(recipe: Recipe, path: str) -> str:
+    launch = recipe.launch
+    first = '$(echo "$SKYPILOT_NODE_IPS" | head -n1)'
+    meeting = f'--node_rank="$SKYPILOT_NODE_RANK" --master_addr="{first}" --master_port={PORT}'
+    limit = f"timeout --signal=TERM {launch.hours}h " if launch.hours else ""
+    task = {
+        "name": recipe.name,
+        "workdir": ".",
+        "num_nodes": launch.nodes,
+        "resources": {"accelerators": f"{launch.accelerator or 'H100'}:{launch.nproc_per_node or 1}"},
+        "setup": INSTALL,
+        "run": limit + _torchrun(recipe, path, meeting, '"$SKYPILOT_NUM_NODES"'),
+    }
+    return yaml.safe_dump(task, sort_keys=False, width=10_000)
+
+
+def _dstack(recipe: Recipe, path: str) -> str:
+    launch = recipe.launch
+    meeting = f'--node_rank="$DSTACK_NODE_RANK" --master_addr="$DSTACK_MASTER_NODE_IP" --master_port={PORT}'
+    task = {
+        "type": "task",
+        "name": recipe.name.lower().replace(".", "-").replace("_", "-"),
+        "nodes": launch.nodes,
+        "commands": [INSTALL, _torchrun(recipe, path, meeting, '"$DSTACK_NODES_NUM"')],
+        "resources": {"gpu": f"{launch.accelerator or 'H100'}:{launch.nproc_per_node or 1}"},
+        **({"max_duration": f"{launch.hours}h"} if launch.hours else {}),
+    }
+    return yaml.safe_dump(task, sort_keys=False, width=10_000)
+
+
+TOOLS: dict[str, Callable[[Recipe, str], str]] = {"slurm": _slurm, "sky": _sky, "dstack": _dstack}

@@ -1,0 +1,88 @@
+"""The recipe's `launch` section: torchrun is started with the user's words, and clusters get a file that their tools take."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+from tests.cli_tools import call, environment, write_project
+from tests.toys import model_folder
+
+from tunesmith.errors import RecipeError
+from tunesmith.launch import cluster_file, require_processes, start, starts_others
+from tunesmith.recipe import LaunchSection, load_recipe
+
+LAUNCH = {"nodes": 2, "nproc_per_node": 8, "accelerator": "H100", "hours": 12, "strategy": "fsdp"}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe for two machines of eight GPUs."""
+    return write_project(tmp_path, "owner/model", launch=LAUNCH)
+
+
+def torchrun(command: str) -> list[str]:
+    """torchrun's words, which end with ours."""
+    words = shlex.split(command)
+    words = words[words.index("torchrun") :]
+    assert words[words.index("-m") :][:3] == ["-m", "tunesmith.cli", "run"]
+    assert words[-1] == "--resume"
+    assert "--nproc_per_node=8" in words
+    return words
+
+
+def test_the_slurm_file_is_a_script_that_starts_torchrun_once_on_each_machine(recipe):
+    done = call("launch", recipe, "--print", "slurm")
+    assert subprocess.run(["bash", "-n"], input=done.out, text=True, check=False).returncode == 0
+    asked = [line.removeprefix("#SBATCH --") for line in done.out.splitlines() if line.startswith("#SBATCH")]
+    assert {"nodes=2", "ntasks-per-node=1", "gpus-per-node=H100:8", "time=12:00:00", "signal=TERM@300", "job-name=tiny"} == set(asked)
+    words = torchrun(done.out.splitlines()[-2 if done.out.endswith("\n\n") else -1])
+    assert {"--rdzv_backend=c10d", "--rdzv_id=$SLURM_JOB_ID", "--rdzv_endpoint=$first:29500", "--nnodes=$SLURM_JOB_NUM_NODES"} <= set(words)
+
+
+def test_the_skypilot_task_has_the_fields_and_variables_that_skypilot_gives(recipe):
+    task = yaml.safe_load(call("launch", recipe, "--print", "sky").out)
+    assert (task["num_nodes"], task["resources"]) == (2, {"accelerators": "H100:8"})
+    assert task.keys() <= {"name", "workdir", "num_nodes", "resources", "setup", "run"}
+    assert task["run"].startswith("timeout --signal=TERM 12h torchrun")
+    words = torchrun(task["run"])
+    assert {"--nnodes=$SKYPILOT_NUM_NODES", "--node_rank=$SKYPILOT_NODE_RANK"} <= set(words)
+
+
+def test_the_dstack_task_has_the_fields_and_variables_that_dstack_gives(recipe):
+    task = yaml.safe_load(call("launch", recipe, "--print", "dstack").out)
+    assert (task["type"], task["nodes"], task["resources"], task["max_duration"]) == ("task", 2, {"gpu": "H100:8"}, "12h")
+    words = torchrun(task["commands"][-1])
+    assert {"--nnodes=$DSTACK_NODES_NUM", "--node_rank=$DSTACK_NODE_RANK", "--master_addr=$DSTACK_MASTER_NODE_IP"} <= set(words)
+
+
+def test_several_machines_several_processes_and_deepspeed_are_refused_where_they_cannot_be_had(recipe):
+    with pytest.raises(RecipeError, match="2 machines, and this is one"):
+        starts_others(load_recipe(recipe).launch)
+    with pytest.raises(RecipeError, match="asks for 2 processes, and this is one"):
+        require_processes(LaunchSection(nproc_per_node=2))
+    assert not starts_others(LaunchSection())
+    with pytest.raises(RecipeError, match=r"zero3 of DeepSpeed is not supported"):
+        load_recipe(recipe, ["launch.strategy=zero3"])
+    with pytest.raises(KeyError):
+        cluster_file(load_recipe(recipe), str(recipe), "kubernetes")
+
+
+def test_a_recipe_that_asks_for_two_processes_is_run_by_two_and_its_exit_status_is_theirs(tmp_path):
+    recipe = write_project(tmp_path, model_folder(tmp_path / "model"), launch={"nproc_per_node": 2})
+    run = [sys.executable, "-m", "tunesmith.cli", "run", str(recipe), "--json", "--gate", "--set", "evaluate.candidates=[zero_shot,tuned]"]
+    run += ["--set", "evaluate.gates=[{metric: exact_match, better_than: zero_shot}]"]
+    done = subprocess.run(run, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 5, done.stderr  # the verdict of two updates is not PASS
+    path = tmp_path / "runs" / "tiny"
+    assert json.loads(done.stdout)["verdict"] in ("FAIL", "NOT MEASURED")
+    assert yaml.safe_load((path / "recipe.yaml").read_text())["launch"]["processes"] == 2
+    steps = [json.loads(line) for line in (path / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in steps if "loss" in event] == [1, 2]
+    assert (path / "stages/sft/checkpoints/step-2/state.1.safetensors").is_file()
+    assert call("run", recipe, "--out", path).status == 2  # in use, and no process was started for it
+    assert start(LaunchSection(nproc_per_node=2), ["train", str(tmp_path / "no.yaml")]) == 2

@@ -1,0 +1,75 @@
+"""Two processes that hold the whole model each: the same curve as one process, every row once, one that ends ends all."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+from tests.distributed.processes import stage_of, together, train, trained
+from tests.distributed.work import WORK, furthest, stage_for
+
+from tunesmith.data.batching import DatasetSource, Share, deal
+from tunesmith.rundir import rank
+
+ROWS = WORK["sft"][1]
+
+
+@pytest.mark.parametrize("kind", WORK)
+def test_two_processes_have_the_loss_curve_and_the_weights_of_one(kind, tmp_path):
+    rows = WORK[kind][1]
+    one, two = (train(count, stage_for(kind), tmp_path / str(count), rows, validation=rows) for count in (1, 2))
+    assert two.losses == pytest.approx(one.losses, rel=1e-5, abs=1e-6)
+    assert [line["tokens"] for line in two.lines] == [line["tokens"] for line in one.lines]
+    assert two.evaluated == pytest.approx(one.evaluated, rel=1e-5)
+    assert furthest(one.path, two.path) < 1e-4
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_every_row_is_learned_from_once_an_epoch_whatever_the_number_of_processes(count):
+    items = [(row,) for row in ROWS]
+    shares = [DatasetSource(items, batch_size=2, accumulation=2, seed=0, share=Share(number, count)) for number in range(count)]
+    for epoch in range(2):
+        seen = []
+        for step in range(epoch * 3, epoch * 3 + 3):
+            windows = [source.window(step).batches for source in shares]
+            assert len({len(batches) for batches in windows}) == 1, "every process computes as many batches"
+            seen += [item for batches in windows for batch in batches if batch.counts for item in batch.items]
+        assert sorted(seen) == list(range(len(ROWS)))
+    assert deal([], Share(0, 2)) == []
+
+
+def killed_at(step: int, number: int, how: signal.Signals):
+    """What is reported to a process, which gets a signal when the step is logged."""
+
+    def report(event):
+        if rank() == number and event.get("step") == step and "loss" in event:
+            os.kill(os.getpid(), how)
+
+    return report
+
+
+def test_a_killed_process_ends_the_others_and_the_run_goes_on_to_the_same_weights_on_one_process_and_on_two(tmp_path):
+    stage, unbroken = stage_for("sft"), train(2, stage_for("sft"), tmp_path / "unbroken", ROWS)
+
+    def part(report):
+        return lambda: stage_of(stage, tmp_path / "run", ROWS, processes=2, report=report)
+
+    first, second = together(2, part(killed_at(3, 1, signal.SIGKILL)), tmp_path / "said")
+    assert second.status == -signal.SIGKILL
+    assert first.status == 1
+    assert first.value.startswith("PeerLost")
+    (alone,) = together(1, part(killed_at(4, 0, signal.SIGTERM)), tmp_path / "said")
+    assert alone.value.startswith("Interrupted")
+    assert train(2, stage, tmp_path / "run", ROWS).losses == pytest.approx(unbroken.losses, rel=1e-5)
+    assert furthest(tmp_path / "run", unbroken.path) < 1e-4
+
+
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint_of_the_same_step(tmp_path):
+    def work():
+        return stage_of(stage_for("sft"), tmp_path / "run", ROWS, processes=2, report=killed_at(3, 1, signal.SIGTERM))
+
+    assert [one.value.split(";")[0] for one in together(2, work, tmp_path / "said")] == [
+        "Interrupted: stage sft: stopped by SIGTERM after step 3"
+    ] * 2
+    assert trained(tmp_path / "run").path.joinpath("stages/sft/checkpoints/step-3").is_dir()

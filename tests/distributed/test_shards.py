@@ -1,0 +1,73 @@
+"""Two processes that hold half of the base each (FSDP2): the same curve as one process, on shards that really are."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+from tests.distributed.processes import stage_of, together, train, trained, values
+from tests.distributed.work import WORK, furthest, stage_for
+from tests.toys import tiny_model
+from torch.distributed.tensor import DTensor
+
+from tunesmith.train import stage as stage_module
+
+
+def sharded_run(kind, path, **settings):
+    """One process's part in a sharded stage; gives what it held of the base and of all that trains when training began, in bytes."""
+    seen = {}
+
+    def watched(job):
+        base = [p for name, p in job.policy.named_parameters() if ".lora_" not in name and not name.startswith("heads.")]
+        assert all(isinstance(parameter, DTensor) for parameter in base)
+        seen["base"] = sum(p.to_local().numel() * p.element_size() for p in base)
+        seen["lora"] = [job.policy.fast_paths.used.get("lora"), job.policy.fast_paths.refused.get("lora")]
+        return plain(job)
+
+    plain, stage_module.train = stage_module.train, watched
+    rows = WORK[kind][1]
+    stage_of(stage_for(kind, **settings), path, rows, validation=rows, processes=2, sharded=True)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["sft", "full", "dpo", "ppo"])
+def test_two_processes_with_half_the_base_each_have_the_loss_curve_and_the_weights_of_one(kind, tmp_path):
+    rows = WORK[kind][1]
+    one = train(1, stage_for(kind), tmp_path / "1", rows, validation=rows)
+    seen = values(together(2, lambda: sharded_run(kind, tmp_path / "2"), tmp_path / "said"))
+    two = trained(tmp_path / "2")
+    assert two.losses == pytest.approx(one.losses, rel=1e-5, abs=1e-6)
+    assert two.evaluated == pytest.approx(one.evaluated, rel=1e-5)
+    assert furthest(one.path, two.path) < 1e-4
+    whole = sum(p.numel() * p.element_size() for p in tiny_model("llama").parameters())
+    assert sum(process["base"] for process in seen) == whole
+    assert max(process["base"] for process in seen) < 0.52 * whole
+    if kind == "sft":
+        assert seen[0]["lora"] == [None, "the base is sharded over processes, and one product would hold it whole"]
+
+
+def test_a_sharded_run_goes_on_unsharded_on_one_process_and_sharded_on_two_to_the_same_weights(tmp_path):
+    stage, rows = stage_for("full"), WORK["full"][1]
+    unbroken = train(1, stage, tmp_path / "unbroken", rows)
+    for count, step in ((2, 2), (1, 4), (2, 5)):
+
+        def part(step=step):
+            return stage_of(stage, tmp_path / "run", rows, processes=2, sharded=True, report=stopped_at(step))
+
+        ended = together(count, part, tmp_path / "said")
+        assert all(one.status == 0 if step == 5 else one.value.startswith("Interrupted") for one in ended), ended
+        files = {file.name for file in (tmp_path / f"run/stages/sft/checkpoints/step-{step}").iterdir()}
+        assert ("state.1.safetensors" in files) == (count == 2)
+    assert trained(tmp_path / "run").losses == pytest.approx(unbroken.losses, rel=1e-5)
+    assert furthest(tmp_path / "run", unbroken.path) < 1e-4
+
+
+def stopped_at(step):
+    """What is reported to a process, which is asked to stop when the step is logged."""
+
+    def report(event):
+        if event.get("step") == step < 5 and "loss" in event:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return report
