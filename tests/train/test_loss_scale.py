@@ -92,7 +92,7 @@ def test_a_loss_that_is_no_number_is_no_overflow_and_ends_the_run(tmp_path):
 
 
 def test_gradients_that_overflow_at_any_scale_end_the_run_with_nothing_changed(tmp_path, monkeypatch):
-    monkeypatch.setattr(Optimiser, "grad_norm", lambda self: float("inf"))
+    monkeypatch.setattr(Optimiser, "grad_norm", lambda self, reduce: float("inf"))
     with RunDirectory.open(tmp_path / "run", resume=False) as run:
         job = job_of(run)
         with pytest.raises(NonFinite, match="overflow in fp16 at the smallest loss scale"):
