@@ -93,6 +93,11 @@ class Trained(NamedTuple):
         """Of each update."""
         return [line["loss"] for line in self.lines]
 
+    @property
+    def norms(self) -> list[float]:
+        """Of each update's gradient: AdamW itself would not tell a mean over processes from a sum."""
+        return [line["grad_norm"] for line in self.lines]
+
 
 def train(count: int, stage: Stage, path: Path, rows: Any, *, processes: int = 2, **given: Any) -> Trained:
     """A stage in a run directory of its own, by as many processes; `processes` share an update."""
