@@ -7,6 +7,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from .models.peft_extension import extend_when_imported
+
 if TYPE_CHECKING:
     from .chat import Chat
     from .data.inspect import propose_recipe
@@ -57,3 +59,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+extend_when_imported()

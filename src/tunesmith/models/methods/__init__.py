@@ -19,6 +19,7 @@ from ...recipe import FullMethod, LoraMethod, Method
 from ..load import LoadedModel
 from ..result import ADAPTER_WEIGHTS, is_adapter, read_adapter_config, read_card
 from ._kind import AdapterKind, MethodKind
+from .bottleneck import Bottleneck
 from .ia3 import Ia3
 from .lora import Lora, learning_rate_scales
 from .prompt import Prefix, Prompt, PTuning
@@ -35,6 +36,7 @@ KINDS: dict[str, MethodKind] = {
     "prefix": Prefix(),
     "prompt": Prompt(),
     "p_tuning": PTuning(),
+    "bottleneck": Bottleneck(),
 }
 ADAPTERS: dict[str, AdapterKind] = {kind.peft_type: kind for kind in KINDS.values() if hasattr(kind, "peft_type")}
 
