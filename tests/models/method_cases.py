@@ -25,6 +25,9 @@ METHOD_CASES: dict[str, dict[str, Any]] = {
     "prompt from text": {"type": "prompt", "num_virtual_tokens": 4, "prompt_tuning_init_text": "Answer in JSON."},
     "p_tuning": {"type": "p_tuning", "num_virtual_tokens": 4, "encoder_hidden_size": 8},
     "p_tuning lstm": {"type": "p_tuning", "num_virtual_tokens": 4, "encoder_reparameterization_type": "LSTM"},
+    "houlsby": {"type": "bottleneck", "architecture": "houlsby", "bottleneck_size": 4},
+    "pfeiffer": {"type": "bottleneck", "architecture": "pfeiffer", "bottleneck_size": 4},
+    "parallel": {"type": "bottleneck", "architecture": "parallel", "bottleneck_size": 4},
 }
 ADAPTER_CASES = {name: settings for name, settings in METHOD_CASES.items() if settings["type"] not in WHOLE}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -176,3 +177,14 @@ def test_plain_gives_every_layer_its_own_forward_for_a_while():
         assert not any("forward" in vars(module) for module in policy.model.modules())
     assert {module for module in policy.model.modules() if "forward" in vars(module)} == fast
     assert remove_fast_forwards(policy.model).keys() == fast
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gate_and_up_are_kept_for_the_backward_pass_unless_layers_are_computed_again(checkpointing):
+    policy = Policy(lora(), gradient_checkpointing=checkpointing)
+    assert policy.fast_paths.used["swiglu"] == 2
+    gc.collect()
+    logprobs = policy(batch_of(ROWS).forest).logprobs
+    held = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.dim() == 3 and one.shape[-1] == 48]
+    assert bool(held) is not checkpointing
+    logprobs.sum().backward()

@@ -150,8 +150,8 @@ def fuse_lora(model: nn.Module, paths: FastPaths) -> None:
 def _swiglu_forward(self: nn.Module, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
     inner = _SwiGLU.apply(gate, up)
-    if not inner.requires_grad:
-        return self.down_proj(inner)
+    if not inner.requires_grad or torch._C._autograd._top_saved_tensors_default_hooks(True):
+        return self.down_proj(inner)  # also where checkpointing says what is kept: hooks of ours in its own would keep gate and up
     gate, up = gate.detach(), up.detach()
 
     def keep(saved: Tensor) -> Tensor | torch.Size:

@@ -13,7 +13,7 @@ from ..bottleneck import NOT_MERGEABLE, REFUSED, BottleneckConfig
 from ..load import LoadedModel
 from ..structure import sublayers
 from .saving import put_adapter
-from .tokens import where_tokens_train
+from .tokens import with_new_tokens
 
 PARALLEL_SCALING = 4.0  # He et al. 2021, their best
 
@@ -43,12 +43,12 @@ class Bottleneck:
         """PEFT's config; which modules they are it finds itself."""
         if REFUSED:
             raise ModelError(REFUSED, where="method.type", mend="install another version of PEFT, or use method lora")
-        return BottleneckConfig(
+        config = BottleneckConfig(
             task_type="CAUSAL_LM",
             **settings.model_dump(exclude={"type"}),
-            trainable_token_indices=where_tokens_train(loaded.model, new_tokens) if new_tokens else None,
             base_model_name_or_path=loaded.identity.folder,
         )
+        return with_new_tokens(config, loaded.model, new_tokens)
 
     def settings_of(self, config: dict[str, Any], names: list[str]) -> BottleneckMethod:
         """As they were."""
