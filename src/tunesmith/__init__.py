@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .errors import TunesmithError
     from .export import Exported, export
     from .inspection import check_data_file, init
+    from .models.opening import load
     from .pipeline import RunResult, evaluate, plan, run, train
     from .recipe import Recipe, json_schema, load_recipe
     from .report import write_report
@@ -31,6 +32,7 @@ _HOME = {
     "export": "export",
     "init": "inspection",
     "json_schema": "recipe",
+    "load": "models.opening",
     "load_recipe": "recipe",
     "plan": "pipeline",
     "propose_recipe": "data.inspect",

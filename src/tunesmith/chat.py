@@ -9,9 +9,9 @@ from .data.records import Message
 from .data.render import encode_prompt, stop_tokens
 from .data.template import load_template
 from .errors import MissingFile, ModelError, RecipeError, TemplateError
-from .evaluation import open_result
 from .generate import LocalGenerator, Sampling
 from .models.load import load_model
+from .models.opening import open_result
 from .models.result import is_adapter, read_card, require_unaltered
 from .recipe import ModelSection, load_recipe
 from .train.stage import add_new_tokens

@@ -21,37 +21,16 @@ from .evaluate.inputs import BASE, Compares, RowScores
 from .generate import Constraint, LocalGenerator, choice_constraint, json_schema_constraint
 from .models.heads import load_head
 from .models.load import LoadedModel, hash_weights, load_model
-from .models.methods import load_adapter
-from .models.result import is_adapter, read_card, require_unaltered
+from .models.opening import open_result
+from .models.result import read_card, require_unaltered
 from .models.reward import Scored, Separate
-from .recipe import ModelSection, Stage
+from .recipe import Stage
 from .rundir import MANIFEST, write_json, write_text
 from .score.metrics import PREFERENCE
 from .session import Session
 from .train.stage import add_new_tokens, locate_start
 
 UNITS = "evaluation"  # the folder of finished units, so that a resumed run scores nothing twice
-
-
-def open_result(folder: Path, loaded: LoadedModel, *, trust_remote_code: bool = False) -> nn.Module:
-    """A saved result ready to answer: the adapter on its base, or the fully tuned model.
-
-    loaded: the recipe's base, which an adapter is put on; one that was trained on another stage's full model gets that. trust_remote_code:
-    whether code that a tuned model brings may run. Raises CheckpointError where a file is not what was saved.
-    """
-    require_unaltered(folder)
-    dtype = str(loaded.dtype).removeprefix("torch.")
-
-    def whole(name: str) -> LoadedModel:
-        return load_model(ModelSection(name=name, dtype=dtype, trust_remote_code=trust_remote_code))
-
-    if not is_adapter(folder):
-        return whole(str(folder.resolve())).model
-    trained_on = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    if read_card(folder).get("base", {}).get("sha256") != loaded.identity.sha256 and trained_on and Path(trained_on).is_dir():
-        require_unaltered(Path(trained_on))
-        loaded = whole(trained_on)
-    return load_adapter(loaded, folder)
 
 
 @dataclass

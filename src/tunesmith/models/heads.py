@@ -42,22 +42,31 @@ def save_heads(heads: nn.ModuleDict, folder: Path) -> None:
         raise AdapterError("the written heads do not read back as those in memory", where=str(folder), mend="check the disk")
 
 
+def load_heads(folder: Path, width: int) -> nn.ModuleDict:
+    """All heads that a result has, frozen, by name; on the conditions of `load_head`."""
+    names = [name.removesuffix(".weight") for name in _stored(folder)]
+    return nn.ModuleDict({name: load_head(folder, name, width) for name in names})
+
+
 def load_head(folder: Path, name: str, width: int) -> nn.Linear:
     """A saved head, frozen. Raises AdapterError where the result has none of that name, or one of another width."""
-    path = folder / HEADS
-    try:
-        weights = load_file(path) if path.is_file() else {}
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"the heads cannot be read: {error}", where=str(path), mend="train it again, or take an intact copy") from error
-    weight = weights.get(f"{name}.weight")
+    weight = _stored(folder).get(f"{name}.weight")
     if weight is None:
         raise AdapterError(f"there is no `{name}` head", where=str(folder), mend="name the result of a stage with objective reward")
     if tuple(weight.shape) != (1, width):
         raise AdapterError(
             f"the `{name}` head is of shape {tuple(weight.shape)}, the model needs {(1, width)}",
-            where=str(path),
+            where=str(folder / HEADS),
             mend="put it on the base that it was trained on",
         )
     head = make_head(width, seed=None)
     head.weight.data = weight.float()
     return head.requires_grad_(False)
+
+
+def _stored(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / HEADS
+    try:
+        return load_file(path) if path.is_file() else {}
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"the heads cannot be read: {error}", where=str(path), mend="train it again, or take an intact copy") from error

@@ -122,7 +122,7 @@ def load_model(section: ModelSection) -> LoadedModel:
     folder, name, revision = _locate(section)
     dtype = resolve_dtype(section)
     with _explained(section.name), quiet():
-        tokenizer = _load_tokenizer(folder, section.trust_remote_code)
+        tokenizer = load_tokenizer(folder, section.trust_remote_code)
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -209,7 +209,8 @@ def _converted(gguf: Path) -> Path:
     return folder
 
 
-def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder. Raises ModelError where there is none, or one that gives no character offsets."""
     folder = Path(source)
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json", "spiece.model")
     if not any((folder / name).exists() for name in names):

@@ -42,7 +42,7 @@ class Bottleneck:
     def config(self, loaded: LoadedModel, settings: BottleneckMethod, new_tokens: list[int]) -> BottleneckConfig:
         """PEFT's config; which modules they are it finds itself."""
         if REFUSED:
-            raise ModelError(REFUSED, where="method.type", mend="install another version of PEFT, or use method lora")
+            raise ModelError(REFUSED, where="method.type", mend="install PEFT 0.21, or use method lora")
         config = BottleneckConfig(
             task_type="CAUSAL_LM",
             **settings.model_dump(exclude={"type"}),

@@ -23,8 +23,10 @@ from transformers import PreTrainedModel
 
 from ...errors import AdapterError
 from ..adapters import POLICY, adapter_parameters, keeping_what_trains
+from ..bottleneck import REFUSED
 from ..heads import save_heads
 from ..load import LoadedModel, quiet
+from ..peft_extension import BOTTLENECK
 from ..result import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, read_adapter_config, read_card
 from ..virtual import has_network, load_network, save_network, show_new_tokens
 from .tokens import FIELD, mark_tokens, saved_config
@@ -136,7 +138,7 @@ def add_adapter(model: PeftModel, loaded: LoadedModel, folder: Path, name: str) 
 def _fitting(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, IndexError) as error:
+    except (ValueError, LookupError, AttributeError) as error:
         mend = "load the base it was trained on"
         raise AdapterError(f"the adapter does not fit the model: {error}", where=str(folder), mend=mend) from error
 
@@ -161,6 +163,8 @@ def _read_adapter(loaded: LoadedModel, folder: Path) -> tuple[PeftConfig, dict[s
             where=str(folder),
             mend=f"load {card['base'].get('name')} in the revision it was trained on",
         )
+    if REFUSED and read_adapter_config(folder).get("peft_type") == BOTTLENECK:
+        raise AdapterError(f"a bottleneck adapter cannot be loaded: {REFUSED}", where=str(folder), mend="install PEFT 0.21")
     try:
         with warnings.catch_warnings():  # PEFT tells of the fields that a config's class has not: new tokens' is set here
             warnings.filterwarnings("ignore", message=f".*{FIELD}")
