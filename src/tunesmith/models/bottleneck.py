@@ -63,6 +63,7 @@ class Bottleneck(nn.Module):
         self.parallel = config.architecture == "parallel"
 
     def forward(self, x: Tensor) -> Tensor:
+        """What is added: [..., H]."""
         low = self.between(F.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype)))
         return F.linear(low * self.scaling, self.up.weight.to(x.dtype), (self.up.bias * self.scaling).to(x.dtype))
 
