@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import json
 import subprocess
 import sys
 import types
@@ -69,7 +71,7 @@ def test_peft_loads_our_adapter_in_a_new_process_to_equal_logits(saved, order):
     done = in_new_process(order + LOADS.format(ids=IDS), base, adapter)
     assert done.returncode == 0, done.stderr
     numbers, finders = done.stdout.splitlines()
-    assert torch.equal(torch.tensor(eval(numbers), dtype=torch.float64), logits[::7])
+    assert torch.equal(torch.tensor(json.loads(numbers), dtype=torch.float64), logits[::7])
     assert finders == "finders 0"
 
 
@@ -91,19 +93,15 @@ def test_the_installed_peft_has_the_type():
     assert peft.get_peft_config({"peft_type": "BOTTLENECK", "bottleneck_size": 3}) == BottleneckConfig(bottleneck_size=3)
 
 
-def stand_in(monkeypatch, **changed):
-    """A PEFT without our type, and with what is changed."""
-    kinds = types.SimpleNamespace(**({"register_peft_method": lambda *, name, config_cls, model_cls: None} | changed))
-    enum = peft.PeftType.__class__("PeftType", (str, peft.PeftType.__base__), _members())
-    monkeypatch.setattr(peft, "PeftType", changed.pop("enum", enum))
-    monkeypatch.setattr(peft, "utils", kinds)
-    return peft.PeftType
+def stand_in(monkeypatch, register):
+    """A PEFT without our type, and with another way to register one. Gives its types."""
 
+    class PeftType(str, enum.Enum):  # noqa: UP042 (as PEFT's is)
+        LORA = "LORA"
 
-def _members():
-    namespace = peft.PeftType.__class__.__prepare__("PeftType", (str, peft.PeftType.__base__))
-    namespace["LORA"] = "LORA"
-    return namespace
+    monkeypatch.setattr(peft, "PeftType", PeftType)
+    monkeypatch.setattr(peft, "utils", types.SimpleNamespace(register_peft_method=register))
+    return PeftType
 
 
 def refuse(*, name, config_cls, model_cls):
@@ -111,16 +109,16 @@ def refuse(*, name, config_cls, model_cls):
 
 
 OTHERS = {
-    "no way to register": {"register_peft_method": None},
-    "other parameters": {"register_peft_method": lambda *, name, config, model: None},
-    "more parameters": {"register_peft_method": lambda *, name, config_cls, model_cls, license: None},
-    "a refusal": {"register_peft_method": refuse},
+    "no way to register": None,
+    "other parameters": lambda *, name, config, model: None,
+    "more parameters": lambda *, name, config_cls, model_cls, license: None,
+    "a refusal": refuse,
 }
 
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 def test_another_peft_is_left_as_it_is_and_the_reason_given(monkeypatch, other):
-    kinds = stand_in(monkeypatch, **other)
+    kinds = stand_in(monkeypatch, other)
     assert "PEFT 0." in peft_extension.register(BottleneckConfig, BottleneckModel)
     assert list(kinds) == ["LORA"]
     assert not hasattr(kinds, "BOTTLENECK")
@@ -129,7 +127,7 @@ def test_another_peft_is_left_as_it_is_and_the_reason_given(monkeypatch, other):
 
 
 def test_a_peft_that_can_take_it_gets_it_once(monkeypatch):
-    kinds = stand_in(monkeypatch)
+    kinds = stand_in(monkeypatch, lambda *, name, config_cls, model_cls: None)
     assert peft_extension.register(BottleneckConfig, BottleneckModel) is None
     assert list(kinds) == ["LORA", "BOTTLENECK"]
     assert kinds("BOTTLENECK") is kinds.BOTTLENECK == "BOTTLENECK"
