@@ -138,6 +138,11 @@ class BottleneckModel(BaseTuner):
         if peft_config.architecture == "parallel":
             layer.read_input_of(self.model.get_submodule(peft_config.input_modules[current_key]))
 
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """A parameter's name in a saved file: PEFT looks for the adapter's name elsewhere, one level further down."""
+        return key.replace(f".bottleneck_adapter.{adapter_name}.", ".bottleneck_adapter.")
+
     def _check_merge_allowed(self) -> None:
         raise ValueError(f"a bottleneck adapter cannot be merged: {NOT_MERGEABLE}")
 
