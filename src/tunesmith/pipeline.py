@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from .evaluation import evaluate_run
 from .forewarning import quarantine_notes, verdict_warnings
 from .launch import require_processes
 from .models.load import EMBEDDED
-from .planning import make_plan
+from .planning import compare_plan, cost_of, make_plan
 from .preparation import fresh_base, prepare, require_files
 from .recipe import Recipe, Stage, TrackingSection, dump_recipe, load_recipe
 from .report import write_report
@@ -233,7 +234,7 @@ def _train(session: Session) -> None:
 def _plan(session: Session) -> None:
     """Writes and shows what is to be expected."""
     predicted = make_plan(session)
-    write_json(session.run.file("plan.json"), {"predicted": predicted, "measured": None})
+    write_json(session.run.file("plan.json"), {"predicted": predicted, "measured": None, "compared": []})
     notes = [*session.data.notes, *(note for data in session.stage_data.values() for note in data.notes), *predicted["notes"]]
     notes += quarantine_notes(session, session.run.path)
     warnings = verdict_warnings(session.recipe, session.tasks)
@@ -320,8 +321,9 @@ def _finish(session: Session, evaluation: dict[str, Any] | None) -> RunResult:
         session.run.log({"event": NOTHING_TO_DO})
     measured = _measured(session)
     plan_path = path / "plan.json"
-    known = json.loads(plan_path.read_text()) if plan_path.is_file() else {"predicted": None}
-    write_json(plan_path, {"predicted": known["predicted"], "measured": measured})
+    predicted = json.loads(plan_path.read_text())["predicted"] if plan_path.is_file() else None
+    plan = {"predicted": predicted, "measured": measured, "compared": compare_plan(predicted, measured)}
+    write_json(plan_path, plan)
     page = write_report(path)
     if (path / "model").exists():
         write_card(path, session.loaded.identity)
@@ -329,7 +331,7 @@ def _finish(session: Session, evaluation: dict[str, Any] | None) -> RunResult:
         path,
         evaluation["verdict"] if evaluation else None,
         evaluation,
-        {"predicted": known["predicted"], "measured": measured},
+        plan,
         session.data.ledger.to_json(),
         {name: data.ledger.to_json() for name, data in session.stage_data.items()},
         page,
@@ -341,13 +343,24 @@ def _measured(session: Session) -> dict[str, Any]:
     """What the run really took, over all its parts; a phase that was resumed counts each time, a part that found all finished never."""
     events = session.run.events()
     phases = _phases(events)
-    tokens = {event["stage"]: event["tokens"] for event in events if event.get("event") == "stage_finished"}
+    stages = {event["stage"]: event for event in events if event.get("event") == "stage_finished"}
+    spent: Counter[str] = Counter()
+    for event in phases:
+        if event["name"] in ("load", "data"):
+            spent[event["name"]] += event["seconds"]
+    for name, event in stages.items():
+        spent.update({f"{phase} {name}": seconds for phase, seconds in event.get("phases", {}).items()})
+    for name, seconds in {event["name"]: event["seconds"] for event in events if event.get("event") == "phase_part"}.items():
+        task, candidate = name.split(".", 1)
+        spent["evaluate " + {"few_shot": "few_shot", "general": "general"}.get(task, candidate)] += seconds
+    whole = sum(event["seconds"] for event in phases)
     return {
         "peak_memory_bytes": max((event["peak_memory_bytes"] for event in phases), default=peak_memory_bytes()),
-        "seconds": sum(event["seconds"] for event in phases),
-        "tokens": sum(tokens.values()),
+        "seconds": whole,
+        "tokens": sum(event["tokens"] for event in stages.values()),
+        "cost": cost_of(session.recipe, whole),
         "bound_by": None,
-        "phases": [{"name": event["name"], "seconds": event["seconds"]} for event in phases],
+        "phases": [{"name": name, "seconds": seconds} for name, seconds in spent.items()],
     }
 
 

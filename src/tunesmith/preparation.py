@@ -19,6 +19,7 @@ from .data.render import TrainOn
 from .data.template import load_template
 from .errors import MissingFile, RecipeError
 from .evaluate import TemplateEncoder, derive_max_new_tokens
+from .fitting import fit_stages
 from .models.load import LoadedModel, load_model
 from .models.result import read_card, require_unaltered
 from .recipe import WHOLE, DataSection, ModelReward, Recipe, Stage, dump_recipe, load_recipe, virtual_tokens_of
@@ -58,6 +59,7 @@ def prepare(session: Session) -> None:
     with session.phase("data"):
         _prepare_data(session)
     session.stages = _derived_stages(session)
+    session.stages = fit_stages(session)
     for stage in session.stages:
         _require_room(session, stage)
         _require_same_result(session, stage)

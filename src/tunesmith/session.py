@@ -14,7 +14,7 @@ from .models.load import LoadedModel
 from .recipe import Recipe, Stage, virtual_tokens_of
 from .rundir import RunDirectory
 from .tasks import Tasks
-from .train.memory import peak_memory_bytes
+from .train.memory import held_bytes, peak_memory_bytes
 from .train.signals import StopRequest
 
 Report = Callable[[dict[str, Any]], None]
@@ -35,6 +35,8 @@ class Session:
     stage_data: dict[str, PreparedData] = field(default_factory=dict)
     tasks: Tasks | None = None
     stages: list[Stage] = field(default_factory=list)
+    bare: int = field(default_factory=held_bytes)
+    """Bytes held before there is a model."""
     worked: bool = False
     """Whether anything was trained or scored, and not only found finished."""
 

@@ -1,48 +1,59 @@
-"""The plan's formulas: more work and more memory never cost less; the machine is measured once; what does not fit is refused."""
+"""The plan's formulas: what is counted is what arithmetic says; more work and more memory never cost less."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-from types import SimpleNamespace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from tests.toys import batch_of, items_of, loaded, make_rows, make_stage, tiny_model
+from tests.toys import batch_of, loaded, make_rows, make_stage, tiny_model
 
-from tunesmith.errors import DoesNotFit
-from tunesmith.models import plan
-from tunesmith.models.plan import (
-    Machine,
-    Shape,
-    available_memory,
-    decode_phase,
-    evaluation_memory,
-    forward_phase,
-    measure_machine,
-    model_shape,
-    train_memory,
-    train_phase,
-)
+from tunesmith.models.costs import MethodCost, method_cost
+from tunesmith.models.footprint import generation_bytes, train_footprint
+from tunesmith.models.machine import Machine
+from tunesmith.models.methods import resolve
 from tunesmith.models.policy import Policy
+from tunesmith.models.roofline import Shape, Tokens, decode_phase, forward_phase, model_shape, storage_phase, together, train_phase
 from tunesmith.objectives import SFT
+from tunesmith.recipe import LoraMethod
 from tunesmith.train.optimiser import Optimiser
 from tunesmith.train.window import run_window
 
-SHAPE = Shape(parameters=134_515_008, linear=106_168_320, layers=30, hidden=576, inner=1536, vocabulary=49152, itemsize=2, cached=11_520)
-MACHINE = Machine(2e11, 2e10)
+SHAPE = Shape(
+    parameters=134_515_008,
+    linear=106_168_320,
+    layers=30,
+    hidden=576,
+    inner=1536,
+    vocabulary=49152,
+    itemsize=2,
+    cached=11_520,
+    weights=269_030_016,
+)
+MACHINE = Machine(
+    flops_per_second=2e11,
+    few_rows_flops_per_second=1e11,
+    attention_flops_per_second=1e11,
+    bytes_per_second=2e10,
+    cached_bytes_per_second=4e10,
+    call_seconds=1e-6,
+    storage_bytes_per_second=1e9,
+)
 LORA, FULL = make_stage(method="lora", max_steps=10), make_stage(method="full", max_steps=10)
+RANK_16, WHOLE_MODEL = MethodCost(4_884_480, False, per_token=4_884_480), MethodCost(SHAPE.parameters, True, weight_gradients=1.0)
+WORK = Tokens(1e5, 1e4, batches=50)
 GIB = 2**30
 
 
-def memory(stage=LORA, *, tokens: int = 2000, trainable: int = 5_000_000, resident: int = GIB) -> int:
-    return train_memory(SHAPE, stage, resident=resident, batch_tokens=tokens, trainable=trainable)
+def memory(stage=LORA, *, tokens: int = 2000, trainable: int = 5_000_000, bare: int = GIB, shape: Shape = SHAPE) -> int:
+    cost = MethodCost(trainable, stage.method.type == "full", weight_gradients=float(stage.method.type == "full"))
+    return sum(train_footprint(shape, stage, cost, bare=bare, batch_tokens=tokens).values())
 
 
-def test_memory_grows_with_tokens_trained_weights_and_what_is_resident():
+def test_memory_grows_with_tokens_trained_weights_and_what_the_bare_process_holds():
     assert memory(tokens=1000) < memory(tokens=2000) < memory(tokens=4000)
     assert memory(trainable=1000) < memory(trainable=10_000_000)
-    assert memory(resident=2 * GIB) - memory(resident=GIB) == GIB
+    assert memory(bare=2 * GIB) - memory(bare=GIB) == GIB
 
 
 def test_full_tuning_in_bf16_needs_moments_rests_and_gradients_beside_the_weights_that_are_there():
@@ -68,7 +79,7 @@ def test_the_state_of_full_tuning_is_what_the_optimiser_holds(dtype, accumulatio
     size = replace(SHAPE, itemsize=dtype.itemsize)
 
     def planned(trainable):
-        return train_memory(size, stage, resident=0, batch_tokens=0, trainable=trainable)
+        return memory(stage, tokens=0, trainable=trainable, bare=0, shape=size)
 
     assert sum(tensor.numel() * tensor.element_size() for tensor in held) == planned(trained) - planned(0)
 
@@ -76,7 +87,7 @@ def test_the_state_of_full_tuning_is_what_the_optimiser_holds(dtype, accumulatio
 def test_evaluation_needs_more_memory_for_longer_prompts_answers_and_batches_up_to_the_engines_limits():
     def need(**changed):
         given = {"items": 1000, "batch_size": 50, "prompt_tokens": 200, "new_tokens": 60, "batch_tokens": 16384, "logit_elements": 1 << 25}
-        return evaluation_memory(SHAPE, resident=GIB, **(given | changed))
+        return generation_bytes(SHAPE, **(given | changed))
 
     assert need(batch_size=10) < need(batch_size=20) < need(batch_size=50)
     assert need(prompt_tokens=100) < need() < need(prompt_tokens=260)
@@ -84,40 +95,98 @@ def test_evaluation_needs_more_memory_for_longer_prompts_answers_and_batches_up_
     assert need(batch_size=1000) == need(batch_size=2000)
     assert need(items=1) < need(items=50) == need(items=51)
     cache = 50 * 260 * SHAPE.cached * SHAPE.itemsize
-    assert need() > GIB + cache
+    assert need() > cache
     assert need() - need(batch_size=1) < 3 * GIB
 
 
 def test_checkpointing_needs_less_memory_and_more_time():
     less = LORA.model_copy(update={"gradient_checkpointing": True})
     assert memory(less, tokens=8000) < memory(LORA, tokens=8000) - GIB // 2
-    times = [train_phase(SHAPE, MACHINE, stage, tokens=1e5, supervised=1e4).seconds for stage in (LORA, less)]
-    assert times[0] < times[1]
+    assert trained(LORA).seconds < trained(less).seconds
+
+
+def trained(stage=LORA, cost: MethodCost | None = None, work: Tokens = WORK, machine: Machine = MACHINE):
+    if cost is None:
+        cost = WHOLE_MODEL if stage.method.type == "full" else RANK_16
+    return train_phase(SHAPE, machine, stage, cost, work)
+
+
+def test_the_flops_of_training_are_two_a_weight_and_token_for_each_pass():
+    """Forward and towards the inputs; full tuning's weights besides, and its head twice; a LoRA's numbers two forward and four back."""
+    tokens, heads, linear, head = 1e5, 1e4, 106_168_320, 49152 * 576
+    assert trained(LORA).flops == pytest.approx(4 * linear * tokens + 6 * 4_884_480 * tokens + 4 * head * heads)
+    assert trained(FULL).flops == pytest.approx(6 * linear * tokens + 8 * head * heads)
+    assert trained(LORA.model_copy(update={"gradient_checkpointing": True})).flops - trained(LORA).flops == pytest.approx(
+        2 * linear * tokens
+    )
+    half = MethodCost(10**7, True, weight_gradients=0.5, depth=0.5)
+    assert trained(FULL, half).flops == pytest.approx(2 * linear * tokens * 2 + 4 * head * heads)
+    assert forward_phase("f", SHAPE, MACHINE, WORK).flops == pytest.approx(2 * linear * tokens + 2 * head * heads)
+    seen = replace(WORK, pairs=1e6)
+    assert forward_phase("f", SHAPE, MACHINE, seen).flops - forward_phase("f", SHAPE, MACHINE, WORK).flops == 4 * 576 * 30 * 1e6
+
+
+def test_learned_tokens_before_each_row_are_computed_like_others():
+    cost = MethodCost(20 * 576, False, virtual_tokens=20)
+    with_them, without = (trained(LORA, one, replace(WORK, rows=100)) for one in (cost, replace(cost, virtual_tokens=0)))
+    assert with_them.flops - without.flops == pytest.approx(4 * 106_168_320 * 2000)
 
 
 def test_time_grows_with_tokens_heads_and_steps_and_shrinks_on_a_faster_machine():
-    def seconds(tokens=1e5, supervised=1e4, machine=MACHINE, stage=LORA):
-        return train_phase(SHAPE, machine, stage, tokens=tokens, supervised=supervised).seconds
-
-    assert seconds() < seconds(tokens=2e5) < 2.01 * seconds()
-    assert seconds() < seconds(supervised=2e4)
-    assert seconds() < seconds(stage=FULL)
-    assert seconds(machine=Machine(4e11, 4e10)) == pytest.approx(seconds() / 2)
+    twice = {name: 2 * value for name, value in asdict(MACHINE).items()} | {"call_seconds": MACHINE.call_seconds / 2}
+    assert trained().seconds < trained(work=replace(WORK, computed=2e5)).seconds < 2 * trained().seconds
+    assert trained().seconds < trained(work=replace(WORK, supervised=2e4)).seconds
+    assert trained().seconds < trained(work=replace(WORK, batches=100)).seconds
+    assert trained().seconds < trained(FULL).seconds
+    assert trained(machine=Machine(**twice)).seconds == pytest.approx(trained().seconds / 2)
+    assert trained(work=WORK.times(2)).seconds == pytest.approx(2 * trained().seconds, rel=1e-3)
     answers = [decode_phase("a", SHAPE, MACHINE, items=items, new_tokens=40, batch=50).seconds for items in (50, 100, 150)]
     assert answers == sorted(answers)
-    assert (
-        decode_phase("a", SHAPE, MACHINE, items=150, new_tokens=40, batch=50).seconds
-        < decode_phase("a", SHAPE, MACHINE, items=150, new_tokens=40, batch=1).seconds
+    assert answers[-1] < decode_phase("a", SHAPE, MACHINE, items=150, new_tokens=40, batch=1).seconds
+    assert forward_phase("f", SHAPE, MACHINE, WORK).seconds < trained().seconds
+
+
+def test_what_binds_a_phase_is_the_longest_of_its_times():
+    assert trained(machine=replace(MACHINE, flops_per_second=1e10)).bound_by == "compute"
+    assert trained(machine=replace(MACHINE, cached_bytes_per_second=1e8)).bound_by == "memory bandwidth"
+    assert trained(machine=replace(MACHINE, call_seconds=1.0)).bound_by == "calls"
+    saved = storage_phase("save", MACHINE, 2e9)
+    assert (saved.seconds, saved.bound_by) == (2.0, "storage")
+    assert together("all", [trained(), saved]).seconds == trained().seconds + 2.0
+
+
+def test_answering_one_at_a_time_is_bound_by_memory_bandwidth_for_all_weights_are_read_each_step():
+    assert decode_phase("a", SHAPE, replace(MACHINE, call_seconds=0.0), items=1, new_tokens=40, batch=1).bound_by == "memory bandwidth"
+    read = (
+        decode_phase("a", SHAPE, MACHINE, items=2, new_tokens=40, batch=1).bytes
+        - decode_phase("a", SHAPE, MACHINE, items=2, new_tokens=40, batch=2).bytes
     )
-    assert forward_phase("f", SHAPE, MACHINE, tokens=1e5, heads=10).seconds < seconds()
+    assert read == pytest.approx(40 * SHAPE.weights)
 
 
-def test_what_binds_a_phase_is_the_slower_of_the_two():
-    def phase(machine):
-        return train_phase(SHAPE, machine, LORA, tokens=1e5, supervised=1e4)
+def test_the_parts_of_memory_are_weights_gradients_optimiser_activations_logits_rollouts_and_libraries():
+    parts = train_footprint(SHAPE, FULL, WHOLE_MODEL, bare=GIB, batch_tokens=1000)
+    assert list(parts) == ["weights", "gradients", "optimiser", "activations", "logits", "rollouts", "libraries"]
+    assert parts["weights"] == 2 * SHAPE.parameters
+    assert (parts["gradients"], parts["optimiser"]) == (2 * SHAPE.parameters, 10 * SHAPE.parameters)
 
-    assert phase(Machine(1e10, 1e12)).bound_by == "compute"
-    assert phase(Machine(1e14, 1e9)).bound_by == "memory bandwidth"
+
+def test_what_a_method_costs_is_told_from_its_settings_and_the_model():
+    model = tiny_model("llama")
+
+    def cost(**settings):
+        return method_cost(model, resolve(model, LoraMethod(r=4, **settings)))
+
+    plain = cost(target_modules=["q_proj"])
+    assert (plain.trainable, plain.per_token, plain.saved_inputs) == (2 * 4 * 64, 2 * 4 * 64, 2 * 4)
+    assert cost(target_modules=["q_proj"], lora_dropout=0.1).saved_inputs == 2 * 4 + 2 * 32 * 5 // 4
+    whole = method_cost(model, FULL.method)
+    assert (whole.trainable, whole.whole, whole.weight_gradients, whole.depth) == (
+        sum(p.numel() for p in model.parameters()),
+        True,
+        1.0,
+        1.0,
+    )
 
 
 @pytest.mark.parametrize("family, cached", [("llama", 64), ("gpt2", 128), ("gemma3", 64), ("opt", 128)])
@@ -130,60 +199,3 @@ def test_a_models_shape_is_counted_from_its_weights(family, cached):
     assert shape.cached == cached
     if family == "llama":
         assert shape.linear == 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
-
-
-def test_the_machine_is_measured_once_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
-    calls = []
-    monkeypatch.setattr(plan, "_matmul_rate", lambda dtype: calls.append(dtype) or 1e11)
-    monkeypatch.setattr(plan, "_bandwidth", lambda dtype: 1e10)
-    first = measure_machine(torch.float32)
-    assert measure_machine(torch.float32) == first == Machine(1e11, 1e10)
-    assert calls == [torch.float32]
-    measure_machine(torch.bfloat16)
-    assert calls == [torch.float32, torch.bfloat16]
-    assert len(json.loads((tmp_path / "machine.json").read_text())) == 2
-
-
-def test_a_torn_note_of_the_machine_is_measured_anew(tmp_path, monkeypatch):
-    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
-    monkeypatch.setattr(plan, "_matmul_rate", lambda dtype: 1e11)
-    monkeypatch.setattr(plan, "_bandwidth", lambda dtype: 1e10)
-    for torn in ('{"x', "[]", '{"x": 1}'):
-        (tmp_path / "machine.json").write_text(torn)
-        assert measure_machine(torch.float32) == Machine(1e11, 1e10)
-
-
-def test_the_measured_speeds_are_those_of_a_computer(tmp_path, monkeypatch):
-    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
-    machine = measure_machine(torch.float32)
-    assert 1e8 < machine.flops_per_second < 1e15
-    assert 1e8 < machine.bytes_per_second < 1e13
-
-
-def test_available_memory_is_positive_and_no_more_than_the_machine_has():
-    import os
-
-    assert 0 < available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def test_a_plan_that_needs_more_memory_than_there_is_is_refused_with_what_would_help(monkeypatch):
-    from tunesmith import planning
-
-    rows = make_rows(12)
-    data = SimpleNamespace(train=rows, items=items_of(rows), validation=None, test_records=[])
-    session = SimpleNamespace(
-        data_of=lambda stage: data,
-        loaded=loaded(tiny_model("llama")),
-        stages=[make_stage(method={"type": "lora", "target_modules": ["q_proj"]}, max_steps=3)],
-        data=data,
-        recipe=SimpleNamespace(seed=0, evaluate=SimpleNamespace(candidates=[])),
-        tasks=SimpleNamespace(task=None, general=[], validation=None),
-    )
-    monkeypatch.setattr(planning, "measure_machine", lambda dtype: MACHINE)
-    monkeypatch.setattr(planning, "_evaluation", lambda *args: [])
-    assert planning.make_plan(session)["peak_memory_bytes"] > 0
-    monkeypatch.setattr(planning, "available_memory", lambda: 10_000_000)
-    with pytest.raises(DoesNotFit, match="gradient_checkpointing") as caught:
-        planning.make_plan(session)
-    assert caught.value.exit_status == 4

@@ -8,7 +8,7 @@ import pytest
 from tests.pipeline.helpers import LABELS, conversations, read_json, recipe, stage, write_rows
 
 import tunesmith
-from tunesmith import planning
+from tunesmith import fitting, planning
 from tunesmith.errors import DataRefused, DoesNotFit, MissingFile, RecipeError
 from tunesmith.rundir import read_events
 
@@ -208,11 +208,24 @@ def test_plan_json_holds_what_was_predicted_and_what_the_run_took(tiny, tmp_path
     assert plan["measured"]["tokens"] == sum(event["tokens"] for event in events if event.get("event") == "stage_finished") > 0
     assert abs(plan["measured"]["tokens"] / plan["predicted"]["tokens"] - 1) < 0.2
     assert plan["measured"]["seconds"] == pytest.approx(sum(event["seconds"] for event in events if event.get("event") == "phase"))
-    assert {phase["name"] for phase in plan["predicted"]["phases"]} >= {"train sft", "train two", "answer zero_shot", "answer tuned"}
+    assert {phase["name"] for phase in plan["predicted"]["phases"]} >= {"train sft", "train two", "evaluate zero_shot", "evaluate tuned"}
+    both = {row["name"] for row in plan["compared"] if row["error"] is not None}
+    assert both >= {
+        "peak_memory_bytes",
+        "seconds",
+        "tokens",
+        "load",
+        "train sft",
+        "save sft",
+        "train two",
+        "evaluate zero_shot",
+        "evaluate tuned",
+    }
 
 
 def test_a_plan_over_the_machines_memory_is_refused_before_anything_is_trained(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "available_memory", lambda: 0)
+    monkeypatch.setattr(fitting, "memory_room", lambda: 0)
+    monkeypatch.setattr(planning, "memory_room", lambda: 0)
     with pytest.raises(DoesNotFit, match="GB of memory") as caught:
         tunesmith.run(recipe(tmp_path, tiny), out=tmp_path / "run")
     assert caught.value.exit_status == 4

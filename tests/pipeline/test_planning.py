@@ -6,15 +6,18 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.toys import ItemsOf, loaded, make_items, make_prompts, make_stage, tiny_model
+from tests.toys import ItemsOf, Rows, items_of, loaded, make_items, make_prompts, make_stage, tiny_model
 
-from tunesmith import planning
+from tunesmith import fitting, planning
 from tunesmith.errors import DoesNotFit
-from tunesmith.models.plan import Machine
+from tunesmith.models import footprint
+from tunesmith.models.machine import Machine
 from tunesmith.recipe import Stage
+from tunesmith.train.stage import derive_stage
 
 LORA, FULL = {"type": "lora", "r": 4, "target_modules": ["q_proj"]}, {"type": "full"}
 PROMPTS, PAIRS, LABELLED = make_prompts(8), make_items(12), make_items(12, answers=1)
@@ -24,25 +27,41 @@ JUDGED = {"type": "grpo", "rewards": [{"type": "python", "function": "f.py:f"}]}
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     """A machine whose speeds and memory are always the same."""
-    monkeypatch.setattr(planning, "measure_machine", lambda dtype: Machine(2e11, 2e10))
-    monkeypatch.setattr(planning, "peak_memory_bytes", lambda: 10**9)
-    monkeypatch.setattr(planning, "available_memory", lambda: 10**12)
+    speeds = Machine(2e11, 1e11, 1e11, 2e10, 4e10, 1e-6, 1e9)
+    monkeypatch.setattr(planning, "measure_machine", lambda dtype, announce: speeds)
+    monkeypatch.setattr(fitting, "peak_memory_bytes", lambda: 0)
+    monkeypatch.setattr(fitting, "held_bytes", lambda: 0)
+    monkeypatch.setattr(fitting, "available_memory", lambda: 10**12)
+    for constant in ("PLAIN_HIDDEN", "PLAIN_INNER"):  # the comparison of fast paths, whose two rows are as much as a small batch
+        monkeypatch.setattr(footprint, constant, 0)
 
 
-def planned(stages: list[Stage], items: ItemsOf, *, held_out: ItemsOf | None = None, run: Path = Path("no-such-run")) -> dict:
-    """The plan of some stages on the same items."""
+def session_of(
+    stages: list[Stage],
+    items: ItemsOf,
+    *,
+    held_out: ItemsOf | None = None,
+    run: Path = Path("no-such-run"),
+    given: list[Stage] | None = None,
+) -> SimpleNamespace:
+    """A session of some stages on the same items. given: what the recipe says, where that is less."""
     data = SimpleNamespace(
         train=items.rows, items=items, validation=held_out.rows if held_out else None, test_records=[], validation_records=[]
     )
-    session = SimpleNamespace(
+    return SimpleNamespace(
         data_of=lambda stage: data,
         data=data,
         loaded=loaded(tiny_model("llama")),
         stages=stages,
-        run=SimpleNamespace(path=run),
-        recipe=SimpleNamespace(seed=0, evaluate=SimpleNamespace(candidates=[], gates=[])),
+        run=SimpleNamespace(path=run, events=lambda: []),
+        bare=10**9,
+        recipe=SimpleNamespace(seed=0, price_per_hour=None, stages=given or stages, evaluate=SimpleNamespace(candidates=[], gates=[])),
     )
-    return planning.make_plan(session)
+
+
+def planned(stages: list[Stage], items: ItemsOf, **where) -> dict:
+    """The plan of some stages on the same items."""
+    return planning.make_plan(session_of(stages, items, **where))
 
 
 def flops(plan: dict, name: str) -> float:
@@ -64,8 +83,7 @@ def test_an_iteration_costs_the_same_training_into_however_many_updates_it_is_cu
     assert flops(cut, "train s") == pytest.approx(flops(whole, "train s"))
     assert flops(twice, "train s") == pytest.approx(2 * flops(whole, "train s"))
     for plan in (cut, twice):
-        assert flops(plan, "sample s") == flops(whole, "sample s")
-        assert flops(plan, "score s") == pytest.approx(flops(whole, "score s"))
+        assert flops(plan, "sample s") == pytest.approx(flops(whole, "sample s"))
 
 
 def test_only_the_answers_that_are_learned_from_cost_training():
@@ -87,16 +105,16 @@ def test_the_reference_and_the_validation_are_passes_over_all_rows_with_their_he
         )
         for size in (12, 2)
     ]
-    for name, passes in (("reference s", 2), ("validate s", 2)):
+    for name, passes in (("start s", 2), ("validate s", 2)):
         assert flops(found[1], name) == pytest.approx(flops(found[0], name), rel=0.05)
         one_pass = flops(found[0], "train s") / 4 / 2  # of an update of all rows, a forward of its forward and backward
-        assert flops(found[0], name) == pytest.approx(passes * one_pass * (2 if kind == "kto" else 1), rel=0.01)
+        assert flops(found[0], name) == pytest.approx(passes * one_pass * (2 if kind == "kto" else 1), rel=0.15)
 
 
 def test_ktos_estimate_is_a_pass_over_as_many_rows_as_are_trained():
     stage = make_stage(objective="kto", name="s", method=LORA, max_steps=4, per_device_train_batch_size=4)
     plan = planned([stage], LABELLED)
-    assert flops(plan, "estimate s") == pytest.approx(flops(plan, "train s") / 2)
+    assert flops(plan, "sample s") == pytest.approx(flops(plan, "train s") / 2, rel=0.15)
 
 
 def peak(*stages: Stage, **where) -> int:
@@ -115,7 +133,7 @@ def asking(*names: str, **settings) -> Stage:
 
 def test_a_fully_tuned_stage_that_samples_holds_a_copy_of_its_start(monkeypatch):
     without = peak(asking(method=FULL))
-    monkeypatch.setattr(planning, "_models_beside", lambda *given: 0)
+    monkeypatch.setattr(fitting, "_models_beside", lambda *given: 0)
     assert without - peak(asking(method=FULL)) == MODEL
 
 
@@ -157,8 +175,126 @@ def test_a_reward_model_from_elsewhere_costs_what_its_files_hold_and_a_base_wher
 def test_a_stage_whose_reward_models_do_not_fit_is_refused(monkeypatch):
     reward = make_stage(**REWARD, method=FULL)
     fits = peak(reward, asking())
-    monkeypatch.setattr(planning, "resident_bytes", lambda: 0)
-    monkeypatch.setattr(planning, "available_memory", lambda: fits + MODEL // 2)
+    monkeypatch.setattr(fitting, "available_memory", lambda: fits + MODEL // 2)
     assert peak(reward, asking()) == fits
     with pytest.raises(DoesNotFit):
         peak(reward, asking("reward"))
+
+
+WIDE = {"objective": "sft", "name": "s", "method": LORA, "max_steps": 4}
+
+
+def open_stage(**settings) -> tuple[Stage, Stage]:
+    """A stage as a recipe gives it, and with every open setting derived as on a machine with room."""
+    given = Stage(**WIDE | settings)
+    return given, derive_stage(given, 12)
+
+
+def fitted(monkeypatch, room: float, **settings) -> Stage:
+    """What becomes of a stage on a machine with so much room."""
+    given, derived = open_stage(**settings)
+    monkeypatch.setattr(fitting, "available_memory", lambda: int(room))
+    (stage,) = fitting.fit_stages(session_of([derived], LONG, given=[given]))
+    return stage
+
+
+LONG = items_of(Rows([(np.full(400, row), np.r_[0, np.ones(399)].astype(np.float32)) for row in range(1, 13)]))
+
+
+def need(**settings) -> int:
+    """Bytes that a stage takes on long rows."""
+    _, derived = open_stage(**settings)
+    return planned([derived], LONG)["peak_memory_bytes"]
+
+
+def chosen(stage: Stage) -> tuple[int, int, bool]:
+    return stage.per_device_train_batch_size, stage.gradient_accumulation_steps, stage.gradient_checkpointing
+
+
+def test_where_there_is_room_the_open_settings_are_eight_rows_at_once(monkeypatch):
+    assert chosen(fitted(monkeypatch, 1e12)) == (8, 1, False)
+
+
+def test_where_there_is_not_the_micro_batch_is_lowered_and_the_update_keeps_its_rows_then_gradients_are_checkpointed(monkeypatch):
+    spare = 1 / (1 - fitting.KEPT_FREE) + 1e-6
+    needs = [need(per_device_train_batch_size=n, gradient_accumulation_steps=8 // n) for n in (8, 4, 2, 1)]
+    assert needs == sorted(needs, reverse=True)
+    assert chosen(fitted(monkeypatch, needs[1] * spare)) == (4, 2, False)
+    assert chosen(fitted(monkeypatch, needs[3] * spare)) == (1, 8, False)
+    monkeypatch.setattr(footprint, "CHECKPOINTED_INNER", 0)  # two layers are too few for checkpointing to spare much
+    assert chosen(fitted(monkeypatch, (needs[3] - 100_000) * spare)) == (1, 8, True)
+
+
+def test_what_the_recipe_says_is_never_changed(monkeypatch):
+    few = need(per_device_train_batch_size=6, gradient_checkpointing=True)
+    assert chosen(fitted(monkeypatch, 1, per_device_train_batch_size=6, gradient_checkpointing=False)) == (6, 1, False)
+    assert chosen(fitted(monkeypatch, 1, gradient_accumulation_steps=3, gradient_checkpointing=False)) == (8, 3, False)
+    assert chosen(fitted(monkeypatch, 1.2 * few, per_device_train_batch_size=6, gradient_checkpointing=True)) == (6, 1, True)
+
+
+def test_a_resumed_run_keeps_what_it_began_with_on_a_machine_with_other_room(monkeypatch, tmp_path):
+    given, derived = open_stage()
+    known = "stages: [{name: s, per_device_train_batch_size: 2, gradient_accumulation_steps: 4, gradient_checkpointing: true}]"
+    (tmp_path / "recipe.yaml").write_text(known)
+    (stage,) = fitting.fit_stages(session_of([derived], LONG, given=[given], run=tmp_path))
+    assert chosen(stage) == (2, 4, True)
+    other, derived = open_stage(per_device_train_batch_size=8)
+    (stage,) = fitting.fit_stages(session_of([derived], LONG, given=[other], run=tmp_path))
+    assert chosen(stage) == (8, 1, False)
+
+
+def test_what_does_not_fit_is_refused_with_the_nearest_setting_that_does_and_what_that_needs(monkeypatch):
+    _, stage = open_stage(per_device_train_batch_size=8)
+    room = need(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    monkeypatch.setattr(fitting, "available_memory", lambda: room)
+    with pytest.raises(DoesNotFit, match=f"{room / 1e9:.2f} GB to give") as caught:
+        planned([stage], LONG)
+    assert caught.value.exit_status == 4
+    settings = "per_device_train_batch_size: 2, gradient_accumulation_steps: 4"
+    assert caught.value.mend == f"the nearest that fits, with {room / 1e9:.2f} GB: {settings}"
+
+
+def test_an_adapter_is_named_where_full_tuning_fits_in_no_way(monkeypatch):
+    monkeypatch.setattr(fitting, "stage_memory", lambda session, shape, stage: 5 if stage.method.type == "lora" else 50)
+    monkeypatch.setattr(fitting, "available_memory", lambda: 10)
+    with pytest.raises(DoesNotFit) as caught:
+        planned([open_stage(method=FULL)[1]], LONG)
+    assert caught.value.mend == "the nearest that fits, with 0.00 GB: method: lora"
+
+
+def test_where_nothing_fits_the_least_that_is_needed_is_said(monkeypatch):
+    monkeypatch.setattr(fitting, "available_memory", lambda: 10)
+    with pytest.raises(DoesNotFit, match=r"no setting fits: even .* needs 1.* GB; take shorter rows or a smaller model"):
+        planned([open_stage()[1]], LONG)
+
+
+def test_an_hours_price_gives_the_cost():
+    session = session_of([open_stage()[1]], LONG)
+    assert planning.make_plan(session)["cost"] is None
+    session.recipe.price_per_hour = 3.6
+    plan = planning.make_plan(session)
+    assert plan["cost"] == pytest.approx(plan["seconds"] / 1000)
+
+
+def test_what_was_measured_stands_beside_what_was_predicted_with_the_error():
+    predicted = {
+        "seconds": 12.0,
+        "tokens": 5,
+        "cost": None,
+        "phases": [{"name": "train s", "seconds": 8.0}, {"name": "save s", "seconds": 1.0}],
+    }
+    measured = {
+        "seconds": 10.0,
+        "tokens": 5,
+        "cost": None,
+        "phases": [{"name": "train s", "seconds": 10.0}, {"name": "start s", "seconds": 2.0}],
+    }
+    rows = {row["name"]: (row["predicted"], row["measured"], row["error"]) for row in planning.compare_plan(predicted, measured)}
+    assert rows == {
+        "seconds": (12.0, 10.0, pytest.approx(0.2)),
+        "tokens": (5, 5, 0.0),
+        "train s": (8.0, 10.0, pytest.approx(-0.2)),
+        "save s": (1.0, None, None),
+        "start s": (None, 2.0, None),
+    }
+    assert planning.compare_plan(None, measured)[0] == {"name": "seconds", "predicted": None, "measured": 10.0, "error": None}

@@ -146,7 +146,7 @@ def test_parts_of_a_phase_are_shown_once_under_it_and_cost_the_candidates_their_
 def test_a_prediction_without_a_measurement_stays_not_measured(run_path):
     (run_path / "plan.json").write_text('{"predicted": {"seconds": 300, "peak_memory_bytes": 1073741824}, "measured": {"seconds": 330}}')
     plan = {row["label"]: row for row in costs_view(read_run(run_path), LIMITS)["plan"]}
-    assert plan["Time"] == {"label": "Time", "predicted": "5.0 min", "measured": "5.5 min", "ratio": "1.10 times"}
+    assert plan["Time"] == {"label": "Time", "predicted": "5.0 min", "measured": "5.5 min", "error": "-9%"}
     assert (plan["Peak memory"]["predicted"], plan["Peak memory"]["measured"]) == ("1 GiB", "NOT MEASURED")
     assert plan["Tokens"]["predicted"] == "NOT MEASURED"
 

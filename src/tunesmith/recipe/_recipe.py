@@ -25,6 +25,8 @@ class Recipe(Section):
     """The run's name; its directory is runs/NAME."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the data order, the held-out split, new weights and the bootstrap."""
+    price_per_hour: Annotated[float, Field(ge=0)] | None = None
+    """What an hour of this machine costs, in any currency: the plan says what the run will cost, the report what it did."""
     model: ModelSection
     """The base model."""
     task: TaskSection = TaskSection()

@@ -45,10 +45,10 @@ class Stage(Section):
     """Passes over the training rows; max_steps wins."""
     max_steps: Positive | None = None
     """Updates in all; derived from num_train_epochs."""
-    per_device_train_batch_size: Positive = 8
-    """Rows of one forward pass on one device."""
-    gradient_accumulation_steps: Positive = 1
-    """Forward passes of one update, on each of `launch.processes`."""
+    per_device_train_batch_size: Positive | None = None
+    """Rows of one forward pass on one device; derived as 8, or fewer with more accumulation where 8 do not fit."""
+    gradient_accumulation_steps: Positive | None = None
+    """Forward passes of one update, on each of `launch.processes`; derived as 1, or as many as keep the update's 8 rows."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the schedule after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
@@ -66,8 +66,9 @@ class Stage(Section):
     """AdamW's denominator term."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradient norm above which gradients are scaled down; null switches it off."""
-    gradient_checkpointing: bool | Literal["selective"] = False
-    """Recompute activations in the backward pass: of every layer, for about a third more time, or (selective) of every second one."""
+    gradient_checkpointing: bool | Literal["selective"] | None = None
+    """Recompute activations in the backward pass: of every layer, for about a third more time, or (selective) of every second one; derived as
+    false where that fits."""
     eval_steps: Positive | None = None
     """Updates between evaluations on the validation rows; derived as once an epoch."""
     early_stopping_patience: Positive | None = None
@@ -107,7 +108,7 @@ class Stage(Section):
                 if getattr(self, name) != default:
                     raise ValueError(f"{name}: {self.objective.type} samples no answers; leave {name} out")
             return self
-        if self.gradient_accumulation_steps != 1:
+        if self.gradient_accumulation_steps not in (None, 1):
             raise ValueError("gradient_accumulation_steps: an update takes all its rollouts, in as many passes as it needs; leave it out")
         parts = getattr(self.objective, "num_mini_batches", 1)
         answers = self.rollout.prompts_per_step * getattr(self.objective, "num_generations", 1)

@@ -18,6 +18,7 @@ from .charts import Bar, Line, bar_chart, line_chart
 
 _MOST_STAGES = 6
 EN_DASH = "\N{EN DASH}"
+SHOWN_PHASES = 40  # of the plan, the first
 
 
 def learning_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
@@ -122,7 +123,14 @@ def costs_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
         "plan": [
             _planned("Peak memory", predicted, measured, "peak_memory_bytes", words.size),
             _planned("Time", predicted, measured, "seconds", words.duration),
+            *_planned_phases(predicted, measured, limits),
             _planned("Tokens", predicted, measured, "tokens", words.count),
+            *([_planned("Cost", predicted, measured, "cost", _price)] if number(predicted.get("cost")) is not None else []),
+        ],
+        "memory": [
+            (capital(text(name, limits.names)), words.size(number(size)))
+            for name, size in list(mapping(predicted.get("memory")).items())[:SHOWN_PHASES]
+            if size
         ],
         "has_plan": run.plan is not None,
         "bound": [
@@ -212,8 +220,24 @@ def part_seconds(run: RunFiles, name: str) -> float | None:
 
 def _planned(label: str, predicted: dict[str, Any], measured: dict[str, Any], key: str, say: Any) -> dict[str, str]:
     before, after = number(predicted.get(key)), number(measured.get(key))
-    ratio = f"{after / before:.2f} times" if before and after is not None else words.NOT_MEASURED
-    return {"label": label, "predicted": say(before), "measured": say(after), "ratio": ratio}
+    error = f"{100 * (before / after - 1):+.0f}%" if before is not None and after else words.NOT_MEASURED
+    return {"label": label, "predicted": say(before), "measured": say(after), "error": error}
+
+
+def _price(cost: float | None) -> str:
+    return words.NOT_MEASURED if cost is None else f"{cost:,.2f}"
+
+
+def _planned_phases(predicted: dict[str, Any], measured: dict[str, Any], limits: Limits) -> list[dict[str, str]]:
+    """A row for each phase that the plan names."""
+    sides = []
+    for side in (predicted, measured):
+        phases = [mapping(phase) for phase in rows(side.get("phases"))][:SHOWN_PHASES]
+        sides.append({str(phase.get("name")): phase for phase in phases})
+    return [
+        _planned(f"{EN_DASH} {text(name, limits.names)}", phase, sides[1].get(name, {}), "seconds", words.duration)
+        for name, phase in sides[0].items()
+    ]
 
 
 def resumed_words(run: RunFiles) -> list[str]:

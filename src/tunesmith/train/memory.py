@@ -29,6 +29,11 @@ def resident_bytes() -> int:
         return 0
 
 
+def held_bytes() -> int:
+    """What is held now: of the GPU where there is one, else the resident set."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else resident_bytes()
+
+
 def keep_freed_memory() -> bool:
     """Returns what is free by now to the system, and tells glibc to keep large blocks that are freed from here on.
 

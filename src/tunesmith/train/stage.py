@@ -37,6 +37,7 @@ from ..models.result import CARD, is_adapter
 from ..objectives import SFT
 from ..recipe import WHOLE, ModelSection, Stage
 from ..rundir import RunDirectory, atomic_folder, rank, verify_folder, world
+from .account import Account, CountedSource
 from .devices import wait
 from .invariants import (
     every_answer_ends_with_a_stop,
@@ -60,6 +61,7 @@ from .work import WorkInputs, learns_from_answers, probe_batch, stage_work
 
 Report = Callable[[dict[str, Any]], None]
 STARTS_AWAY = "{} tuning starts away from the base: fresh learned tokens change what it says, and the first losses show it"
+ROWS = 8  # of an update, where the recipe names no batch
 EVALUATIONS = 5  # in a stage that samples, where the recipe names no steps between them
 UNFINGERPRINTED = {"save_steps", "save_total_limit", "logging_steps", "name", "data"}  # they change no weight; rows are hashed themselves
 
@@ -67,12 +69,15 @@ UNFINGERPRINTED = {"save_steps", "save_total_limit", "logging_steps", "name", "d
 def derive_stage(stage: Stage, rows: int, *, start: Path | None = None, processes: int = 1) -> Stage:
     """The stage with every setting that the recipe left open given its value.
 
-    rows: training items of an epoch. processes: those whose batches make an update together. Raises RecipeError where its optimiser cannot
-    work on this machine.
+    The micro-batch, its accumulation and checkpointing are those of a machine with room for them: `fitting` lowers them where it has not.
+    rows: training items of an epoch. processes: those whose batches make an update together. Raises RecipeError where its optimiser cannot work on this
+    machine.
     """
     require_optimiser(stage)
     sampled = learns_from_answers(stage)
-    size = stage.per_device_train_batch_size * stage.gradient_accumulation_steps * processes
+    batch, accumulation = stage.per_device_train_batch_size or ROWS, stage.gradient_accumulation_steps or 1
+    stage = stage.model_copy(update={"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation})
+    size = batch * accumulation * processes
     steps_per_epoch = steps_per_pass(stage, rows) if sampled else math.ceil(rows / size)
     total = stage.max_steps or max(1, math.ceil(stage.num_train_epochs * steps_per_epoch))
     between = min(steps_per_epoch, max(1, total // EVALUATIONS)) if sampled else steps_per_epoch
@@ -84,6 +89,7 @@ def derive_stage(stage: Stage, rows: int, *, start: Path | None = None, processe
         "warmup_steps": total // 20 if stage.warmup_steps is None else stage.warmup_steps,
         "eval_steps": stage.eval_steps or between,
         "save_steps": stage.save_steps or between,
+        "gradient_checkpointing": bool(stage.gradient_checkpointing),
     }
     return stage.model_copy(update=derived)
 
@@ -155,7 +161,7 @@ class StageInputs:
 
 def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: StopRequest, report: Report) -> nn.Module:
     """Trains a derived stage to its end and writes stages/NAME/model. Returns the tuned model, for the evaluation that follows."""
-    began = time.perf_counter()
+    began, account = time.perf_counter(), Account()
     data, seed = inputs.data, inputs.seed
     loaded = _base(inputs)
     model = build_model(loaded, stage, inputs.start, seed, inputs.new_tokens)
@@ -182,16 +188,17 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
             stage=stage,
             policy=work.policy,
             objective=work.objective,
-            source=work.source,
+            source=CountedSource(work.source, account),
             optimiser=optimiser,
             run=run,
             fingerprint=fingerprint,
-            evaluate=work.evaluate,
+            evaluate=None if work.evaluate is None else account.counted("validate", work.evaluate),
             stop=stop,
             report=report,
         )
         keep_freed_memory()
         torch.manual_seed(seed + rank())  # of dropout: no two processes have the same masks
+        account.seconds["start"] = time.perf_counter() - began
         progress = train(job)
         if stage.objective.type == "reward":
             judged = judge_reward_model(work.policy, data.validation_items, stage.per_device_train_batch_size)
@@ -212,7 +219,8 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
         wait()
     done = {"event": "stage_finished", "stage": stage.name, "step": progress.step, "tokens": progress.tokens}
     spent = {"train_seconds": progress.seconds, "seconds": time.perf_counter() - began}
-    _tell(run, report, {**done, **spent, "best_step": progress.best_step, "stopped_early": progress.stopped_early})
+    phases = _phases(account, progress.seconds, spent["seconds"], resumed=run.resumed)
+    _tell(run, report, {**done, **spent, "phases": phases, "best_step": progress.best_step, "stopped_early": progress.stopped_early})
     return model.eval()
 
 
@@ -221,6 +229,13 @@ def _tables(policy: Policy) -> set[str]:
     modules = [m for m in policy.modules() if isinstance(m, nn.Embedding)] + [policy.causal.get_output_embeddings(), *policy.heads.values()]
     held = {id(parameter) for module in modules for parameter in module.parameters()}
     return {name for name, parameter in policy.named_parameters() if id(parameter) in held}
+
+
+def _phases(account: Account, updates: float, whole: float, *, resumed: bool) -> dict[str, float]:
+    """Seconds of each phase; what is no other's was spent on writing. A resumed stage's updates are of all its parts, and the rest cannot
+    be told apart."""
+    spent = dict(account.seconds) | {"train": updates - account.seconds["sample"]}
+    return {"train": updates} if resumed else spent | {"save": max(0.0, whole - sum(spent.values()))}
 
 
 def _check_rows(stage: Stage, inputs: StageInputs, loaded: LoadedModel) -> None:

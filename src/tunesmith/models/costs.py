@@ -1,0 +1,66 @@
+"""What a method costs beside the model's own forward pass, told from its settings and the model, for the plan.
+
+A trained number on the tokens' way costs two operations forward and four backward, whatever the method; what differs is how far the
+backward pass goes, which frozen weights' gradients it spares, and what is kept for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from ..recipe import WHOLE, Method
+from .methods import trainable_count
+from .methods.targets import linear_layers, matches
+
+PROMPTING = ("prefix", "prompt", "p_tuning")
+
+
+@dataclass(frozen=True)
+class MethodCost:
+    """A method on a model."""
+
+    trainable: int
+    """Numbers that train."""
+    whole: bool
+    """Whether they are the model's own, with fp32 masters beside them; else an adapter's, in fp32."""
+    weight_gradients: float = 0.0
+    """Which share of the linear layers' weights gets a gradient."""
+    depth: float = 1.0
+    """Which share of the layers the backward pass goes through."""
+    per_token: int = 0
+    """Trained numbers that each token is multiplied with."""
+    saved_inputs: int = 0
+    """Numbers kept for the backward pass for each token, beside the frozen model's."""
+    weight_passes: float = 0.0
+    """Times that the targets' weights are read or written anew for each batch: the norms of DoRA."""
+    copied: int = 0
+    """Frozen weights that a fast path copies."""
+    virtual_tokens: int = 0
+    """Learned tokens before each row, which is then computed by itself and padded."""
+
+
+def method_cost(model: PreTrainedModel, method: Method) -> MethodCost:
+    """The cost of a resolved method."""
+    trainable = trainable_count(model, method)
+    if method.type in WHOLE:
+        layers = model.config.get_text_config().num_hidden_layers
+        depth = min(1.0, (getattr(method, "last_layers", None) or layers) / layers)
+        share = min(1.0, trainable / sum(p.numel() for p in model.parameters()))
+        return MethodCost(trainable, True, weight_gradients=1.0 if method.type == "full" else share, depth=depth)
+    if method.type in PROMPTING:
+        return MethodCost(trainable, False, virtual_tokens=method.num_virtual_tokens)
+    if method.type != "lora":
+        return MethodCost(trainable, False, per_token=trainable)
+    targets = [m for name, m in linear_layers(model).items() if any(matches(name, target) for target in method.target_modules)]
+    inputs, outputs = (sum(m.weight.shape[side] for m in targets) for side in (1, 0))
+    saved = method.r * len(targets)
+    if method.lora_dropout:
+        saved += inputs * 5 // 4  # what is left of the input, and its mask of one byte
+    if method.use_dora:
+        saved += 2 * outputs  # the base's output and the update's, each for the length's gradient
+    plain = not method.lora_dropout and not method.use_dora
+    copied = sum(m.weight.numel() for m in targets) if plain else 0
+    passes = 12.0 if method.use_dora else 0.0
+    return MethodCost(trainable, False, per_token=trainable, saved_inputs=saved, weight_passes=passes, copied=copied)

@@ -1,0 +1,85 @@
+"""The peak of memory in its parts, in bytes: weights, gradients, optimiser, activations, logits, rollouts, libraries.
+
+Their sum is the peak. Constants that no shape gives were fitted on a 135M Llama on CPU, on settings that benchmarks/plan.py does not report
+on, and are named below.
+"""
+
+from __future__ import annotations
+
+from ..recipe import Stage
+from .costs import MethodCost
+from .head import CHUNK_BYTES, CHUNKS_AT_ONCE
+from .roofline import Shape
+
+SAVED_HIDDEN, SAVED_INNER = 11, 3  # vectors of each width that the backward pass keeps, per token and layer
+PLAIN_HIDDEN, PLAIN_INNER = 24, 7  # the same without the fast paths, with which they are compared before the first update
+CHECKPOINTED_HIDDEN, CHECKPOINTED_INNER = 4, 3  # what checkpointing leaves of them: layers' inputs, and what fast paths keep themselves
+HEAD_CHUNKS = 4  # the head's logits of a chunk and what is made of them, each as large
+PASSED_HIDDEN, PASSED_INNER = 9, 4  # vectors of each width that a forward pass without gradients holds at once, per token, in one layer
+LOGIT_COPIES = 3  # fp32 logits and what is made of them, at once
+SCATTERED = 1.5  # what the process holds for each byte in use while generating: freed blocks that nothing of their size has taken again
+LIBRARIES = 150 * 2**20  # bytes that libraries take once they really work
+MOMENTS = {"adamw_torch_fused": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0, "adafactor": 0.0, "muon": 4.0}
+"""Bytes that an update rule keeps of a trained number, of a model that is mostly matrices."""
+
+Footprint = dict[str, int]
+
+
+def train_footprint(
+    shape: Shape, stage: Stage, cost: MethodCost, *, bare: int, batch_tokens: int, probe_tokens: int = 0, mapped: bool = False
+) -> Footprint:
+    """A stage's peak: the bare process, the model, the trained state, and the largest batch's activations.
+
+    bare: bytes held before the model. batch_tokens: computed tokens of the largest batch; probe_tokens: of the rows on which fast and plain
+    layers are compared. mapped: whether the weights' file is mapped as it is, so that what a fast path copies is held twice.
+    """
+    vectors = SAVED_HIDDEN * shape.hidden + SAVED_INNER * shape.inner
+    layers = 1 if stage.gradient_checkpointing else shape.layers * cost.depth
+    saved = batch_tokens * (layers * vectors + cost.saved_inputs * layers / shape.layers) * shape.itemsize
+    if stage.gradient_checkpointing:
+        kept = CHECKPOINTED_HIDDEN * shape.hidden + CHECKPOINTED_INNER * shape.inner
+        saved += batch_tokens * shape.layers * cost.depth * kept * shape.itemsize
+    if not cost.whole:
+        saved += shape.linear // shape.layers * shape.itemsize  # a layer's weights while they move beside the update's
+    logits = HEAD_CHUNKS * CHUNK_BYTES
+    if cost.weight_gradients == 1.0:  # the logits' gradient of many chunks, in the model's dtype, and the head's own in fp32
+        logits += CHUNKS_AT_ONCE * CHUNK_BYTES * shape.itemsize // 4 + shape.vocabulary * shape.hidden * 4
+    halved = cost.whole and shape.itemsize == 2
+    added_up = (stage.gradient_accumulation_steps or 1) > 1
+    parts = {
+        "weights": shape.weights + (0 if cost.whole else 4 * cost.trainable) + (cost.copied * shape.itemsize if mapped else 0),
+        "gradients": cost.trainable * (2 if halved and not added_up else 4),
+        "optimiser": int(cost.trainable * (MOMENTS[stage.optim] + (2 if halved else 0))),
+        "activations": int(saved),
+        "logits": logits,
+        "rollouts": 0,
+        "libraries": bare + LIBRARIES,
+    }
+    if not stage.gradient_checkpointing:  # the comparison comes before the optimiser, and holds both sides' gradients
+        plain = probe_tokens * shape.layers * cost.depth * (PLAIN_HIDDEN * shape.hidden + PLAIN_INNER * shape.inner) * shape.itemsize
+        beyond = int(plain) + parts["gradients"] - parts["optimiser"] - parts["activations"]
+        parts["activations"] += max(0, beyond)
+    return parts
+
+
+def generation_bytes(
+    shape: Shape,
+    *,
+    items: int,
+    batch_size: int,
+    prompt_tokens: float,
+    new_tokens: int,
+    batch_tokens: int,
+    logit_elements: int,
+) -> int:
+    """Bytes of answering and scoring `items` prompts: the cache of a batch, one pass over its prompts, its logits.
+
+    prompt_tokens: of the longest prompt, without what all prompts begin with. new_tokens: of the longest answer. batch_tokens,
+    logit_elements: the engine's limits (generate.engine's BATCH_TOKENS and LOGIT_ELEMENTS).
+    """
+    row = prompt_tokens + new_tokens
+    rows = max(1, min(batch_size, items, int(batch_tokens // row)))
+    cache = rows * row * shape.cached * shape.itemsize
+    passed = rows * row * (PASSED_HIDDEN * shape.hidden + PASSED_INNER * shape.inner) * shape.itemsize
+    logits = max(rows, min(rows * new_tokens, logit_elements // shape.vocabulary)) * shape.vocabulary * (4 * LOGIT_COPIES + shape.itemsize)
+    return int(LIBRARIES + SCATTERED * (cache + max(passed, logits)))

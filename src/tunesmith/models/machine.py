@@ -1,0 +1,159 @@
+"""What this machine really does: a measurement of some ten seconds, kept in the cache folder for next time.
+
+    machine = measure_machine(torch.float32)    # at once where it was measured before
+
+Each speed is the best of many short trials. On a processor it is taken by processor time, so that other programs count little; on a GPU by
+the clock, after the device has finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rundir import write_json
+from .load import cache_folder
+
+SECONDS = 10.0  # of the whole measurement
+TRIAL = 0.05  # seconds of one trial, of which the best counts
+PRODUCTS = ((1024, 576, 1536), (512, 2048, 2048), (2048, 576, 576))  # rows, inputs, outputs: what layers of small models compute
+FEW_ROWS = 32  # of a decoding step
+STREAMED, CACHED = 1 << 25, 1 << 20  # numbers: more than any cache holds, and about one layer's activations
+STORED = 1 << 26  # bytes written to measure the storage
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Speeds in one dtype with the present threads."""
+
+    flops_per_second: float
+    """Matrix products of many rows, as in training."""
+    few_rows_flops_per_second: float
+    """Products of few rows, as in a decoding step."""
+    attention_flops_per_second: float
+    """Causal attention within short segments."""
+    bytes_per_second: float
+    """Read and written by elementwise work on what no cache holds."""
+    cached_bytes_per_second: float
+    """The same on as much as one layer's activations."""
+    call_seconds: float
+    """One operation on next to nothing."""
+    storage_bytes_per_second: float
+    """Written to the disk for good, and hashed."""
+
+
+def measure_machine(dtype: torch.dtype, *, announce: Callable[[str], None] = lambda text: None) -> Machine:
+    """The machine's speeds in this dtype and with the present threads; announce: told before it is measured anew."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path, name = cache_folder() / "machine.json", machine_name(dtype, device)
+    known = _known_machines(path)
+    if set(known.get(name, ())) != {field.name for field in fields(Machine)}:
+        announce(f"measuring this machine's speed for the plan, once, about {SECONDS:.0f} s")
+        known[name] = asdict(_measure(dtype, device, path.parent))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, known)
+    return Machine(**known[name])
+
+
+def machine_name(dtype: torch.dtype, device: torch.device) -> str:
+    """What a measurement holds for: another processor, torch, number of threads or dtype is measured anew."""
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    else:
+        where = f"{_processor()}-{torch.get_num_threads()} threads"
+    return f"{where}-{torch.__version__}-{str(dtype).removeprefix('torch.')}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _known_machines(path: Path) -> dict[str, dict[str, float]]:
+    """What was measured before; nothing where the note is torn."""
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return {name: speeds for name, speeds in known.items() if isinstance(speeds, dict)} if isinstance(known, dict) else {}
+
+
+def _measure(dtype: torch.dtype, device: torch.device, folder: Path) -> Machine:
+    """All speeds, each in its share of the time."""
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    def rate(work: float, run: Callable[[], Any], share: float) -> float:
+        return work / _fastest(run, device, share * SECONDS)
+
+    def product(rows: int, inputs: int, outputs: int, share: float) -> float:
+        a, b = numbers(rows, inputs), numbers(outputs, inputs)
+        return rate(2.0 * rows * inputs * outputs, lambda: torch.nn.functional.linear(a, b), share)
+
+    with torch.inference_mode():
+        q = numbers(1, 9, 128, 64)
+        large, small, tiny = numbers(STREAMED), numbers(CACHED), numbers(1)
+        out, near = torch.empty_like(large), torch.empty_like(small)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return Machine(
+            flops_per_second=len(PRODUCTS) / sum(1 / product(*shape, 0.1) for shape in PRODUCTS),
+            few_rows_flops_per_second=product(FEW_ROWS, 576, 1536, 0.1),
+            attention_flops_per_second=rate(4.0 * 9 * 128 * 128 * 64 / 2, lambda: attend(q, q, q, is_causal=True), 0.1),
+            bytes_per_second=rate(3.0 * large.numel() * dtype.itemsize, lambda: torch.add(large, large, out=out), 0.2),
+            cached_bytes_per_second=rate(3.0 * small.numel() * dtype.itemsize, lambda: torch.mul(small, small, out=near), 0.1),
+            call_seconds=_fastest(lambda: tiny.add_(1), device, 0.1 * SECONDS),
+            storage_bytes_per_second=_storage(folder),
+        )
+
+
+def _fastest(run: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """Seconds of one call with all threads to itself, by the best of the trials that fit in `seconds`."""
+    threads = torch.get_num_threads()
+
+    def spent(calls: int) -> float:
+        began = time.perf_counter() if device.type == "cuda" else time.process_time()
+        for _ in range(calls):
+            run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            return time.perf_counter() - began
+        return (time.process_time() - began) / threads
+
+    end, best = time.monotonic() + seconds, spent(2) / 2
+    while time.monotonic() < end:
+        calls = max(1, int(TRIAL / max(best, 1e-7)))
+        best = min(best, spent(calls) / calls)
+    return max(best, 1e-9)
+
+
+def _storage(folder: Path) -> float:
+    """Bytes a second written, flushed and hashed, as a checkpoint is; of three times the best."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, content, best = folder / ".storage-trial", bytes(STORED), 0.0
+    try:
+        for _ in range(3):
+            began = time.perf_counter()
+            with open(path, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            hashlib.sha256(path.read_bytes())
+            best = max(best, STORED / (time.perf_counter() - began))
+    finally:
+        path.unlink(missing_ok=True)
+    return best

@@ -1,0 +1,166 @@
+"""The time of each phase as a roofline: its FLOPs and bytes against what this machine really does (Williams et al. 2009).
+
+A phase takes the sum of its times; `bound_by` says which is the longest. Constants that no shape gives were fitted on a 135M Llama on CPU,
+on settings that benchmarks/plan.py does not report on, and are named below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from ..recipe import Stage
+from .costs import MethodCost
+from .layout import backbone_of
+from .load import LoadedModel
+from .machine import Machine
+
+PASSES_HIDDEN, PASSES_INNER = (
+    100,
+    40,
+)  # times a token's hidden (inner) vector is read or written outside matrix products, one layer, one training step
+FORWARD_SHARE = 0.35  # of those passes, what a forward alone takes
+TRAIN_CALLS, FORWARD_CALLS = 260, 80  # operations of one layer on one batch, with their backward or alone
+DECODE_CALLS = 90  # of one layer in one decoding step
+OPTIMISER_PASSES = {"adamw_torch_fused": 10, "adamw_8bit": 8, "paged_adamw_8bit": 8, "adafactor": 12, "muon": 14}
+MASTER_BYTES = 4  # a trained number's, which each of those passes reads or writes
+ATTENTION_BACKWARD = 2.5  # times the forward's work
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides its cost."""
+
+    parameters: int
+    linear: int
+    """Weights of the backbone's linear layers."""
+    layers: int
+    hidden: int
+    inner: int
+    vocabulary: int
+    itemsize: int
+    cached: int
+    """Numbers that one token leaves in the cache of keys and values, all layers together."""
+    weights: int
+    """Bytes that the weights are held in."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What some batches hold."""
+
+    computed: float
+    """Tokens that go through the model, shared ones once."""
+    supervised: float
+    """Tokens that go through the head."""
+    pairs: float = 0.0
+    """Pairs of a token and one before it that attention looks at."""
+    batches: float = 1.0
+    rows: float = 0.0
+
+    def times(self, factor: float) -> Tokens:
+        """So many times as much."""
+        return Tokens(*(factor * value for value in (self.computed, self.supervised, self.pairs, self.batches, self.rows)))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase's prediction."""
+
+    name: str
+    seconds: float
+    flops: float
+    bytes: float
+    bound_by: str
+
+
+def model_shape(loaded: LoadedModel) -> Shape:
+    """Counts a model's weights."""
+    model = loaded.model
+    backbone = backbone_of(model)
+    config = model.config.get_text_config()
+    linear = sum(
+        m.weight.numel() for m in backbone.modules() if isinstance(getattr(m, "weight", None), nn.Parameter) and m.weight.dim() == 2
+    )
+    table = model.get_input_embeddings().weight
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Shape(
+        parameters=sum(p.numel() for p in model.parameters()),
+        linear=linear - table.numel(),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        inner=inner,
+        vocabulary=table.shape[0],
+        itemsize=table.element_size(),
+        cached=2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_size,
+        weights=sum(p.numel() * p.element_size() for p in model.parameters()),
+    )
+
+
+def train_phase(shape: Shape, machine: Machine, stage: Stage, cost: MethodCost, work: Tokens) -> Phase:
+    """Forward, backward and update over all the batches of a stage."""
+    again = 1 if stage.gradient_checkpointing else 0
+    tokens, heads = work.computed + cost.virtual_tokens * work.rows, 4 if cost.weight_gradients == 1 else 2
+    passes = 1 + again + cost.depth + cost.weight_gradients
+    flops = 2.0 * shape.linear * tokens * passes + 6.0 * cost.per_token * tokens
+    flops += 2.0 * shape.vocabulary * shape.hidden * work.supervised * heads
+    attention = 4.0 * shape.hidden * shape.layers * work.pairs * (1 + again + ATTENTION_BACKWARD * cost.depth)
+    near = _elementwise(shape, tokens) * (1 - (1 - cost.depth) * (1 - FORWARD_SHARE) + again * FORWARD_SHARE)
+    near += 2.0 * cost.saved_inputs * tokens * shape.itemsize + work.supervised * shape.vocabulary * 4 * 6
+    moved = work.batches * shape.weights * (passes + cost.weight_passes)
+    moved += stage.max_steps * cost.trainable * MASTER_BYTES * OPTIMISER_PASSES[stage.optim]
+    calls = work.batches * shape.layers * (TRAIN_CALLS + again * FORWARD_CALLS)
+    return _phase(f"train {stage.name}", machine, flops, attention, near, moved, calls)
+
+
+def forward_phase(name: str, shape: Shape, machine: Machine, work: Tokens) -> Phase:
+    """A forward pass: validation, perplexity, prompts."""
+    flops = 2.0 * shape.linear * work.computed + 2.0 * shape.vocabulary * shape.hidden * work.supervised
+    attention = 4.0 * shape.hidden * shape.layers * work.pairs
+    near = FORWARD_SHARE * _elementwise(shape, work.computed) + work.supervised * shape.vocabulary * 4 * 3
+    return _phase(name, machine, flops, attention, near, work.batches * shape.weights, work.batches * shape.layers * FORWARD_CALLS)
+
+
+def decode_phase(name: str, shape: Shape, machine: Machine, *, items: float, new_tokens: float, batch: int) -> Phase:
+    """Decoding of `new_tokens` for each of `items` prompts, `batch` at once: every step reads all weights."""
+    steps = new_tokens * max(1.0, items / batch)
+    flops = 2.0 * (shape.linear + shape.vocabulary * shape.hidden) * items * new_tokens
+    slower = machine.flops_per_second / machine.few_rows_flops_per_second
+    near = items * new_tokens * (shape.vocabulary * 4 * 3 + FORWARD_SHARE * _elementwise(shape, 1))
+    found = _phase(name, machine, flops * slower, 0.0, near, steps * shape.weights, steps * shape.layers * DECODE_CALLS)
+    return Phase(name, found.seconds, flops, found.bytes, found.bound_by)
+
+
+def storage_phase(name: str, machine: Machine, stored: float) -> Phase:
+    """Bytes written for good."""
+    return Phase(name, stored / machine.storage_bytes_per_second, 0.0, stored, "storage")
+
+
+def together(name: str, phases: Sequence[Phase]) -> Phase:
+    """Several phases as one, bound by what the longest is bound by."""
+    longest = max(phases, key=lambda phase: phase.seconds)
+    sums = (sum(getattr(phase, what) for phase in phases) for what in ("seconds", "flops", "bytes"))
+    return Phase(name, *sums, longest.bound_by)
+
+
+def phase_json(phase: Phase) -> dict[str, Any]:
+    """A phase for plan.json."""
+    return asdict(phase)
+
+
+def _elementwise(shape: Shape, tokens: float) -> float:
+    return tokens * shape.layers * (PASSES_HIDDEN * shape.hidden + PASSES_INNER * shape.inner) * shape.itemsize
+
+
+def _phase(name: str, machine: Machine, flops: float, attention: float, near: float, moved: float, calls: float) -> Phase:
+    """near: bytes of elementwise work on activations; moved: bytes that no cache holds; calls: operations, each with its overhead."""
+    compute = flops / machine.flops_per_second + attention / machine.attention_flops_per_second
+    memory = near / machine.cached_bytes_per_second + moved / machine.bytes_per_second
+    overhead = calls * machine.call_seconds
+    bound = max((compute, "compute"), (memory, "memory bandwidth"), (overhead, "calls"))[1]
+    return Phase(name, compute + memory + overhead, flops + attention, near + moved, bound)

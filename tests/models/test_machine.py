@@ -1,0 +1,96 @@
+"""The machine is measured once and kept; how much memory it may give is the least of what is free and what its control groups leave."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from tunesmith.models import machine
+from tunesmith.models.machine import Machine, measure_machine
+from tunesmith.models.room import available_memory, control_group_room
+
+SPEEDS = Machine(1e11, 5e10, 2e10, 1e10, 4e10, 1e-6, 1e9)
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch) -> list[torch.dtype]:
+    """The dtypes that were measured; each has the same speeds."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    calls: list[torch.dtype] = []
+    monkeypatch.setattr(machine, "_measure", lambda dtype, device, folder: calls.append(dtype) or SPEEDS)
+    return calls
+
+
+def test_the_machine_is_measured_once_for_each_dtype_and_number_of_threads_and_kept(measured, tmp_path):
+    told: list[str] = []
+    assert measure_machine(torch.float32, announce=told.append) == measure_machine(torch.float32, announce=told.append) == SPEEDS
+    assert measured == [torch.float32]
+    assert told == ["measuring this machine's speed for the plan, once, about 10 s"]
+    measure_machine(torch.bfloat16)
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        measure_machine(torch.bfloat16)
+    finally:
+        torch.set_num_threads(before)
+    assert measured == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert len(json.loads((tmp_path / "machine.json").read_text())) == 3
+
+
+def test_a_torn_note_of_the_machine_or_an_older_one_is_measured_anew(measured, tmp_path):
+    measure_machine(torch.float32)
+    (name,) = json.loads((tmp_path / "machine.json").read_text())
+    for torn in ('{"x', "[]", '{"x": 1}', json.dumps({name: {"flops_per_second": 1.0}})):
+        (tmp_path / "machine.json").write_text(torn)
+        assert measure_machine(torch.float32) == SPEEDS
+    assert len(measured) == 5
+
+
+def test_the_measured_speeds_are_those_of_a_computer(tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    monkeypatch.setattr(machine, "SECONDS", 0.5)
+    found = asdict(measure_machine(torch.float32))
+    assert 1e-9 <= found.pop("call_seconds") < 1e-2
+    assert all(1e6 < speed < 1e15 for speed in found.values()), found
+    assert not list(tmp_path.glob(".storage-trial"))
+
+
+def test_available_memory_is_positive_and_no_more_than_the_machine_has():
+    assert 0 < available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def group(folder: Path, limit: str, held: int, droppable: int, *, version: int) -> None:
+    """A control group's files."""
+    names = [("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"), ("memory.max", "memory.current", "inactive_file")]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip(names[version - 1], (limit, held), strict=False):
+        (folder / name).write_text(f"{value}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[version - 1][2]} {droppable}\n")
+
+
+@pytest.mark.parametrize("version, below, line", [(2, "", "0::/a/b"), (1, "memory", "4:cpu,memory:/a/b")])
+def test_the_least_room_of_a_control_group_and_those_that_hold_it_counts(version, below, line, tmp_path):
+    listing = tmp_path / "cgroup"
+    listing.write_text(f"9:name=systemd:/elsewhere\n{line}\n")
+    root = tmp_path / "sys"
+    assert control_group_room(root, listing) == 1 << 62
+    group(root / below / "a" / "b", "max" if version == 2 else str(2**63 - 4096), 10, 0, version=version)
+    assert control_group_room(root, listing) == 1 << 62
+    group(root / below / "a", str(3 * 2**30), 2**30, 2**28, version=version)
+    assert control_group_room(root, listing) == 2 * 2**30 + 2**28
+    group(root / below / "a" / "b", str(2**30), 2**29, 0, version=version)
+    assert control_group_room(root, listing) == 2**29
+    group(root / below / "a" / "b", str(2**30), 2**31, 0, version=version)
+    assert control_group_room(root, listing) == 0
+
+
+def test_in_a_container_whose_group_is_not_to_be_seen_the_mounts_own_limit_counts(tmp_path):
+    listing = tmp_path / "cgroup"
+    listing.write_text("0::/docker/0123\n")
+    group(tmp_path / "sys", str(2**30), 2**28, 0, version=2)
+    assert control_group_room(tmp_path / "sys", listing) == 2**30 - 2**28
