@@ -127,8 +127,9 @@ def update_of(session: Session, stage: Stage, cost: MethodCost) -> Update:
     batches = [batch for window in windows for batch in window]
     found = np.array([_tokens_of(batch, cost) for batch in batches])
     sums = found.sum(0) / len(windows)
-    work = Tokens(*(float(value) for value in sums[1:4]), batches=len(batches) / len(windows), rows=float(sums[4]))
-    return Update(float(sums[0]), work, int((found[:, 1] + found[:, 4] * cost.virtual_tokens).max()))
+    tokens, computed, supervised, pairs, rows = (float(value) for value in sums)
+    work = Tokens(computed, supervised, pairs, batches=len(batches) / len(windows), rows=rows)
+    return Update(tokens, work, int((found[:, 1] + found[:, 4] * cost.virtual_tokens).max()))
 
 
 def _tokens_of(batch: Batch, cost: MethodCost) -> tuple[float, ...]:
@@ -204,7 +205,7 @@ def stage_footprint(session: Session, shape: Shape, stage: Stage) -> Footprint:
 
 def _is_mapped(session: Session, shape: Shape) -> bool:
     """Whether the model's files hold the weights as the model does, so that loading maps them into memory."""
-    stored = sum(file.stat().st_size for file in Path(session.loaded.identity.folder or ".").glob("*.safetensors"))
+    stored: float = sum(file.stat().st_size for file in Path(session.loaded.identity.folder or ".").glob("*.safetensors"))
     return 0.95 < stored / shape.weights < 1.05
 
 

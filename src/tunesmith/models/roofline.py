@@ -144,8 +144,8 @@ def storage_phase(name: str, machine: Machine, stored: float) -> Phase:
 def together(name: str, phases: Sequence[Phase]) -> Phase:
     """Several phases as one, bound by what the longest is bound by."""
     longest = max(phases, key=lambda phase: phase.seconds)
-    sums = (sum(getattr(phase, what) for phase in phases) for what in ("seconds", "flops", "bytes"))
-    return Phase(name, *sums, longest.bound_by)
+    seconds, flops, moved = (sum(getattr(phase, what) for phase in phases) for what in ("seconds", "flops", "bytes"))
+    return Phase(name, seconds, flops, moved, longest.bound_by)
 
 
 def phase_json(phase: Phase) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 from ..data.batching import Window
 from .loop import Source
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Account:
