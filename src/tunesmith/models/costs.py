@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..recipe import WHOLE, Method
 from .methods import trainable_count
-from .methods.targets import linear_layers, matches
+from .methods.targets import layer_size, targeted
 
 DROPPED = 3.3  # times an adapter's input that dropout keeps of it: the mask, what is left, and what lies between; fitted
 PROMPTING = ("prefix", "prompt", "p_tuning")
@@ -54,14 +54,14 @@ def method_cost(model: PreTrainedModel, method: Method) -> MethodCost:
         return MethodCost(trainable, False, virtual_tokens=method.num_virtual_tokens)
     if method.type != "lora":
         return MethodCost(trainable, False, per_token=trainable)
-    targets = [m for name, m in linear_layers(model).items() if any(matches(name, target) for target in method.target_modules)]
-    inputs, outputs = (sum(m.weight.shape[side] for m in targets) for side in (1, 0))
+    targets = [layer_size(layer) for layer in targeted(model, method.target_modules).values()]
+    inputs, outputs = (sum(size[side] for size in targets) for side in (0, 1))
     saved = method.r * len(targets)
     if method.lora_dropout:
         saved += int(DROPPED * inputs)
     if method.use_dora:
         saved += 2 * outputs  # the base's output and the update's, each for the length's gradient
     plain = not method.lora_dropout and not method.use_dora
-    copied = sum(m.weight.numel() for m in targets) if plain else 0
+    copied = sum(a * b for a, b in targets) if plain else 0
     passes = 12.0 if method.use_dora else 0.0
     return MethodCost(trainable, False, per_token=trainable, saved_inputs=saved, weight_passes=passes, copied=copied)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from ..recipe import Stage
 from .costs import MethodCost
 from .head import CHUNK_BYTES, CHUNKS_AT_ONCE
-from .roofline import Shape
+from .roofline import RECOMPUTED, Shape
 
 SAVED_HIDDEN, SAVED_INNER = 11, 3  # vectors of each width that the backward pass keeps, per token and layer
 PLAIN_HIDDEN, PLAIN_INNER = 24, 7  # the same without the fast paths, with which they are compared before the first update
@@ -34,11 +34,10 @@ def train_footprint(
     layers are compared. mapped: whether the weights' file is mapped as it is, so that what a fast path copies is held twice.
     """
     vectors = SAVED_HIDDEN * shape.hidden + SAVED_INNER * shape.inner
-    layers = 1 if stage.gradient_checkpointing else shape.layers * cost.depth
-    saved = batch_tokens * (layers * vectors + cost.saved_inputs * layers / shape.layers) * shape.itemsize
-    if stage.gradient_checkpointing:
-        kept = CHECKPOINTED_HIDDEN * shape.hidden + CHECKPOINTED_INNER * shape.inner
-        saved += batch_tokens * shape.layers * cost.depth * kept * shape.itemsize
+    again = shape.layers * cost.depth * RECOMPUTED[stage.gradient_checkpointing or False]
+    layers = shape.layers * cost.depth - again + (1 if again else 0)  # of those computed again, one at a time
+    kept = again * (CHECKPOINTED_HIDDEN * shape.hidden + CHECKPOINTED_INNER * shape.inner)
+    saved = batch_tokens * (layers * vectors + cost.saved_inputs * layers / shape.layers + kept) * shape.itemsize
     if not cost.whole:
         saved += shape.linear // shape.layers * shape.itemsize  # a layer's weights while they move beside the update's
     logits = HEAD_CHUNKS * CHUNK_BYTES

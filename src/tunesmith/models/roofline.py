@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
-
 from ..recipe import Stage
 from .costs import MethodCost
-from .layout import backbone_of
 from .load import LoadedModel
 from .machine import Machine
+from .methods.targets import layer_size, linear_layers
 
 PASSES_HIDDEN, PASSES_INNER = (
     100,
@@ -27,6 +25,7 @@ TRAIN_CALLS, FORWARD_CALLS = 260, 80  # operations of one layer on one batch, wi
 DECODE_CALLS = 90  # of one layer in one decoding step
 OPTIMISER_PASSES = {"adamw_torch_fused": 10, "adamw_8bit": 8, "paged_adamw_8bit": 8, "adafactor": 12, "muon": 14}
 MASTER_BYTES = 4  # a trained number's, which each of those passes reads or writes
+RECOMPUTED: dict[bool | str, float] = {False: 0.0, "selective": 0.5, True: 1.0}  # share of the layers that checkpointing computes twice
 ATTENTION_BACKWARD = 2.5  # times the forward's work
 
 
@@ -80,18 +79,15 @@ class Phase:
 def model_shape(loaded: LoadedModel) -> Shape:
     """Counts a model's weights."""
     model = loaded.model
-    backbone = backbone_of(model)
     config = model.config.get_text_config()
-    linear = sum(
-        m.weight.numel() for m in backbone.modules() if isinstance(getattr(m, "weight", None), nn.Parameter) and m.weight.dim() == 2
-    )
+    sizes = (layer_size(layer) for layer in linear_layers(model).values())
     table = model.get_input_embeddings().weight
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()),
-        linear=linear - table.numel(),
+        linear=sum(inputs * outputs for inputs, outputs in sizes),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         inner=inner,
@@ -104,7 +100,7 @@ def model_shape(loaded: LoadedModel) -> Shape:
 
 def train_phase(shape: Shape, machine: Machine, stage: Stage, cost: MethodCost, work: Tokens) -> Phase:
     """Forward, backward and update over all the batches of a stage."""
-    again = 1 if stage.gradient_checkpointing else 0
+    again = RECOMPUTED[stage.gradient_checkpointing or False]
     tokens, heads = work.computed + cost.virtual_tokens * work.rows, 4 if cost.weight_gradients == 1 else 2
     passes = 1 + again + cost.depth + cost.weight_gradients
     flops = 2.0 * shape.linear * tokens * passes + 6.0 * cost.per_token * tokens

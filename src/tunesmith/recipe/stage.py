@@ -67,8 +67,8 @@ class Stage(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradient norm above which gradients are scaled down; null switches it off."""
     gradient_checkpointing: bool | Literal["selective"] | None = None
-    """Recompute activations in the backward pass: of every layer, for about a third more time, or (selective) of every second one; derived as
-    false where that fits."""
+    """Recompute activations in the backward pass: of every layer, for about a third more time, or (selective) of every second one; derived
+    as false where that fits."""
     eval_steps: Positive | None = None
     """Updates between evaluations on the validation rows; derived as once an epoch."""
     early_stopping_patience: Positive | None = None

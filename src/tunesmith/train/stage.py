@@ -89,7 +89,7 @@ def derive_stage(stage: Stage, rows: int, *, start: Path | None = None, processe
         "warmup_steps": total // 20 if stage.warmup_steps is None else stage.warmup_steps,
         "eval_steps": stage.eval_steps or between,
         "save_steps": stage.save_steps or between,
-        "gradient_checkpointing": bool(stage.gradient_checkpointing),
+        "gradient_checkpointing": stage.gradient_checkpointing or False,
     }
     return stage.model_copy(update=derived)
 
