@@ -55,7 +55,13 @@ def session_of(
         stages=stages,
         run=SimpleNamespace(path=run, events=lambda: []),
         bare=10**9,
-        recipe=SimpleNamespace(seed=0, price_per_hour=None, stages=given or stages, evaluate=SimpleNamespace(candidates=[], gates=[])),
+        recipe=SimpleNamespace(
+            seed=0,
+            launch=SimpleNamespace(processes=1),
+            price_per_hour=None,
+            stages=given or stages,
+            evaluate=SimpleNamespace(candidates=[], gates=[]),
+        ),
     )
 
 

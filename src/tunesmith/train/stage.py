@@ -70,7 +70,8 @@ def derive_stage(stage: Stage, rows: int, *, start: Path | None = None, processe
     """The stage with every setting that the recipe left open given its value.
 
     The micro-batch, its accumulation and checkpointing are those of a machine with room for them: `fitting` lowers them where it has not.
-    rows: training items of an epoch. processes: those whose batches make an update together. Raises RecipeError where its optimiser cannot work on this
+    rows: training items of an epoch. processes: those whose batches make an update together. Raises RecipeError where its optimiser
+    cannot work on this
     machine.
     """
     require_optimiser(stage)
