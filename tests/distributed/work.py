@@ -18,8 +18,9 @@ PPO = {
     "eval_steps": 5,
 }
 WORK: dict[str, tuple[dict[str, Any], Any]] = {
-    "sft": ({"method": LoraMethod(r=4)}, make_rows(11)),  # an update has four rows; the last of an epoch three, and a process repeats one
-    "full": ({"method": FullMethod()}, make_rows(11)),
+    # an update has four rows; the last of an epoch two, in one batch, which the other process repeats
+    "sft": ({"method": LoraMethod(r=4)}, make_rows(10)),
+    "full": ({"method": FullMethod()}, make_rows(10)),
     "dpo": ({"objective": "dpo", "method": LoraMethod(r=4)}, make_items(9)),
     "kto": ({"objective": "kto", "method": LoraMethod(r=4)}, make_items(9, answers=1)),
     "ppo": (PPO, make_prompts(7)),
