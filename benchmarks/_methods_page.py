@@ -1,0 +1,189 @@
+"""The page of methods.py: tables, a picture, and whether what the field says of methods holds here, each with its figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from _measure import table
+
+METRIC = {"quickstart": "exact_match", "banking77": "exact_match"}
+STATE_BYTES, GRADIENT_BYTES = 12, 4  # a trained number: fp32 master and two moments; its gradient
+MERGED_COST = 0.05  # a merged model is as fast as the base if its time is within this share
+MISSING = "not measured"
+
+
+def write_page(target: Path, done: Mapping[str, Any], methods: Mapping[str, Any], rates: Mapping[str, list[float]]) -> None:
+    """Writes TARGET-table.md, which docs/methods.md includes by its own words around it, and TARGET.svg."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    known = [name for name in methods if _runs(done, "quickstart", name) or _runs(done, "banking77", name)]
+    parts = [_costs(done, known), _scores(done, known), _rates(done, methods, rates), _claims(done, known)]
+    target.with_name(f"{target.name}-measured.md").write_text("\n\n".join(["# Methods, measured", *parts]) + "\n")
+    target.with_suffix(".svg").write_text(_picture(done, known))
+
+
+def _runs(done: Mapping[str, Any], task: str, name: str) -> list[dict[str, Any]]:
+    return [found for key, found in sorted(done.items()) if key.startswith(f"{task} {name} seed=")]
+
+
+def _value(run: Mapping[str, Any], task: str) -> dict[str, float]:
+    return run["scores"]["task"]["tuned"][METRIC[task]]
+
+
+def _accuracy(done: Mapping[str, Any], task: str, name: str) -> float | None:
+    runs = _runs(done, task, name)
+    return mean(_value(run, task)["value"] for run in runs) if runs else None
+
+
+def _forgetting(done: Mapping[str, Any], task: str, name: str) -> float | None:
+    """The tuned model's perplexity on general text over the base's, mean over the seeds."""
+    base = [run["scores"]["general"].get("zero_shot") for run in _runs(done, task, "lora")]
+    base = [found for found in base if found]
+    runs = _runs(done, task, name)
+    if not base or not runs:
+        return None
+    return mean(run["scores"]["general"]["tuned"]["perplexity"]["value"] for run in runs) / base[0]["perplexity"]["value"]
+
+
+def _costs(done: Mapping[str, Any], known: list[str]) -> str:
+    full = next(iter(_runs(done, "quickstart", "full")), None)
+    rows = []
+    for name in known:
+        runs = _runs(done, "quickstart", name)
+        if not runs:
+            continue
+        one, times = runs[0], done.get(f"latency {name}")
+        state = one["trainable"] * (STATE_BYTES + GRADIENT_BYTES)
+        of_full = f"{one['trainable'] / full['trainable']:.2%}" if full else MISSING
+        memory = f"{mean(run['peak_memory_bytes'] for run in runs) / 1e9:.2f} GB"
+        served = (
+            MISSING
+            if times is None
+            else f"{times.get('merged', times['live']) / times['base']:.2f}" + ("" if "merged" in times else " (live)")
+        )
+        rows.append(
+            [
+                name,
+                f"{one['trainable']:,} ({one['trainable'] / one['parameters']:.2%})",
+                f"{state / 1e6:,.1f} MB ({of_full})",
+                memory,
+                f"{mean(run['tokens_per_second'] for run in runs):,.0f}",
+                f"{one['result_bytes'] / 1e6:,.2f} MB",
+                served,
+            ]
+        )
+    header = [
+        "method",
+        "trained (share)",
+        "optimiser and gradients (of full)",
+        "peak memory",
+        "tokens/s",
+        "result",
+        "time a token, over the base",
+    ]
+    return "## What each costs\n\nOn the quickstart's task.\n\n" + table(header, rows)
+
+
+def _scores(done: Mapping[str, Any], known: list[str]) -> str:
+    tasks = [task for task in METRIC if any(_runs(done, task, name) for name in known)]
+    rows = []
+    for name in known:
+        cells = [name]
+        for task in tasks:
+            runs = _runs(done, task, name)
+            if not runs:
+                cells += [MISSING, MISSING]
+                continue
+            values = [_value(run, task) for run in runs]
+            spread = f" ± {stdev(v['value'] for v in values):.3f}" if len(values) > 1 else ""
+            low, high = mean(v["low"] for v in values), mean(v["high"] for v in values)
+            cells.append(
+                f"{mean(v['value'] for v in values):.3f}{spread} [{low:.3f}, {high:.3f}] ({len(values)} seeds, n = {values[0]['n']})"
+            )
+            forgotten = _forgetting(done, task, name)
+            cells.append(MISSING if forgotten is None else f"{forgotten:.2f}")
+        rows.append(cells)
+    header = ["method", *(cell for task in tasks for cell in (f"{task}: exact match", "perplexity on general text, over the base's"))]
+    words = "Mean over the seeds ± its standard deviation; in brackets the means of the runs' 95% intervals over the test items."
+    return f"## What each reaches, and what it forgets\n\n{words}\n\n" + table(header, rows)
+
+
+def _rates(done: Mapping[str, Any], methods: Mapping[str, Any], rates: Mapping[str, list[float]]) -> str:
+    rows = []
+    for name in methods:
+        tried = [(rate, done.get(f"sweep {name} rate={rate:g}")) for rate in rates[name]]
+        found = [(rate, run["validation_loss"]) for rate, run in tried if run]
+        if not found:
+            continue
+        best = min(found, key=lambda pair: pair[1])[0]
+        rows.append([name, ", ".join(f"{rate:g}: {loss:.4f}" + (" (best)" if rate == best else "") for rate, loss in found)])
+    return "## The sweep of learning rates\n\nValidation loss after 60 updates of the quickstart's task, one seed.\n\n" + table(
+        ["method", "rate: loss"], rows
+    )
+
+
+def _claims(done: Mapping[str, Any], known: list[str]) -> str:
+    """What is said of methods, each with this benchmark's figure."""
+    lines = ["## Does it hold what the field says?", ""]
+    full = next(iter(_runs(done, "quickstart", "full")), None)
+    if full:
+        shares = {
+            name: full["trainable"] / _runs(done, "quickstart", name)[0]["trainable"]
+            for name in known
+            if name != "full" and _runs(done, "quickstart", name)
+        }
+        inside = [name for name, factor in shares.items() if factor >= 10]
+        least, most = min(shares.values()), max(shares.values())
+        held = "holds" if len(inside) == len(shares) else f"holds for {', '.join(inside) or 'none'}"
+        lines.append(f"- Adapters train 10 to 100 times fewer numbers than full tuning: {held} ({least:,.0f} to {most:,.0f} times).")
+    for task in METRIC:
+        ceiling = _accuracy(done, task, "full")
+        others = {name: _accuracy(done, task, name) for name in known if name != "full"}
+        others = {name: value for name, value in others.items() if value is not None}
+        if ceiling is None or not others:
+            continue
+        best = max(others, key=others.__getitem__)
+        verdict = "holds" if ceiling >= others[best] else "not reproduced"
+        lines.append(f"- Full tuning has the best ceiling, {task}: {verdict} (full {ceiling:.3f}, {best} {others[best]:.3f}).")
+    lora, times = next(iter(_runs(done, "quickstart", "lora")), None), done.get("latency lora")
+    if lora and full:
+        ratio = lora["peak_memory_bytes"] / full["peak_memory_bytes"]
+        lines.append(f"- LoRA needs little memory: {'holds' if ratio < 1 else 'not reproduced'} ({ratio:.2f} of full tuning's peak).")
+    if times and "merged" in times:
+        cost = times["merged"] / times["base"]
+        verdict = "holds" if cost <= 1 + MERGED_COST else "not reproduced"
+        live = times["live"] / times["base"]
+        lines.append(f"- LoRA costs nothing once it is merged: {verdict} ({cost:.2f} of the base's time a token; live {live:.2f}).")
+    return "\n".join(lines)
+
+
+def _picture(done: Mapping[str, Any], known: list[str]) -> str:
+    """Accuracy by trained numbers, a point a method, on a logarithmic axis."""
+    from math import log10
+
+    points = [
+        (name, log10(runs[0]["trainable"]), _accuracy(done, "quickstart", name))
+        for name in known
+        if (runs := _runs(done, "quickstart", name))
+    ]
+    width, height, margin = 640, 320, 44
+    low, high = min((x for _, x, _ in points), default=3) - 0.3, max((x for _, x, _ in points), default=9) + 0.6
+    at_x = lambda x: margin + (x - low) / (high - low) * (width - 2 * margin)  # noqa: E731
+    at_y = lambda y: height - margin - y * (height - 2 * margin)  # noqa: E731
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="Exact match by trained numbers">',
+        "<style>text{font:12px system-ui,sans-serif;fill:#666}circle{fill:#c2410c}line{stroke:#8886}</style>",
+    ]
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(f'<line x1="{margin}" x2="{width - margin}" y1="{at_y(share):.1f}" y2="{at_y(share):.1f}"/>')
+        parts.append(f'<text x="4" y="{at_y(share) + 4:.1f}">{share:.0%}</text>')
+    for power in range(int(low) + 1, int(high) + 1):
+        parts.append(f'<text x="{at_x(power):.1f}" y="{height - margin + 18}" text-anchor="middle">10^{power}</text>')
+    for name, x, y in points:
+        parts.append(
+            f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="4"/><text x="{at_x(x) + 6:.1f}" y="{at_y(y) + 4:.1f}">{name}</text>'
+        )
+    parts.append(f'<text x="{width / 2}" y="{height - 8}" text-anchor="middle">numbers that train</text></svg>')
+    return "\n".join(parts) + "\n"

@@ -1,0 +1,260 @@
+"""Every tuning method on two tasks, three seeds, each at its own best learning rate: what it costs, what it reaches, what it forgets.
+
+    python benchmarks/methods.py --banking banking77 --write docs/methods
+
+First a sweep finds each method's rate, by validation loss, on the quickstart's task and one seed; then each runs on both tasks with each
+seed; then answers are timed. Every finished job is a line of the results file (`--results`), so that an interrupted series goes on where it
+stopped. `--only lora,full` and `--phases sweep,runs,latency` take parts. `--write` makes the tables and the picture from what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _measure import answer, child_spec, machine, run_child, say
+from _methods_page import write_page
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"type": "full"},
+    "partial": {"type": "partial", "last_layers": 4},
+    "lora": {"type": "lora", "r": 16},
+    "dora": {"type": "lora", "r": 16, "use_dora": True},
+    "pissa": {"type": "lora", "r": 16, "init_lora_weights": "pissa"},
+    "qlora": {"type": "lora", "r": 16},  # on a base of four bits
+    "ia3": {"type": "ia3"},
+    "houlsby": {"type": "bottleneck", "architecture": "houlsby"},
+    "pfeiffer": {"type": "bottleneck", "architecture": "pfeiffer"},
+    "parallel": {"type": "bottleneck", "architecture": "parallel"},
+    "prefix": {"type": "prefix"},
+    "prompt": {"type": "prompt"},
+    "p_tuning": {"type": "p_tuning"},
+}
+RATES = {
+    "full": [3e-5, 1e-4, 3e-4],
+    "partial": [1e-4, 3e-4, 1e-3],
+    "ia3": [1e-3, 5e-3, 2e-2],
+    "prefix": [1e-3, 1e-2, 5e-2],
+    "prompt": [1e-3, 1e-2, 1e-1],
+    "p_tuning": [3e-4, 1e-3, 3e-3],
+}
+USUAL_RATES = [2e-4, 5e-4, 1.5e-3]
+SEEDS = (0, 1, 2)
+SWEEP_STEPS = 60  # updates of a run that only chooses the rate
+BANKING_ROWS, BANKING_TEST = 1000, 500
+TASKS = ("quickstart", "banking77")
+
+
+def main() -> None:
+    """Runs what is missing, and writes the page."""
+    spec = child_spec()
+    if spec is not None:
+        answer(_latency(spec) if spec["system"] == "latency" else _run(spec))
+        return
+    wanted = _arguments()
+    results = Path(wanted.results)
+    done = _read(results)
+    while jobs := _jobs(wanted, done):
+        job = jobs[0]
+        say(f"{job['key']} (then {len(jobs) - 1} known)")
+        done[job["key"]] = run_child(__file__, job, threads=wanted.threads)
+        _write(results, done, wanted.threads)
+    if wanted.write:
+        write_page(Path(wanted.write), done, METHODS, RATES | {name: USUAL_RATES for name in METHODS if name not in RATES})
+    if wanted.json:
+        print(json.dumps({"jobs": len(done), "rates": {name: best_rate(done, name) for name in METHODS}}))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--banking", help="the folder of Banking77's train.csv and test.csv; without it that task is left out")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(METHODS))
+    parser.add_argument("--phases", type=lambda text: text.split(","), default=["sweep", "runs", "latency"])
+    parser.add_argument("--seeds", type=lambda text: [int(one) for one in text.split(",")], default=list(SEEDS))
+    parser.add_argument("--out", default="runs/methods", help="the folder of the runs")
+    parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results" / "methods.json"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--set", action="append", default=[], dest="sets", help="a setting of every run, for a quick look")
+    parser.add_argument("--write", help="the page, without its ending")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+def _read(results: Path) -> dict[str, Any]:
+    return json.loads(results.read_text())["jobs"] if results.is_file() else {}
+
+
+def _write(results: Path, done: dict[str, Any], threads: int) -> None:
+    results.parent.mkdir(parents=True, exist_ok=True)
+    temporary = results.with_suffix(".part")
+    temporary.write_text(json.dumps({"machine": machine(threads), "jobs": done}, indent=1, sort_keys=True) + "\n")
+    temporary.replace(results)
+
+
+def _jobs(wanted: argparse.Namespace, done: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is not done yet, of the phases whose earlier ones are: the sweep first, then the runs, then the latencies."""
+    jobs = []
+    for name in wanted.only:
+        rates = RATES.get(name, USUAL_RATES)
+        sweep = [_job(wanted, "quickstart", name, 0, rate, steps=SWEEP_STEPS) for rate in rates]
+        missing = [job for job in sweep if job["key"] not in done]
+        if "sweep" in wanted.phases and missing:
+            jobs += missing
+            continue
+        rate = best_rate(done, name)
+        if rate is None:
+            continue
+        if "runs" in wanted.phases:
+            tasks = [task for task in TASKS if task != "banking77" or wanted.banking]
+            jobs += [_job(wanted, task, name, seed, rate) for seed in wanted.seeds for task in tasks]
+        first = f"quickstart {name} seed=0"
+        if "latency" in wanted.phases and first in done:
+            run = str(Path(wanted.out) / first.replace(" ", "-"))
+            jobs.append({"system": "latency", "key": f"latency {name}", "run": run, "method": name})
+    return [job for job in jobs if job["key"] not in done]
+
+
+def _job(wanted: argparse.Namespace, task: str, name: str, seed: int, rate: float, *, steps: int | None = None) -> dict[str, Any]:
+    key = f"{task} {name} seed={seed}" if steps is None else f"sweep {name} rate={rate:g}"
+    out = str(Path(wanted.out) / key.replace(" ", "-"))
+    words = {"task": task, "method": name, "seed": seed, "rate": rate, "steps": steps, "banking": wanted.banking, "sets": wanted.sets}
+    return {"system": key, "key": key, "out": out, **words}
+
+
+def best_rate(done: dict[str, Any], name: str) -> float | None:
+    """The rate with the lowest validation loss, once all of a method's have been tried."""
+    tried = {rate: done.get(f"sweep {name} rate={rate:g}") for rate in RATES.get(name, USUAL_RATES)}
+    if None in tried.values():
+        return None
+    return min(tried, key=lambda rate: tried[rate]["validation_loss"])
+
+
+def recipe_of(spec: dict[str, Any]) -> dict[str, Any]:
+    """A job's recipe. Settings of both tasks were fixed before any test row was read."""
+    name, task, steps = spec["method"], spec["task"], spec["steps"]
+    stage = {"name": "sft", "objective": "sft", "method": METHODS[name], "learning_rate": spec["rate"], "num_train_epochs": 2}
+    general = str(ROOT / "recipes" / "helpdesk" / "general.jsonl")
+    candidates = ["tuned", "zero_shot"] if (name, spec["seed"]) == ("lora", 0) else ["tuned"]
+    whole: dict[str, Any] = {
+        "name": "methods",
+        "seed": spec["seed"],
+        "model": {"name": "smollm2-135m-instruct", **({"quantization": "nf4"} if name == "qlora" else {})},
+        "stages": [stage],
+        "evaluate": {"candidates": candidates, "general": general},
+    }
+    if task == "quickstart":
+        helpdesk = ROOT / "recipes" / "helpdesk"
+        whole["task"] = {
+            "description": "Turn a support message into a JSON ticket (intent, product, urgency, summary).",
+            "output_schema": str(helpdesk / "ticket.schema.json"),
+            "metrics": ["exact_match", "field_accuracy"],
+        }
+        whole["data"] = {"train": str(helpdesk / "train.jsonl"), "test": str(helpdesk / "test.jsonl")}
+        whole["evaluate"]["max_new_tokens"] = 64
+    else:
+        folder = _banking(Path(spec["banking"]), Path(spec["out"]).parent / "banking77")
+        whole["task"] = {"description": "Name the intent of a bank customer's question.", "metrics": ["exact_match"], "labels": "auto"}
+        columns = {"prompt": "text", "completion": "category"}
+        files = {part: str(folder / f"{part}.csv") for part in ("train", "test")}
+        whole["data"] = {**files, "columns": columns, "test_overlap": "drop"}
+        stage |= {"num_train_epochs": 3, "per_device_train_batch_size": 16}
+    if steps:
+        stage["max_steps"] = steps
+        whole["evaluate"] = {"candidates": ["tuned"]}
+    return whole
+
+
+def _banking(source: Path, folder: Path) -> Path:
+    """1,000 training and 500 test rows, drawn once by a fixed seed."""
+    for part, count in (("train", BANKING_ROWS), ("test", BANKING_TEST)):
+        if (folder / f"{part}.csv").is_file():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(source / f"{part}.csv", encoding="utf-8", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        chosen = random.Random(0).sample(rows, count)
+        with open(folder / f"{part}.csv", "w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, ["text", "category"])
+            writer.writeheader()
+            writer.writerows(chosen)
+    return folder
+
+
+def _run(spec: dict[str, Any]) -> dict[str, Any]:
+    """In a child: the run, or only its training where it chooses a rate."""
+    import tunesmith
+    from tunesmith.models.load import load_model
+    from tunesmith.models.methods import resolve, trainable_count
+    from tunesmith.rundir import read_events
+
+    recipe, out = recipe_of(spec), Path(spec["out"])
+    verb = tunesmith.train if spec["steps"] else tunesmith.run
+    result = verb(recipe, out=out, sets=spec["sets"], resume=True)
+    events = read_events(out)
+    steps = [event for event in events if "loss" in event]
+    held_out = [event["eval_loss"] for event in events if event.get("event") == "evaluated"]
+    resolved = tunesmith.load_recipe(out / "recipe.yaml")
+    model = load_model(resolved.model).model
+    method = resolve(model, resolved.stages[0].method)
+    metrics = (result.evaluation or {}).get("tasks", {})
+    return {
+        "validation_loss": held_out[-1],
+        "trainable": trainable_count(model, method),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens_per_second": sum(event["tokens"] for event in steps[2:])
+        / sum(event["tokens"] / event["tokens_per_second"] for event in steps[2:]),
+        "peak_memory_bytes": max(event["peak_memory_bytes"] for event in steps),
+        "result_bytes": sum(file.stat().st_size for file in (out / "model").glob("*.safetensors")),
+        "seconds": result.plan["measured"]["seconds"],
+        "rate": spec["rate"],
+        "scores": {
+            task: {name: candidate["metrics"] for name, candidate in found["candidates"].items()} for task, found in metrics.items()
+        },
+    }
+
+
+PROMPTS, NEW_TOKENS, ROUNDS = 8, 32, 3  # of the timing: prompts, each alone, answers of equal length, median of the rounds
+
+
+def _latency(spec: dict[str, Any]) -> dict[str, Any]:
+    """In a child: milliseconds a token of the result as it is served (merged where that is possible) and of the base, taking turns."""
+    import time
+    from statistics import median
+
+    import tunesmith
+    from tunesmith.errors import RecipeError
+    from tunesmith.generate import LocalGenerator, Sampling
+    from tunesmith.models.load import load_model
+    from tunesmith.recipe import ModelSection
+
+    run = Path(spec["run"])
+    section = tunesmith.load_recipe(run / "recipe.yaml").model
+    base = load_model(section)
+    live = tunesmith.load(run)
+    systems = {"base": LocalGenerator(base.model, base.tokenizer), "live": LocalGenerator(live.model, live.tokenizer)}
+    try:
+        merged = load_model(ModelSection(name=str(tunesmith.export(run).path), dtype=section.dtype))
+        systems["merged"] = LocalGenerator(merged.model, merged.tokenizer)
+    except RecipeError:  # it cannot be merged
+        pass
+    prompts = [base.tokenizer.encode(f"A customer writes for the {i}th time about a lamp that does not work.") for i in range(PROMPTS)]
+    times: dict[str, list[float]] = {name: [] for name in systems}
+    for _ in range(ROUNDS + 1):  # the first is a warm-up
+        for name, system in systems.items():
+            began, made = time.process_time(), 0
+            for i, prompt in enumerate(prompts):
+                (found,) = system.generate([prompt], max_new_tokens=NEW_TOKENS, sampling=Sampling(temperature=1.0), seeds=[i])
+                made += len(found.token_ids)
+            times[name].append(1000 * (time.process_time() - began) / made)
+    return {name: median(found[1:]) for name, found in times.items()}
+
+
+if __name__ == "__main__":
+    main()

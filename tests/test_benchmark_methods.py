@@ -1,0 +1,84 @@
+"""The benchmark of methods: which jobs are left, which rate is chosen, and what its page says of results."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from tunesmith.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def methods(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield importlib.import_module("methods")
+    for name in ("methods", "_methods_page", "_measure"):
+        sys.modules.pop(name, None)
+
+
+def wanted(methods, monkeypatch, *words: str):
+    monkeypatch.setattr(sys, "argv", ["methods.py", *words])
+    return methods._arguments()
+
+
+def swept(methods, name: str, losses: list[float]) -> dict:
+    rates = methods.RATES.get(name, methods.USUAL_RATES)
+    return {f"sweep {name} rate={rate:g}": {"validation_loss": loss} for rate, loss in zip(rates, losses, strict=True)}
+
+
+def test_a_method_is_swept_before_it_runs_and_runs_at_the_rate_of_lowest_validation_loss(methods, monkeypatch):
+    asked = wanted(methods, monkeypatch, "--only", "lora", "--seeds", "0,1")
+    assert [job["key"] for job in methods._jobs(asked, {})] == [f"sweep lora rate={rate:g}" for rate in methods.USUAL_RATES]
+    done = swept(methods, "lora", [0.5, 0.3, 0.4])
+    jobs = methods._jobs(asked, done)
+    assert [job["key"] for job in jobs] == ["quickstart lora seed=0", "quickstart lora seed=1"]
+    assert {job["rate"] for job in jobs} == {methods.USUAL_RATES[1]}
+
+
+def test_what_is_done_is_not_done_again(methods, monkeypatch):
+    asked = wanted(methods, monkeypatch, "--only", "lora", "--seeds", "0", "--banking", "somewhere")
+    done = swept(methods, "lora", [0.5, 0.3, 0.4]) | {"quickstart lora seed=0": {}}
+    assert [job["key"] for job in methods._jobs(asked, done)] == ["banking77 lora seed=0", "latency lora"]
+
+
+def test_every_methods_recipe_is_one_that_the_loader_takes(methods, tmp_path):
+    for name in methods.METHODS:
+        spec = {"task": "quickstart", "method": name, "seed": 1, "rate": 1e-3, "steps": None, "banking": None, "out": str(tmp_path / "x")}
+        recipe = load_recipe(methods.recipe_of(spec))
+        assert recipe.stages[0].method.type == methods.METHODS[name]["type"]
+
+
+def run(trainable: int, accuracy: float, memory: float) -> dict:
+    """A made-up result."""
+    score = {"value": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05, "n": 165}
+    return {
+        "trainable": trainable,
+        "parameters": 1_000_000,
+        "tokens_per_second": 100.0,
+        "peak_memory_bytes": memory,
+        "result_bytes": 4 * trainable,
+        "scores": {
+            "task": {"tuned": {"exact_match": score}},
+            "general": {"tuned": {"perplexity": {"value": 12.0}}, "zero_shot": {"perplexity": {"value": 8.0}}},
+        },
+    }
+
+
+def test_the_page_says_of_each_claim_whether_it_holds_with_the_figures(methods, tmp_path):
+    done = {f"quickstart lora seed={seed}": run(20_000, 0.5 + 0.1 * seed, 2e9) for seed in (0, 1, 2)}
+    done |= {"quickstart full seed=0": run(1_000_000, 0.5, 4e9), "latency lora": {"base": 10.0, "live": 15.0, "merged": 12.0}}
+    methods.write_page(tmp_path / "methods", done, methods.METHODS, {name: [1e-4] for name in methods.METHODS})
+    page = (tmp_path / "methods-measured.md").read_text()
+    assert "holds (50 to 50 times)" in page
+    assert "Full tuning has the best ceiling, quickstart: not reproduced (full 0.500, lora 0.600)" in page
+    assert "LoRA needs little memory: holds (0.50 of full tuning's peak)" in page
+    assert "LoRA costs nothing once it is merged: not reproduced (1.20 of the base's time a token; live 1.50)" in page
+    assert "0.600 ± 0.100 [0.550, 0.650] (3 seeds, n = 165)" in page
+    assert "| 1.50 |" in page  # perplexity 12 over the base's 8
+    assert "banking77" not in page
+    assert "lora" in (tmp_path / "methods.svg").read_text()
