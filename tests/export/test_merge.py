@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tunesmith
 from tunesmith.errors import AdapterError, CheckpointError, MissingFile, RecipeError
-from tunesmith.evaluation import open_result
+from tunesmith.models.opening import open_result
 from tunesmith.export import _parity
 from tunesmith.models.load import load_model
 from tunesmith.recipe import ModelSection

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..data.template import load_template
 from ..errors import AdapterError, MissingFile, RecipeError
-from ..evaluation import open_result
+from ..models.opening import open_result
 from ..models.heads import HEADS
 from ..models.load import LoadedModel, load_model, quiet
 from ..models.methods import ADAPTERS
