@@ -119,7 +119,7 @@ def _require_mergeable(folder: Path, recipe: Recipe) -> None:
             where=str(folder),
             mend="use --to adapter, and load it with tunesmith.load",
         )
-    if getattr(recipe.model, "quantization", None) is not None:
+    if recipe.model.quantization is not None:
         raise RecipeError(
             f"the base is quantised ({recipe.model.quantization}), and weights of a few bits cannot hold what was learned",
             where=str(folder),

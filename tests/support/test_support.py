@@ -1,0 +1,164 @@
+"""Each green cell of docs/support.md: a method and what it works with, on a tiny Llama."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter
+from tests.support.cells import CAPABILITIES, GREEN, METHODS, REFUSED_MERGES
+from tests.toys import batch_of, make_rows, make_stage, model_folder, train_stage
+
+from tunesmith.errors import Interrupted
+from tunesmith.models.load import LoadedModel, load_model
+from tunesmith.models.methods import ADAPTERS, KINDS, attach
+from tunesmith.models.policy import Policy
+from tunesmith.objectives import SFT
+from tunesmith.recipe import Method, ModelSection
+from tunesmith.rundir import read_events
+from tunesmith.train.signals import StopRequest
+from tunesmith.train.window import run_window
+
+ROWS = make_rows(12, seed=3)
+LOSS_APART = {"bf16": 0.02, "fp16": 0.01}  # relative, of the mean loss over the steps, to fp32's
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    torch.set_num_threads(1)
+    return model_folder(tmp_path_factory.mktemp("support") / "llama")
+
+
+def base(folder: Path, name: str, dtype: str = "float32") -> LoadedModel:
+    return load_model(ModelSection(name=str(folder), dtype=dtype, quantization="nf4" if name == "qlora" else None))
+
+
+def stage(name: str, **changed):
+    return make_stage(method=METHODS[name], max_steps=4, save_steps=1, rows=len(ROWS), **changed)
+
+
+def losses(run: Path) -> list[float]:
+    return [event["loss"] for event in read_events(run) if "loss" in event]
+
+
+def weights(run: Path) -> list[bytes]:
+    return [file.read_bytes() for file in sorted((run / "stages" / "sft" / "model").glob("*.safetensors"))]
+
+
+def fresh(folder: Path, name: str, seed: int = 0, **how) -> Policy:
+    """A policy whose method is no longer as it began."""
+    model = attach(base(folder, name), TypeAdapter(Method).validate_python(METHODS[name]), seed=seed)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and METHODS[name]["type"] not in ("full", "partial"):
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return Policy(model, **how)
+
+
+def trains(folder: Path, name: str, tmp_path: Path, dtype: str) -> list[float]:
+    train_stage(base(folder, name, dtype), stage(name), tmp_path / dtype, ROWS)
+    found = losses(tmp_path / dtype)
+    changed = [event["fraction_changed"] for event in read_events(tmp_path / dtype) if "fraction_changed" in event]
+    assert len(found) == 4
+    assert all(map(np.isfinite, found))
+    assert changed[-1] > 0.5
+    return found
+
+
+def check_fp32(folder, name, tmp_path):
+    found = trains(folder, name, tmp_path, "float32")
+    assert found[-1] != found[0]
+
+
+def check_bf16(folder, name, tmp_path):
+    narrow, wide = trains(folder, name, tmp_path, "bfloat16"), trains(folder, name, tmp_path, "float32")
+    assert np.mean(narrow) == pytest.approx(np.mean(wide), rel=LOSS_APART["bf16"])
+
+
+def check_fp16(folder, name, tmp_path):
+    narrow, wide = trains(folder, name, tmp_path, "float16"), trains(folder, name, tmp_path, "float32")
+    assert np.mean(narrow) == pytest.approx(np.mean(wide), rel=LOSS_APART["fp16"])
+
+
+def check_checkpointing(folder, name, tmp_path):
+    gradients = []
+    for checkpointing in (False, True):
+        policy = fresh(folder, name, gradient_checkpointing=checkpointing)
+        run_window(policy, SFT(), [batch_of(ROWS[:4])])
+        gradients.append({name: p.grad for name, p in policy.named_parameters() if p.requires_grad})
+    plain, recomputed = gradients
+    assert any(g is not None and g.any() for g in plain.values())
+    for key, gradient in plain.items():
+        if gradient is None:
+            assert recomputed[key] is None
+        else:
+            torch.testing.assert_close(recomputed[key], gradient, rtol=1e-5, atol=1e-6)
+
+
+def check_packed(folder, name, tmp_path):
+    policy = fresh(folder, name)
+    with torch.no_grad():
+        together = policy(batch_of(ROWS[:5]).forest).logprobs
+        alone = torch.cat([policy(batch_of([row]).forest).logprobs for row in ROWS[:5]])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def check_resume(folder, name, tmp_path):
+    train_stage(base(folder, name), stage(name), tmp_path / "whole", ROWS)
+    stop = StopRequest()
+
+    def ask(event):
+        if event.get("step") == 2 and "loss" in event:
+            stop.received = signal.SIGTERM
+
+    with pytest.raises(Interrupted):
+        train_stage(base(folder, name), stage(name), tmp_path / "cut", ROWS, stop=stop, report=ask)
+    train_stage(base(folder, name), stage(name), tmp_path / "cut", ROWS)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+def check_merge(folder, name, tmp_path):
+    model = fresh(folder, name).model
+    ids = torch.arange(5, 40)[None]
+    live = attach_plain(model)(input_ids=ids, use_cache=False).logits
+    merged = model.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(merged(input_ids=ids, use_cache=False).logits, live, rtol=1e-4, atol=1e-4)
+
+
+def attach_plain(model):
+    """The model with transformers' own attention: the policy's is for forests."""
+    model.get_base_model().set_attn_implementation("sdpa")
+    return model
+
+
+CHECKS = {
+    "fp32": check_fp32,
+    "bf16": check_bf16,
+    "fp16": check_fp16,
+    "checkpointing": check_checkpointing,
+    "packed": check_packed,
+    "resume": check_resume,
+    "merge": check_merge,
+}
+
+
+@pytest.mark.parametrize("name, capability", GREEN, ids=[f"{name}-{capability}" for name, capability in GREEN])
+def test_works(folder, name, capability, tmp_path):
+    CHECKS[capability](folder, name, tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED_MERGES if name != "qlora"])
+def test_a_method_that_cannot_be_merged_says_why(name):
+    kind = KINDS[METHODS[name]["type"]]
+    assert kind.mergeable
+    assert kind is ADAPTERS[kind.peft_type]
+
+
+def test_every_cell_is_green_or_has_its_reason():
+    from tests.support.cells import reason
+
+    assert len(GREEN) + sum(reason(m, c) is not None for m in METHODS for c in CAPABILITIES) == len(METHODS) * len(CAPABILITIES)
