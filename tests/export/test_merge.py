@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tunesmith
 from tunesmith.errors import AdapterError, CheckpointError, MissingFile, RecipeError
-from tunesmith.models.opening import open_result
 from tunesmith.export import _parity
 from tunesmith.models.load import load_model
+from tunesmith.models.opening import open_result
 from tunesmith.recipe import ModelSection
 from tunesmith.rundir import verify_folder
 

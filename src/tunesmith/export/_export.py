@@ -18,10 +18,10 @@ from torch import nn
 
 from ..data.template import load_template
 from ..errors import AdapterError, MissingFile, RecipeError
-from ..models.opening import open_result
 from ..models.heads import HEADS
 from ..models.load import LoadedModel, load_model, quiet
 from ..models.methods import ADAPTERS
+from ..models.opening import open_result
 from ..models.result import ADAPTER_CONFIG, CARD, is_adapter, is_model, read_adapter_config, read_card, require_unaltered
 from ..recipe import ModelSection, Recipe, load_recipe
 from ..report.card import export_card
