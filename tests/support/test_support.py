@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
-from tests.support.cells import CAPABILITIES, GREEN, METHODS, REFUSED_MERGES
-from tests.toys import batch_of, make_rows, make_stage, model_folder, train_stage
+from tests.distributed.processes import together, values
+from tests.support.cells import CAPABILITIES, GREEN, METHODS, REFUSED_MERGES, reason
+from tests.toys import batch_of, make_rows, make_stage, model_folder, stage_inputs, train_stage
 
 from tunesmith.errors import Interrupted
 from tunesmith.models.load import LoadedModel, load_model
@@ -18,8 +20,10 @@ from tunesmith.models.methods import ADAPTERS, KINDS, attach
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import SFT
 from tunesmith.recipe import Method, ModelSection
-from tunesmith.rundir import read_events
+from tunesmith.rundir import RunDirectory, rank, read_events
+from tunesmith.train.devices import of_first
 from tunesmith.train.signals import StopRequest
+from tunesmith.train.stage import run_stage
 from tunesmith.train.window import run_window
 
 ROWS = make_rows(12, seed=3)
@@ -135,6 +139,33 @@ def attach_plain(model):
     return model
 
 
+def part(folder: Path, name: str, path: Path, **given) -> None:
+    """One process's part in a stage."""
+    inputs = stage_inputs(base(folder, name), ROWS, path.parent / f"stores{rank()}", processes=2, **given)
+    with StopRequest() as stop:
+        opened = RunDirectory.open(path, resume=True) if rank() == 0 else None
+        resumed = of_first(lambda: opened.resumed)
+        with opened or RunDirectory.follow(path, resumed=resumed) as run:
+            run_stage(stage(name, per_device_train_batch_size=2), inputs, run, stop=stop, report=lambda event: None)
+
+
+def curves_agree(folder: Path, name: str, tmp_path: Path, **given) -> None:
+    for count in (1, 2):
+        work = partial(part, folder, name, tmp_path / str(count), **(given if count == 2 else {}))
+        values(together(count, work, tmp_path / f"said{count}"))
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert len(one) == 4
+    assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
+
+
+def check_ddp(folder, name, tmp_path):
+    curves_agree(folder, name, tmp_path)
+
+
+def check_fsdp2(folder, name, tmp_path):
+    curves_agree(folder, name, tmp_path, sharded=True)
+
+
 CHECKS = {
     "fp32": check_fp32,
     "bf16": check_bf16,
@@ -143,6 +174,8 @@ CHECKS = {
     "packed": check_packed,
     "resume": check_resume,
     "merge": check_merge,
+    "ddp": check_ddp,
+    "fsdp2": check_fsdp2,
 }
 
 
@@ -159,6 +192,4 @@ def test_a_method_that_cannot_be_merged_says_why(name):
 
 
 def test_every_cell_is_green_or_has_its_reason():
-    from tests.support.cells import reason
-
     assert len(GREEN) + sum(reason(m, c) is not None for m in METHODS for c in CAPABILITIES) == len(METHODS) * len(CAPABILITIES)
