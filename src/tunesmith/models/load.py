@@ -20,11 +20,12 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelError, TunesmithError
 from ..recipe import ModelSection
 from ..rundir import atomic_folder
+from .positions import scale_positions
 from .quantised import compute_densely, quantization_config
 
 
@@ -77,6 +78,8 @@ class LoadedModel:
     dtype: torch.dtype
     quantization: str | None = None
     """What its linear layers are held in, where it is not the dtype."""
+    rope_scaling: dict[str, Any] | None = None
+    """The scaling of positions that the recipe brought, where the files' own config has it not."""
 
     @property
     def device(self) -> torch.device:
@@ -123,8 +126,11 @@ def load_model(section: ModelSection) -> LoadedModel:
     dtype = resolve_dtype(section)
     with _explained(section.name), quiet():
         tokenizer = load_tokenizer(folder, section.trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+        scaling = section.rope_scaling if section.rope_scaling and scale_positions(config, section.rope_scaling) else None
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
@@ -137,7 +143,7 @@ def load_model(section: ModelSection) -> LoadedModel:
     elif torch.cuda.is_available():
         model = model.to("cuda")
     identity = ModelIdentity(name, hash_weights(folder), str(folder), revision)
-    return LoadedModel(model.eval(), tokenizer, identity, dtype, section.quantization)
+    return LoadedModel(model.eval(), tokenizer, identity, dtype, section.quantization, scaling and scaling.model_dump())
 
 
 def stored_weights(folder: str | Path) -> Iterator[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from .embeddings import grow_embeddings
 from .heads import load_heads
 from .load import EMBEDDED, LoadedModel, load_model, load_tokenizer
 from .methods import load_adapter
-from .result import is_adapter, is_model, read_adapter_config, read_card, require_unaltered
+from .result import is_adapter, is_model, read_adapter_config, read_card, require_unaltered, scaling_of
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def load(
     require_unaltered(folder)
     if is_adapter(folder):
         section = _base_of(folder) if base is None else ModelSection(name=str(base))
+        section = section.model_copy(update={"rope_scaling": scaling_of(folder)})
     else:
         section = ModelSection(name=str(folder.resolve()))
     loaded = load_model(section.model_copy(update={"dtype": dtype, "trust_remote_code": trust_remote_code}))
@@ -99,7 +100,8 @@ def open_result(folder: Path, loaded: LoadedModel, *, trust_remote_code: bool = 
     dtype = str(loaded.dtype).removeprefix("torch.")
 
     def whole(name: str) -> LoadedModel:
-        return load_model(ModelSection(name=name, dtype=dtype, trust_remote_code=trust_remote_code))
+        scaling = scaling_of(folder) if is_adapter(folder) else None
+        return load_model(ModelSection(name=name, dtype=dtype, rope_scaling=scaling, trust_remote_code=trust_remote_code))
 
     if not is_adapter(folder):
         return whole(str(folder.resolve())).model

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError, CheckpointError
+from ..recipe import RopeScaling
 from ..rundir import MANIFEST, verify_folder
 
 CARD = "tunesmith.json"
@@ -31,6 +32,15 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def read_card(folder: Path) -> dict[str, Any]:
     """A result's `tunesmith.json`; empty for an adapter or model that another tool wrote. Raises AdapterError where it is damaged."""
     return _read_object(folder, CARD) if (folder / CARD).is_file() else {}
+
+
+def scaling_of(folder: Path) -> RopeScaling | None:
+    """The scaling of positions that an adapter's base needs. Raises AdapterError where the card tells of none that there is."""
+    held = read_card(folder).get("rope_scaling")
+    try:
+        return held and RopeScaling(**held)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{CARD} is damaged: rope_scaling is {held}", where=str(folder), mend="take an intact copy") from error
 
 
 def _read_object(folder: Path, name: str) -> dict[str, Any]:

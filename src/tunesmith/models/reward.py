@@ -37,7 +37,7 @@ from .heads import HEADS, load_head
 from .load import LoadedModel, load_model, quiet
 from .methods import add_adapter, load_adapter
 from .policy import Policy
-from .result import is_adapter, read_adapter_config, read_card, require_unaltered
+from .result import is_adapter, read_adapter_config, read_card, require_unaltered, scaling_of
 from .virtual import virtual_count
 
 ROWS_AT_ONCE = 32
@@ -206,7 +206,8 @@ def _own_base(folder: Path, loaded: LoadedModel, tokens: int) -> LoadedModel:
         if not where or not Path(where).is_dir():
             raise AdapterError(f"the base that it was trained on is not there: {where or 'none is named'}", where=str(folder))
     with _readable(folder):
-        own = load_model(ModelSection(name=where, dtype=str(loaded.dtype).removeprefix("torch.")))
+        scaling = scaling_of(folder) if is_adapter(folder) else None
+        own = load_model(ModelSection(name=where, dtype=str(loaded.dtype).removeprefix("torch."), rope_scaling=scaling))
     grow_embeddings(own.model, tokens)
     return own
 

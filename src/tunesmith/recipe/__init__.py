@@ -18,7 +18,7 @@ from .method import (
     PTuningMethod,
     virtual_tokens_of,
 )
-from .model import ModelSection
+from .model import ModelSection, RopeScaling
 from .objective import (
     BestOfNObjective,
     CPOObjective,
@@ -86,6 +86,7 @@ __all__ = [
     "LoraMethod",
     "Method",
     "ModelSection",
+    "RopeScaling",
     "Objective",
     "OutputSection",
     "Recipe",

@@ -147,4 +147,6 @@ def _body(recipe: dict[str, Any], stage: dict[str, Any], base: dict[str, Any], e
         lines.append(
             f'```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(base, "model")  # base: {base["name"]}\n```'
         )
+        if recipe["model"].get("rope_scaling"):
+            lines.append(f"The base's config needs the rope_scaling that it was trained with: `{recipe['model']['rope_scaling']}`.")
     return "\n\n".join(lines) + "\n"

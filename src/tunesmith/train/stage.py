@@ -286,7 +286,7 @@ def stage_fingerprint(
     origin = hash_weights(start) if start is not None else None
     base = loaded.identity.sha256 if origin is None or is_adapter(start) else origin
     tokens = [json.loads((part.store.folder / "key.json").read_text()) for part in (data.train, data.validation) if part is not None]
-    held = [str(loaded.dtype), loaded.quantization]
+    held = [str(loaded.dtype), loaded.quantization, *([loaded.rope_scaling] if loaded.rope_scaling else [])]
     what = [settings, base, origin, held, rows, tokens, template.sha256 if template else None, data.max_length, seed]
     what += [processes] if processes > 1 else []
     what += [hash_weights(locate_result(name, run)) for name in named_models(stage.objective)]

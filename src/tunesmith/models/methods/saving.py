@@ -84,7 +84,7 @@ def save_result(
         save_network(model, POLICY, folder)
     save_heads(heads or nn.ModuleDict(), folder)
     loaded.tokenizer.save_pretrained(folder)
-    base = {"base": loaded.identity.public(), "quantization": loaded.quantization}
+    base = {"base": loaded.identity.public(), "quantization": loaded.quantization, "rope_scaling": loaded.rope_scaling}
     (folder / CARD).write_text(json.dumps({**base, **card}, indent=2, sort_keys=True))
 
 
@@ -155,6 +155,13 @@ def _read_adapter(loaded: LoadedModel, folder: Path) -> tuple[PeftConfig, dict[s
             f"trained on a base held in {held or 'its dtype'}, and this one is held in {loaded.quantization or 'its dtype'}",
             where=str(folder),
             mend=f"set model.quantization: {held or 'null'}: it learned to make up for the rounding of the base it was trained on",
+        )
+    if card and card.get("rope_scaling") != loaded.rope_scaling:
+        trained, given = (json.dumps(scaling, sort_keys=True) for scaling in (card.get("rope_scaling"), loaded.rope_scaling))
+        raise AdapterError(
+            f"trained on a base whose positions are scaled by {trained}, and this one's are by {given}",
+            where=str(folder),
+            mend=f"set model.rope_scaling: {trained}: elsewhere a token would stand at another place",
         )
     expected = card.get("base", {}).get("sha256")
     if expected and expected != loaded.identity.sha256:
