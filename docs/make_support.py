@@ -17,8 +17,8 @@ HEAD = """\
 
 # What works with what
 
-A ● is a test that passes with the suite (`make test`), named below, on a tiny Llama, on a CPU. A – has its reason below. Nothing was run on a GPU:
-for CUDA every cell reads NOT MEASURED.
+A ● is a test that passes with the suite (`make test`), named below, on a tiny Llama, on a CPU. A – has its reason below. Nothing was run on
+a GPU: for CUDA every cell reads NOT MEASURED.
 """
 
 

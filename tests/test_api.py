@@ -36,6 +36,7 @@ ONLY_SOMETIMES = {  # settings that a run need not read, and when it does
     ("UnitTestReward", "weight"): "tests run in bubblewrap: tests/score",
     ("ModelReward", "type"): "never: the class says it",
     ("LoraMethod", "type"): "never: the class says it",
+    ("LaunchSection", "strategy"): "several processes run: tests/distributed",
 }
 
 
@@ -183,6 +184,28 @@ def learned(tiny_folder, tmp_path_factory):
     return result
 
 
+@pytest.fixture(scope="module")
+def tuned(tiny_folder, tmp_path_factory):
+    """One step of a stage of every method; what was read of the recipe is kept."""
+    folder = tmp_path_factory.mktemp("methods")
+    write_rows(folder / "sft.jsonl", map(row, range(12)))
+    methods = [
+        {"type": "partial", "last_layers": 1, "modules": ["embed_tokens"]},
+        {"type": "ia3"},
+        {"type": "bottleneck"},
+        {"type": "prefix", "prefix_projection": True},
+        {"type": "prompt"},
+        {"type": "p_tuning"},
+    ]
+    stages = [{"name": method["type"], "objective": "sft", "learning_rate": 1e-3, "max_steps": 1, "method": method} for method in methods]
+    model = {"name": str(tiny_folder), "dtype": "float32", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    recipe = {"name": "methods", "model": model, "data": {"train": str(folder / "sft.jsonl")}, "stages": stages}
+    with recorded_reads() as reads:
+        result = tunesmith.train(recipe, out=folder / "run")
+    READ.update(reads)
+    return result
+
+
 def test_every_objective_trains_a_step_and_leaves_its_result(learned):
     finished = [json.loads(line) for line in (learned.path / "events.jsonl").read_text().splitlines() if '"stage_finished"' in line]
     assert len(finished) == 12
@@ -191,8 +214,9 @@ def test_every_objective_trains_a_step_and_leaves_its_result(learned):
         assert (learned.path / "stages" / event["stage"] / "model" / "tunesmith.json").is_file()
 
 
-def test_a_run_reads_every_setting(finished, learned):
+def test_a_run_reads_every_setting(finished, learned, tuned):
     assert finished
+    assert tuned
     assert learned
     sections = all_sections(Recipe)
     settings = {(section.__name__, name) for section in sections for name in section.model_fields}

@@ -17,7 +17,7 @@ from tunesmith.cli import app
 from tunesmith.recipe import load_recipe
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-VERBS = [["run"], ["train"], ["evaluate"], ["plan"], ["chat"], ["init"], ["launch"], ["report"], ["schema"], ["data", "check"]]
+VERBS = [["run"], ["train"], ["evaluate"], ["plan"], ["chat"], ["export"], ["init"], ["launch"], ["report"], ["schema"], ["data", "check"]]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_plan_and_run_say_beforehand_what_stands_in_the_way_of_a_verdict(project
     for warning, word in zip(warned, words, strict=True):
         assert word in warning
     done = call("run", recipe, *flags, "--out", tmp_path / "run")
-    assert re.findall(r"^warning: (.*)$", done.err.partition("train sft")[0], re.MULTILINE) == warned
+    assert re.findall(r"^warning: (.*)$", done.err.partition("train sft …")[0], re.MULTILINE) == warned
     assert json.loads(call("run", recipe, *flags, "--out", tmp_path / "run", "--resume", "--json").out)["warnings"] == warned
     assert re.findall(r"^warning: (.*)$", call("plan", recipe, *flags).out, re.MULTILINE) == warned
     assert done.out.startswith("verdict: NOT MEASURED\n") == any("neither PASS nor FAIL" in warning for warning in warned)

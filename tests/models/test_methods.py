@@ -213,8 +213,8 @@ def test_a_full_models_file_that_does_not_read_back_is_an_error(tmp_path, monkey
     (tmp_path / "out").mkdir()
     plain = model.save_pretrained
 
-    def losing(folder):
-        plain(folder)
+    def losing(folder, **how):
+        plain(folder, **how)
         tensors = load_file(folder / "model.safetensors")
         del tensors["model.embed_tokens.weight"]
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

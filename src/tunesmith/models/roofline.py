@@ -1,7 +1,7 @@
 """The time of each phase as a roofline: its FLOPs and bytes against what this machine really does (Williams et al. 2009).
 
-A phase takes the sum of its times; `bound_by` says which is the longest. Constants that no shape gives are named below; they are estimates for
-a 135M Llama on CPU, and how far they are off is what plan.json's `compared` says of each run.
+A phase takes the sum of its times; `bound_by` says which is the longest. Constants that no shape gives are named below; they are
+estimates for a 135M Llama on CPU, and how far they are off is what plan.json's `compared` says of each run.
 """
 
 from __future__ import annotations

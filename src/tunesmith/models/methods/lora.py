@@ -90,7 +90,8 @@ def learning_rate_scales(model: nn.Module, method: Any) -> dict[str, float]:
 
     LoRA+ (arXiv:2402.12354): that of B, and nothing else.
     """
-    ratio = getattr(method, "loraplus_lr_ratio", 1.0)
-    if ratio == 1.0:
+    if not isinstance(method, LoraMethod) or method.loraplus_lr_ratio == 1.0:
         return {}
-    return {name: ratio for name, parameter in model.named_parameters() if parameter.requires_grad and ".lora_B." in name}
+    return {
+        name: method.loraplus_lr_ratio for name, parameter in model.named_parameters() if parameter.requires_grad and ".lora_B." in name
+    }
