@@ -37,6 +37,9 @@ ONLY_SOMETIMES = {  # settings that a run need not read, and when it does
     ("ModelReward", "type"): "never: the class says it",
     ("LoraMethod", "type"): "never: the class says it",
     ("LaunchSection", "strategy"): "several processes run: tests/distributed",
+    ("LaunchSection", "accelerator"): "a cluster's file is printed: tests/distributed",
+    ("LaunchSection", "hours"): "a cluster's file is printed: tests/distributed",
+    ("BottleneckMethod", "non_linearity"): "never by its name: PEFT's config takes it as it is",
 }
 
 

@@ -171,9 +171,8 @@ def test_a_reward_that_is_not_finite_ends_the_run_before_its_update(stages, faul
 
     for _ in fault("NaN or infinity in loss, gradient, reward").over([value]):
         ended = stages.ended(tmp_path, work, poisoned)
-        error, words = {"nan": ("RolloutFailed", "rollouts 1"), "inf": ("NonFinite", "step 3")}[value]  # NaN is no score, infinity one
-        assert (ended.status, ended.result["error"]) == (1, error)
-        assert words in ended.result["text"]
+        assert (ended.status, ended.result["error"]) == (1, "RolloutFailed")
+        assert "rollouts 1" in ended.result["text"]
         assert [event["step"] for event in read_events(tmp_path) if "loss" in event] == [1, 2]
         assert newest_step(tmp_path) == 2
         assert_only_finite(tmp_path)

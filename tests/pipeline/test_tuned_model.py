@@ -63,7 +63,7 @@ def tuned(tmp_path_factory):
 
     def train_and_ask(job):
         progress = plain_train(job)
-        kept.rows = [job.source.items[i][0] for i in range(len(PAIRS))]
+        kept.rows = [job.source.source.items[i][0] for i in range(len(PAIRS))]
         with torch.no_grad(), job.policy.deterministic():
             kept.logprobs = [job.policy(build_forest([row])).logprobs.numpy() for row in kept.rows]
         return progress

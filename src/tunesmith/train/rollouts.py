@@ -139,7 +139,7 @@ class RolloutSource:
         taken: Counter[str] = Counter()
         answers = self._sample(self._chosen(iteration), iteration, self.shaping.group, taken)
         scores = self.parts.scorer(answers)
-        tried, lost = len(answers), int(np.isnan(scores.total).sum())
+        tried, lost = len(answers), int((~np.isfinite(scores.total)).sum())
         for attempt in range(self.shaping.dynamic_sampling):
             more, unscorable = self._replace_dull(iteration, attempt, answers, scores, taken)
             tried, lost = tried + more, lost + unscorable
@@ -249,12 +249,12 @@ class RolloutSource:
                 scores.parts[name][old] = found.parts[name][new]
         for reason, times in found.reasons.items():
             scores.reasons[reason] = scores.reasons.get(reason, 0) + times
-        return len(fresh), int(np.isnan(found.total).sum())
+        return len(fresh), int((~np.isfinite(found.total)).sum())
 
     def _require_scores(self, rewards: np.ndarray, reasons: Sequence[str], which: str, *, share: float | None = None) -> None:
         """Raises RolloutFailed where more than the allowed share has no reward, or all. share: of all that was sampled for these."""
-        none = bool(np.isnan(rewards).all())
-        lost = float(np.mean(np.isnan(rewards))) if share is None else share
+        none = bool((~np.isfinite(rewards)).all())
+        lost = float(np.mean(~np.isfinite(rewards))) if share is None else share
         if none or lost > self.stage.rollout.max_unscorable:
             raise RolloutFailed(
                 f"{lost:.0%} of the answers cannot be scored: {'; '.join(reasons) or 'the rewards are not finite'}",

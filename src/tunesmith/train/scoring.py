@@ -110,7 +110,8 @@ class StageScorer:
             if len(models) > 1:
                 parts["disagreement"] = members.std(axis=0)
             total += parts[REWARD_MODEL]
-        lost = np.isnan(total)
+        lost = ~np.isfinite(total)
+        total[lost] = np.nan
         if lost.any() and not reasons:
             reasons = {"the reward model cannot read the answer": int(lost.sum())}
         return Scores(total, parts, int(lost.sum()), reasons)
