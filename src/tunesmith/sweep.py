@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OutputInUse, RecipeError
+from .launch import starts_others
 from .pipeline import run as run_recipe
 from .recipe import Recipe, load_recipe
 from .report.sweep import render_sweep
-from .rundir import RunDirectory, make_folder, read_events, write_json, write_text
+from .rundir import RunDirectory, make_folder, read_events, world, write_json, write_text
 
 MAX_RUNS = 1000  # more is a mistake in the words
+CHANGES_THE_LOSS = re.compile(r"(^|\.)(objective|data|model|task)(\.|$)")  # settings under which the loss is another measure
 RESULT, PAGE = "sweep.json", "sweep.html"
 Report = Callable[[dict[str, Any]], None]
 
@@ -63,6 +65,8 @@ def sweep(
     if len(combinations) > MAX_RUNS:
         raise RecipeError(f"{len(combinations)} runs", where="--sweep", mend=f"at most {MAX_RUNS}: leave values out")
     first = load_recipe(recipe, sets)
+    if world() > 1 or starts_others(first.launch):
+        raise RecipeError("a sweep runs in one process, and this recipe takes several", where="launch", mend="sweep with launch left out")
     folder = Path(out) if out is not None else Path("runs") / f"{first.name}-sweep"
     if folder.is_dir() and any(folder.iterdir()) and not (resume and (folder / RESULT).is_file()):
         raise OutputInUse(
@@ -71,11 +75,13 @@ def sweep(
     words = [[f"{key}={value}" for key, value in combination] for combination in combinations]
     for chosen in words:
         load_recipe(recipe, [*sets, *chosen])
+    names = [_slug(combination) for combination in combinations]
+    if len(set(names)) < len(names):
+        raise RecipeError("two combinations would share a folder", where="--sweep", mend="shorten the values")
     make_folder(folder)
     done: list[dict[str, Any]] = []
     write_json(folder / RESULT, _summary(grid, done))
-    for number, (combination, chosen) in enumerate(zip(combinations, words, strict=True), 1):
-        name = _slug(combination)
+    for number, (name, combination, chosen) in enumerate(zip(names, combinations, words, strict=True), 1):
         report({"event": "sweeping", "run": name, "number": number, "of": len(combinations)})
         if done:
             _share_tokens(folder / done[0]["name"], folder / name)
@@ -148,12 +154,14 @@ def _account(name: str, settings: dict[str, str], result: Any) -> dict[str, Any]
     evaluation = result.evaluation or {}
     tuned = evaluation.get("tasks", {}).get("task", {}).get("candidates", {}).get("tuned", {}).get("metrics", {})
     events = read_events(result.path)
-    losses = [event["eval_loss"] for event in events if event.get("event") == "evaluated"]
+    last = load_recipe(result.path / "recipe.yaml").stages[-1]
+    losses = [event["eval_loss"] for event in events if event.get("event") == "evaluated" and event["stage"] == last.name]
+    kept = min(losses, default=None) if last.load_best_model_at_end else next(reversed(losses), None)
     return {
         "name": name,
         "settings": settings,
         "verdict": result.verdict,
-        "validation_loss": losses[-1] if losses else None,
+        "validation_loss": kept,
         "metrics": tuned,
         "seconds": result.plan["measured"]["seconds"],
         "peak_memory_bytes": result.plan["measured"]["peak_memory_bytes"],
@@ -199,6 +207,8 @@ def _best(settings: Sequence[dict[str, Any]]) -> tuple[dict[str, str] | None, st
     """The settings with the lowest mean validation loss, and why they were chosen or none was."""
     if len(settings) < 2:
         return None, "only the seed differs: there is nothing to choose"
+    if other := [key for one in settings for key in one["settings"] if CHANGES_THE_LOSS.search(key)]:
+        return None, f"NOT MEASURED: with another {other[0]} the validation loss is another measure, and cannot be compared"
     if any(one["validation_loss"] is None for one in settings):
         return None, "NOT MEASURED: a run has no validation loss (data.validation is 0), and nothing is chosen on test rows"
     chosen = min(settings, key=lambda one: one["validation_loss"]["mean"])

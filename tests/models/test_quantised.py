@@ -20,6 +20,7 @@ from tunesmith.errors import AdapterError, ModelError, RecipeError
 from tunesmith.models import quantised
 from tunesmith.models.load import LoadedModel, load_model
 from tunesmith.models.methods import attach, load_adapter, resolve, save_result, trainable_count
+from tunesmith.models.opening import load
 from tunesmith.models.policy import Policy
 from tunesmith.models.quantised import dense_weight, is_quantised
 from tunesmith.models.result import CARD
@@ -106,6 +107,8 @@ def test_an_adapter_trains_on_a_quantised_base_and_comes_back_on_it(tmp_path, fo
     want = Policy(model)(batch_of(ROWS).forest).logprobs
     again = load_adapter(base(folder, kind), result)
     torch.testing.assert_close(Policy(again)(batch_of(ROWS).forest).logprobs, want, rtol=1e-6, atol=1e-6)
+    opened = load(result, dtype="float32").model
+    torch.testing.assert_close(Policy(opened)(batch_of(ROWS).forest).logprobs, want, rtol=1e-6, atol=1e-6)
     for other in (None, *({*KINDS} - {kind})):
         with pytest.raises(AdapterError, match=f"held in {kind}, and this one") as caught:
             load_adapter(base(folder, other), result)

@@ -124,3 +124,15 @@ def test_a_wrong_value_is_refused_before_anything_is_run(tiny, tmp_path):
     with pytest.raises(RecipeError, match="learning_rate"):
         sweep_runs(given(tmp_path, tiny), ["stages.0.learning_rate=1e-2,fast"], out=tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
+
+
+def test_nothing_is_chosen_where_the_setting_changes_what_the_loss_is(tiny, tmp_path):
+    done = sweep_runs(given(tmp_path, tiny), ["data.validation=0.1,0.2"], out=tmp_path / "sweep")
+    assert done.best is None
+    assert done.why.startswith("NOT MEASURED: with another data.validation")
+
+
+def test_a_sweep_of_a_recipe_for_several_processes_is_refused_before_anything_is_run(tiny, tmp_path):
+    with pytest.raises(RecipeError, match="in one process"):
+        sweep_runs(given(tmp_path, tiny, launch={"nproc_per_node": 2}), ["seed=0,1"], out=tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()

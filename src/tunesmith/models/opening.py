@@ -34,7 +34,7 @@ def load(
     path: str | Path,
     *,
     base: str | Path | None = None,
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     trust_remote_code: bool = False,
 ) -> Result:
     """A result of any method, from a run directory, a stage's model folder or an adapter's folder, with the base that it was trained on.
@@ -52,7 +52,7 @@ def load(
     require_unaltered(folder)
     if is_adapter(folder):
         section = _base_of(folder) if base is None else ModelSection(name=str(base))
-        section = section.model_copy(update={"rope_scaling": scaling_of(folder)})
+        section = section.model_copy(update={"rope_scaling": scaling_of(folder), "quantization": read_card(folder).get("quantization")})
     else:
         section = ModelSection(name=str(folder.resolve()))
     loaded = load_model(section.model_copy(update={"dtype": dtype, "trust_remote_code": trust_remote_code}))
@@ -100,8 +100,10 @@ def open_result(folder: Path, loaded: LoadedModel, *, trust_remote_code: bool = 
     dtype = str(loaded.dtype).removeprefix("torch.")
 
     def whole(name: str) -> LoadedModel:
-        scaling = scaling_of(folder) if is_adapter(folder) else None
-        return load_model(ModelSection(name=name, dtype=dtype, rope_scaling=scaling, trust_remote_code=trust_remote_code))
+        held = {"name": name, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        if is_adapter(folder):  # its base, as it was held when it was trained
+            held |= {"rope_scaling": scaling_of(folder), "quantization": read_card(folder).get("quantization")}
+        return load_model(ModelSection(**held))
 
     if not is_adapter(folder):
         return whole(str(folder.resolve())).model

@@ -87,6 +87,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _what_is_sharded_has_whole_numbers(self) -> Recipe:
+        if self.model.quantization is not None and self.launch.strategy == "fsdp":
+            raise ValueError("launch.strategy: fsdp does not shard a quantised base; take ddp, or leave model.quantization out")
+        return self
+
+    @model_validator(mode="after")
     def _choices_have_rows(self) -> Recipe:
         for stage in self.stages:
             asked = "early_stopping_patience" if stage.early_stopping_patience else "load_best_model_at_end"
