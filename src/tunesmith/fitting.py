@@ -7,11 +7,13 @@ rows and the loss stays the same; then gradients are checkpointed.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import yaml
 
 from .data.batching import Batch, DatasetSource
@@ -41,7 +43,7 @@ def fit_stages(session: Session) -> list[Stage]:
 
     A resumed run keeps what it began with. Nothing is raised here: the plan says what does not fit.
     """
-    shape, room = model_shape(session.loaded), (1 - KEPT_FREE) * memory_room()
+    shape, room = model_shape(session.loaded), (1 - KEPT_FREE) * memory_room(session)
     earlier = _earlier_stages(session)
     stages = []
     for given, derived in zip(session.recipe.stages, session.stages, strict=True):
@@ -54,9 +56,10 @@ def fit_stages(session: Session) -> list[Stage]:
     return stages
 
 
-def memory_room() -> int:
-    """Bytes that this process may hold in all."""
-    return available_memory() + held_bytes()
+def memory_room(session: Session) -> int:
+    """Bytes that this process may hold in all. Processes on one machine share its memory; each has a GPU of its own."""
+    beside = 1 if torch.cuda.is_available() else int(os.environ.get("LOCAL_WORLD_SIZE", session.recipe.launch.nproc_per_node or 1))
+    return available_memory() // beside + held_bytes()
 
 
 def _earlier_stages(session: Session) -> dict[str, dict[str, Any]]:
@@ -116,7 +119,7 @@ class Update(NamedTuple):
 def update_of(session: Session, stage: Stage, cost: MethodCost) -> Update:
     """The means over some updates; of answers yet to be sampled, see `_update_of_answers`."""
     if learns_from_answers(stage):
-        return _update_of_answers(session, stage)
+        return _update_of_answers(session, stage, cost)
     source = DatasetSource(
         session.data_of(stage).items,
         batch_size=stage.per_device_train_batch_size,
@@ -127,29 +130,29 @@ def update_of(session: Session, stage: Stage, cost: MethodCost) -> Update:
     batches = [batch for window in windows for batch in window]
     found = np.array([_tokens_of(batch, cost) for batch in batches])
     sums = found.sum(0) / len(windows)
-    tokens, computed, supervised, pairs, rows = (float(value) for value in sums)
-    work = Tokens(computed, supervised, pairs, batches=len(batches) / len(windows), rows=rows)
-    return Update(tokens, work, int((found[:, 1] + found[:, 4] * cost.virtual_tokens).max()))
+    tokens, computed, supervised, pairs = (float(value) for value in sums)
+    work = Tokens(computed, supervised, pairs, batches=len(batches) / len(windows))
+    return Update(tokens, work, int(found[:, 1].max()))
 
 
 def _tokens_of(batch: Batch, cost: MethodCost) -> tuple[float, ...]:
-    """Tokens, computed ones, supervised ones, pairs that attention looks at, rows; rows with learned tokens are padded."""
+    """Tokens, computed ones, supervised ones, pairs that attention looks at; learned tokens are computed once a batch."""
     forest, lengths = batch.forest, batch.forest.lengths_B
-    computed = len(lengths) * int(lengths.max()) if cost.virtual_tokens else len(forest.tokens_T)
     pairs = float((lengths.astype(np.float64) ** 2).sum() / 2)
-    return int(lengths.sum()), computed, len(forest.target_S), pairs, len(lengths)
+    return int(lengths.sum()), len(forest.tokens_T) + cost.virtual_tokens, len(forest.target_S), pairs
 
 
-def _update_of_answers(session: Session, stage: Stage) -> Update:
+def _update_of_answers(session: Session, stage: Stage, cost: MethodCost) -> Update:
     """One mini-batch of the answers that are learned from, each taken to be as long as it may; a prompt is computed once for its group."""
     prompt, new, group = prompt_tokens(session, stage), stage.rollout.max_new_tokens, stage.objective.num_generations
     parts = Shaping.of(stage).parts
     answers = learned(stage) / parts
     batch = min(math.ceil(answers), stage.per_device_train_batch_size)
-    largest = math.ceil(batch / group) * prompt + batch * new
+    largest = cost.virtual_tokens + math.ceil(batch / group) * prompt + batch * new
     prompts = min(stage.rollout.prompts_per_step / parts, answers)
     pairs = answers * (prompt + new) ** 2 / 2
-    work = Tokens(prompts * prompt + answers * new, answers * new, pairs, batches=answers / batch, rows=answers)
+    batches = answers / batch
+    work = Tokens(prompts * prompt + answers * new + cost.virtual_tokens * batches, answers * new, pairs, batches=batches)
     return Update(answers * (prompt + new), work, int(largest))
 
 
@@ -188,6 +191,9 @@ def stage_footprint(session: Session, shape: Shape, stage: Stage) -> Footprint:
         probe_tokens=len(probe.tokens_T),
         mapped=_is_mapped(session, shape),
     )
+    launch = session.recipe.launch
+    if launch.strategy == "fsdp" and cost.whole:  # the base is loaded whole before it is sharded; what trains is not
+        parts |= {name: parts[name] // (launch.processes or 1) for name in ("gradients", "optimiser")}
     if learns_from_answers(stage):
         parts["weights"] += _models_beside(session, shape, stage)
         parts["rollouts"] += generation_bytes(

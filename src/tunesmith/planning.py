@@ -53,7 +53,7 @@ STATE_BYTES = 12  # of a trained number in a checkpoint: master and two moments
 
 def make_plan(session: Session) -> dict[str, Any]:
     """plan.json's `predicted`: peak memory and its parts, seconds, tokens, cost, what binds, and each phase; and notes on this machine."""
-    shape, room = model_shape(session.loaded), memory_room()
+    shape, room = model_shape(session.loaded), memory_room(session)
     footprints = [_fitting_footprint(session, shape, stage, room) for stage in session.stages]
     largest = max(footprints, key=lambda parts: sum(parts.values()))
     largest = largest | {"rollouts": largest["rollouts"] + _evaluation_bytes(session, shape)}
@@ -155,7 +155,7 @@ def _sampling(session: Session, shape: Shape, machine: Machine, stage: Stage, up
     shaping, new, answers = Shaping.of(stage), stage.rollout.max_new_tokens, sampled(stage)
     iterations = math.ceil(stage.max_steps / shaping.updates)
     judges = len(named_models(stage.objective))
-    asked = Tokens(stage.rollout.prompts_per_step * prompt_tokens(session, stage) + answers * new, 0.0, rows=answers)
+    asked = Tokens(stage.rollout.prompts_per_step * prompt_tokens(session, stage) + answers * new, 0.0)
     seen = update.work.times(2 * shaping.parts * iterations)
     return together(
         f"sample {stage.name}",
@@ -182,7 +182,7 @@ def _evaluation(session: Session, shape: Shape, machine: Machine) -> list[Phase]
 
     def rows(count: float, length: float, supervised: float) -> Tokens:
         pairs = count * length * (shared + length / 2)
-        return Tokens(count * length, count * supervised, pairs, math.ceil(count / section.batch_size), count)
+        return Tokens(count * length, count * supervised, pairs, math.ceil(count / section.batch_size))
 
     phases = []
     for name in (name for name in asked if name not in UNMODELLED):

@@ -23,7 +23,7 @@ from .fitting import fit_stages
 from .models.load import LoadedModel, load_model
 from .models.result import read_card, require_unaltered
 from .recipe import WHOLE, DataSection, ModelReward, Recipe, Stage, dump_recipe, load_recipe, virtual_tokens_of
-from .rundir import manifest, world, write_json, write_text
+from .rundir import launched, manifest, world, write_json, write_text
 from .score.rewards import make_rewards
 from .session import Session
 from .tasks import encodable_tasks, make_tasks
@@ -82,12 +82,14 @@ def prepare(session: Session) -> None:
 
 
 def _with_processes(session: Session) -> Recipe:
-    """The recipe with the number of processes that share an update: its own, that of the run which goes on, else those that there are."""
+    """The recipe with the number of processes that share an update: its own, that of the run which goes on, else those that there are, or
+    that a plan is made for."""
     launch, before = session.recipe.launch, session.run.path / "recipe.yaml"
     count = launch.processes
     if count is None and session.run.resumed and before.is_file():
         count = load_recipe(before).launch.processes
-    return session.recipe.model_copy(update={"launch": launch.model_copy(update={"processes": count or world()})})
+    there = world() if launched() else (launch.nproc_per_node or 1) * launch.nodes
+    return session.recipe.model_copy(update={"launch": launch.model_copy(update={"processes": count or there})})
 
 
 def _require_rewards(session: Session, stage: Stage) -> None:

@@ -8,7 +8,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.pipeline.helpers import read_json, recipe, stage
+from tests.pipeline.helpers import read_json, recipe, stage, write_rows
+from tests.toys import model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tunesmith
@@ -46,6 +47,50 @@ def test_transformers_alone_loads_the_merged_model_and_gives_the_live_models_log
     assert done.parity.prompts == 20  # every row, the held-out ones too
     assert AutoTokenizer.from_pretrained(done.path).chat_template
     verify_folder(done.path)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"type": "lora", "r": 4, "use_dora": True},
+        {"type": "lora", "r": 4, "init_lora_weights": "pissa"},
+        {"type": "lora", "r": 4, "use_rslora": True},
+        {"type": "ia3"},
+    ],
+    ids=lambda method: "-".join(map(str, method.values())),
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_method_that_merges_gives_the_live_models_logits_with_new_tokens_too(method, tied, tmp_path):
+    base = model_folder(tmp_path / "base", tied=tied, template=None, markers=False)
+    given = recipe(tmp_path, base, stages=[stage(method=method, learning_rate=0.05)])
+    given["model"]["chat_template"] = "chatml"  # which brings two tokens
+    run = tunesmith.train(given, out=tmp_path / "run").path
+    done = tunesmith.export(run, out=tmp_path / "merged")
+    live = tunesmith.load(run, dtype="float32").model
+    ids = torch.tensor([[257, 5, 60, 258, 257, 9, 80]])
+    merged = AutoModelForCausalLM.from_pretrained(done.path, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, live(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert merged.get_input_embeddings().weight.shape[0] == 259
+
+
+def test_an_adapter_on_another_stages_whole_model_leaves_merged_and_not_alone(tiny, tmp_path):
+    stages = [stage("first", method={"type": "full"}), stage("second", start_from="first", method=LORA, learning_rate=0.05)]
+    run = tunesmith.train(recipe(tmp_path, tiny, stages=stages), out=tmp_path / "run").path
+    with pytest.raises(RecipeError, match="whole model of another stage"):
+        tunesmith.export(run, "adapter", out=tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    assert tunesmith.export(run, out=tmp_path / "merged").parity.kl_mean <= 1e-6
+
+
+def test_a_reward_models_head_leaves_with_it(tiny, tmp_path):
+    rows = [{"prompt": f"word {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(12)]
+    reward = stage("reward", objective="reward", method=LORA, data={"train": str(write_rows(tmp_path / "pairs.jsonl", rows))})
+    run = tunesmith.train(recipe(tmp_path, tiny, stages=[reward]), out=tmp_path / "run").path
+    done = tunesmith.export(run, out=tmp_path / "merged")
+    held, left = (load_file(folder / "heads.safetensors") for folder in (run / "model", done.path))
+    assert held.keys() == left.keys() == {"score.weight"}
+    assert torch.equal(held["score.weight"], left["score.weight"])
 
 
 def test_the_certificate_is_written_with_the_model(train, tmp_path):

@@ -126,12 +126,6 @@ def test_the_flops_of_training_are_two_a_weight_and_token_for_each_pass():
     assert forward_phase("f", SHAPE, MACHINE, seen).flops - forward_phase("f", SHAPE, MACHINE, WORK).flops == 4 * 576 * 30 * 1e6
 
 
-def test_learned_tokens_before_each_row_are_computed_like_others():
-    cost = MethodCost(20 * 576, False, virtual_tokens=20)
-    with_them, without = (trained(LORA, one, replace(WORK, rows=100)) for one in (cost, replace(cost, virtual_tokens=0)))
-    assert with_them.flops - without.flops == pytest.approx(4 * 106_168_320 * 2000)
-
-
 def test_time_grows_with_tokens_heads_and_steps_and_shrinks_on_a_faster_machine():
     twice = {name: 2 * value for name, value in asdict(MACHINE).items()} | {"call_seconds": MACHINE.call_seconds / 2}
     assert trained().seconds < trained(work=replace(WORK, computed=2e5)).seconds < 2 * trained().seconds

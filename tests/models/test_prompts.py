@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -190,28 +191,37 @@ def saved(path: Path, folder: Path, case: str) -> tuple[Path, PeftModel]:
 
 
 ELSEWHERE = """
-import sys, torch
+import json, sys, torch
 from tests.models.test_prompts import base, load_adapter, logprobs, Policy
 from pathlib import Path
 torch.save = None
-print(logprobs(Policy(load_adapter(base(Path(sys.argv[1])), Path(sys.argv[2])))).tolist())
+results = map(Path, sys.argv[2:])
+print(json.dumps({path.name: logprobs(Policy(load_adapter(base(Path(sys.argv[1])), path))).tolist() for path in results}))
 """
+IN_A_NEW_PROCESS = ("prompt", "p_tuning", "prefix projection")
 
 
-@pytest.mark.parametrize("case", ["prompt", "p_tuning", "prefix projection"])
-def test_a_result_gives_equal_log_probabilities_in_a_new_process_and_in_plain_peft(tmp_path, folder, case):
-    path, model = saved(tmp_path / "result", folder, case)
-    want = alone(model, ROWS).detach()
+@pytest.fixture(scope="module")
+def results(folder, tmp_path_factory) -> dict[str, tuple[Path, torch.Tensor, torch.Tensor]]:
+    """Of each case its result's folder, its log-probabilities, and those that a new process gives."""
+    root = tmp_path_factory.mktemp("results")
+    made = {case: saved(root / case, folder, case) for case in IN_A_NEW_PROCESS}
     paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
     done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(folder), str(path)],
+        [sys.executable, "-c", ELSEWHERE, str(folder), *(str(path) for path, _ in made.values())],
         env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    got = torch.tensor([float(number) for number in done.stdout.strip().strip("[]").split(",")])
+    told = json.loads(done.stdout.splitlines()[-1])
+    return {case: (path, alone(model, ROWS).detach(), torch.tensor(told[case])) for case, (path, model) in made.items()}
+
+
+@pytest.mark.parametrize("case", IN_A_NEW_PROCESS)
+def test_a_result_gives_equal_log_probabilities_in_a_new_process_and_in_plain_peft(results, folder, case):
+    path, want, got = results[case]
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), path).eval()
     torch.testing.assert_close(alone(plain, ROWS).detach(), want, rtol=1e-5, atol=1e-5)

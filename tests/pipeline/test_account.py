@@ -224,8 +224,8 @@ def test_plan_json_holds_what_was_predicted_and_what_the_run_took(tiny, tmp_path
 
 
 def test_a_plan_over_the_machines_memory_is_refused_before_anything_is_trained(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(fitting, "memory_room", lambda: 0)
-    monkeypatch.setattr(planning, "memory_room", lambda: 0)
+    monkeypatch.setattr(fitting, "memory_room", lambda session: 0)
+    monkeypatch.setattr(planning, "memory_room", lambda session: 0)
     with pytest.raises(DoesNotFit, match="GB of memory") as caught:
         tunesmith.run(recipe(tmp_path, tiny), out=tmp_path / "run")
     assert caught.value.exit_status == 4

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.toys import ItemsOf, Rows, items_of, loaded, make_items, make_prompts, make_stage, tiny_model
+from tests.toys import ItemsOf, Rows, items_of, loaded, make_items, make_prompts, make_rows, make_stage, tiny_model
 
 from tunesmith import fitting, planning
 from tunesmith.errors import DoesNotFit
 from tunesmith.models import footprint
+from tunesmith.models.costs import method_cost
 from tunesmith.models.machine import Machine
-from tunesmith.recipe import Stage
+from tunesmith.models.roofline import model_shape
+from tunesmith.recipe import LaunchSection, Stage
 from tunesmith.train.stage import derive_stage
 
 LORA, FULL = {"type": "lora", "r": 4, "target_modules": ["q_proj"]}, {"type": "full"}
@@ -43,6 +45,7 @@ def session_of(
     held_out: ItemsOf | None = None,
     run: Path = Path("no-such-run"),
     given: list[Stage] | None = None,
+    launch: dict | None = None,
 ) -> SimpleNamespace:
     """A session of some stages on the same items. given: what the recipe says, where that is less."""
     data = SimpleNamespace(
@@ -57,7 +60,7 @@ def session_of(
         bare=10**9,
         recipe=SimpleNamespace(
             seed=0,
-            launch=SimpleNamespace(processes=1),
+            launch=LaunchSection(**{"processes": 1} | (launch or {})),
             price_per_hour=None,
             stages=given or stages,
             evaluate=SimpleNamespace(candidates=[], gates=[]),
@@ -73,6 +76,40 @@ def planned(stages: list[Stage], items: ItemsOf, **where) -> dict:
 def flops(plan: dict, name: str) -> float:
     (phase,) = [phase for phase in plan["phases"] if phase["name"] == name]
     return phase["flops"]
+
+
+def test_learned_tokens_are_computed_once_a_batch_and_a_prefix_not_at_all():
+    def work(method: str) -> tuple[float, float]:
+        settings = {"type": method, "num_virtual_tokens": 5} if method != "lora" else LORA
+        stage = make_stage(method=settings, max_steps=3, rows=12, per_device_train_batch_size=4)
+        session = session_of([stage], items_of(Rows(make_rows(12))))
+        update = fitting.update_of(session, stage, method_cost(session.loaded.model, stage.method))
+        return update.work.computed, update.largest
+
+    computed, largest = work("lora")
+    assert work("prompt") == (computed + 5, largest + 5)
+    assert work("prefix") == (computed, largest)
+
+
+def test_under_fsdp_a_process_holds_its_share_of_gradients_and_moments_and_the_base_whole_as_it_is_loaded():
+    stage = make_stage(method=FULL, max_steps=3, rows=12)
+    shape = model_shape(loaded(tiny_model("llama")))
+    alone, sharded = (
+        fitting.stage_footprint(session_of([stage], LONG, launch=launch), shape, stage)
+        for launch in ({}, {"strategy": "fsdp", "processes": 4})
+    )
+    for part in ("gradients", "optimiser"):
+        assert sharded[part] == alone[part] // 4
+    assert sharded["weights"] == alone["weights"]
+
+
+def test_processes_on_one_machine_share_its_memory(monkeypatch):
+    stage = make_stage(method=LORA, rows=12)
+    monkeypatch.setattr(fitting, "held_bytes", lambda: 7)
+    assert fitting.memory_room(session_of([stage], LONG)) == 10**12 + 7
+    assert fitting.memory_room(session_of([stage], LONG, launch={"nproc_per_node": 4})) == 10**12 // 4 + 7
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun's word counts
+    assert fitting.memory_room(session_of([stage], LONG, launch={"nproc_per_node": 4})) == 10**12 // 2 + 7
 
 
 def sampling(objective: dict, name: str = "s", **settings) -> Stage:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tunesmith.models.methods import KINDS
+from tunesmith.recipe import WHOLE
+
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"type": "full"},
     "partial": {"type": "partial", "last_layers": 1},
@@ -26,24 +29,20 @@ CAPABILITIES = {
     "fp16": "trains on a base in fp16, the loss scaled",
     "checkpointing": "activations recomputed: the same gradients",
     "packed": "rows packed together: each as if alone",
-    "resume": "killed and resumed: bitwise the same weights",
+    "resume": "interrupted and resumed: bitwise the same weights",
     "merge": "merged weights give the live model's logits",
     "ddp": "two processes: the loss curve of one",
     "fsdp2": "two processes, the base's weights sharded: the loss curve of one",
 }
-REFUSED_MERGES = ("qlora", "houlsby", "pfeiffer", "parallel", "prefix", "prompt", "p_tuning")
 
 
 def reason(method: str, capability: str) -> str | None:
     """Why a cell is grey, or None where a test shows it."""
-    if capability == "merge" and method in ("full", "partial"):
+    kind = KINDS[METHODS[method]["type"]]
+    if capability == "merge" and METHODS[method]["type"] in WHOLE:
         return "the result is a whole model: there is nothing to merge"
-    if capability == "merge" and method == "qlora":
-        return "weights of a few bits cannot hold what was learned"
-    if capability == "merge" and method in ("houlsby", "pfeiffer", "parallel"):
-        return "its layers are not linear: no weight holds them"
-    if capability == "merge" and method in REFUSED_MERGES:
-        return "learned tokens: no weight holds them"
+    if capability == "merge":
+        return "weights of a few bits cannot hold what was learned" if method == "qlora" else kind.mergeable
     if capability == "fsdp2" and method == "qlora":
         return "a quantised base is not sharded"
     return None

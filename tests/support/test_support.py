@@ -11,12 +11,16 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from tests.distributed.processes import together, values
-from tests.support.cells import CAPABILITIES, GREEN, METHODS, REFUSED_MERGES, reason
+from tests.pipeline.helpers import recipe
+from tests.pipeline.helpers import stage as one_stage
+from tests.support.cells import CAPABILITIES, GREEN, METHODS, reason
 from tests.toys import batch_of, make_rows, make_stage, model_folder, stage_inputs, train_stage
 
-from tunesmith.errors import Interrupted
+import tunesmith
+from tunesmith.errors import Interrupted, RecipeError
+from tunesmith.models.layout import layers_of
 from tunesmith.models.load import LoadedModel, load_model
-from tunesmith.models.methods import ADAPTERS, KINDS, attach
+from tunesmith.models.methods import attach
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import SFT
 from tunesmith.recipe import Method, ModelSection
@@ -92,7 +96,12 @@ def check_checkpointing(folder, name, tmp_path):
     gradients = []
     for checkpointing in (False, True):
         policy = fresh(folder, name, gradient_checkpointing=checkpointing)
+        calls = []
+        for layer in layers_of(policy.backbone):
+            layer.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         run_window(policy, SFT(), [batch_of(ROWS[:4])])
+        again = 1 if name == "partial" else 2  # of two layers, those that the backward pass goes through
+        assert len(calls) == 2 + (again if checkpointing else 0)
         gradients.append({name: p.grad for name, p in policy.named_parameters() if p.requires_grad})
     plain, recomputed = gradients
     assert any(g is not None and g.any() for g in plain.values())
@@ -184,12 +193,27 @@ def test_works(folder, name, capability, tmp_path):
     CHECKS[capability](folder, name, tmp_path)
 
 
-@pytest.mark.parametrize("name", [name for name in REFUSED_MERGES if name != "qlora"])
-def test_a_method_that_cannot_be_merged_says_why(name):
-    kind = KINDS[METHODS[name]["type"]]
-    assert kind.mergeable
-    assert kind is ADAPTERS[kind.peft_type]
+GREY = [(method, capability) for method in METHODS for capability in CAPABILITIES if reason(method, capability) is not None]
+WHOLE_RESULTS = [("full", "merge"), ("partial", "merge")]  # nothing is refused there: the export copies
 
 
-def test_every_cell_is_green_or_has_its_reason():
-    assert len(GREEN) + sum(reason(m, c) is not None for m in METHODS for c in CAPABILITIES) == len(METHODS) * len(CAPABILITIES)
+@pytest.mark.parametrize("name, capability", [cell for cell in GREY if cell not in WHOLE_RESULTS])
+def test_what_cannot_work_is_refused_with_the_reason(folder, name, capability, tmp_path):
+    quantised = {"quantization": "nf4"} if name == "qlora" else {}
+    whole = recipe(tmp_path, folder, stages=[one_stage(method=METHODS[name])])
+    whole["model"] |= quantised
+    if capability == "fsdp2":
+        with pytest.raises(RecipeError, match="does not shard a quantised base"):
+            tunesmith.load_recipe(whole | {"launch": {"strategy": "fsdp"}})
+        return
+    run = tunesmith.train(whole, out=tmp_path / "run").path
+    with pytest.raises(RecipeError) as caught:
+        tunesmith.export(run, "merged")
+    assert reason(name, capability) in str(caught.value)
+    assert caught.value.exit_status == 2
+    assert not (run / "export").exists()
+
+
+def test_the_grey_cells_are_the_ones_that_are_tried_and_the_whole_results():
+    assert len(GREY) == 10
+    assert set(WHOLE_RESULTS) <= set(GREY)

@@ -21,6 +21,7 @@ from ..errors import AdapterError, MissingFile, RecipeError
 from ..models.heads import HEADS
 from ..models.load import LoadedModel, load_model, quiet
 from ..models.methods import ADAPTERS
+from ..models.methods.tokens import fold_new_tokens
 from ..models.opening import open_result
 from ..models.result import ADAPTER_CONFIG, CARD, is_adapter, is_model, read_adapter_config, read_card, require_unaltered
 from ..recipe import ModelSection, Recipe, load_recipe
@@ -149,13 +150,22 @@ def _copy(path: Path, recipe: Recipe, folder: Path, to: str, target: Path, stage
             if file.name not in (MANIFEST, CARD, "README.md"):
                 shutil.copyfile(file, temporary / file.name)
         if is_adapter(folder):
-            _name_the_base(temporary, card)
+            _name_the_base(path, temporary, card)
         _write_cards(path, recipe, temporary, card, stage, {"to": to, "parity": None}, notes)
     return Exported(target, None, None, tuple(notes))
 
 
-def _name_the_base(folder: Path, card: dict[str, Any]) -> None:
-    """The base by its public name: where it lies on this machine is nobody's business, and of no use elsewhere."""
+def _name_the_base(run: Path, folder: Path, card: dict[str, Any]) -> None:
+    """The base by its public name: where it lies on this machine is nobody's business, and of no use elsewhere.
+
+    Raises RecipeError where it has none, since another stage of the run made it.
+    """
+    if card["base"]["sha256"] != json.loads((run / MANIFEST).read_text())["model"]["sha256"]:
+        raise RecipeError(
+            "the adapter stands on the whole model of another stage, which nobody else has",
+            where=str(run),
+            mend="use --to merged, or export that stage too and tell people of both",
+        )
     config = read_adapter_config(folder) | {"base_model_name_or_path": card["base"]["name"]}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
 
@@ -176,6 +186,7 @@ def _merge(
     before = hidden_states(live, rows)
     head = live.get_base_model().get_output_embeddings() if hasattr(live, "get_base_model") else live.get_output_embeddings()
     before.keep_head(head)
+    fold_new_tokens(live)
     merged = live.merge_and_unload(safe_merge=True).to(dtype)
     merged.config.dtype = dtype
     with atomic_folder(target) as temporary:

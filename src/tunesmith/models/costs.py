@@ -15,7 +15,7 @@ from .methods import trainable_count
 from .methods.targets import layer_size, targeted
 
 DROPPED = 3.3  # times an adapter's input that dropout keeps of it: the mask, what is left, and what lies between; fitted
-PROMPTING = ("prefix", "prompt", "p_tuning")
+COMPUTED_TOKENS = ("prompt", "p_tuning")  # methods whose learned tokens go through the layers; a prefix is keys and values alone
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class MethodCost:
     copied: int = 0
     """Frozen weights that a fast path copies."""
     virtual_tokens: int = 0
-    """Learned tokens before each row, which is then computed by itself and padded."""
+    """Learned tokens, which all rows of a batch share."""
 
 
 def method_cost(model: PreTrainedModel, method: Method) -> MethodCost:
@@ -50,8 +50,10 @@ def method_cost(model: PreTrainedModel, method: Method) -> MethodCost:
         depth = min(1.0, (getattr(method, "last_layers", None) or layers) / layers)
         share = min(1.0, trainable / sum(p.numel() for p in model.parameters()))
         return MethodCost(trainable, True, weight_gradients=1.0 if method.type == "full" else share, depth=depth)
-    if method.type in PROMPTING:
+    if method.type in COMPUTED_TOKENS:
         return MethodCost(trainable, False, virtual_tokens=method.num_virtual_tokens)
+    if method.type == "prefix":
+        return MethodCost(trainable, False)
     if method.type != "lora":
         return MethodCost(trainable, False, per_token=trainable)
     targets = [layer_size(layer) for layer in targeted(model, method.target_modules).values()]

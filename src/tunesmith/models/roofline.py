@@ -52,17 +52,16 @@ class Tokens:
     """What some batches hold."""
 
     computed: float
-    """Tokens that go through the model, shared ones once."""
+    """Tokens that go through the model, shared and learned ones once a batch."""
     supervised: float
     """Tokens that go through the head."""
     pairs: float = 0.0
     """Pairs of a token and one before it that attention looks at."""
     batches: float = 1.0
-    rows: float = 0.0
 
     def times(self, factor: float) -> Tokens:
         """So many times as much."""
-        return Tokens(*(factor * value for value in (self.computed, self.supervised, self.pairs, self.batches, self.rows)))
+        return Tokens(*(factor * value for value in (self.computed, self.supervised, self.pairs, self.batches)))
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def model_shape(loaded: LoadedModel) -> Shape:
 def train_phase(shape: Shape, machine: Machine, stage: Stage, cost: MethodCost, work: Tokens) -> Phase:
     """Forward, backward and update over all the batches of a stage."""
     again = RECOMPUTED[stage.gradient_checkpointing or False]
-    tokens, heads = work.computed + cost.virtual_tokens * work.rows, 4 if cost.weight_gradients == 1 else 2
+    tokens, heads = work.computed, 4 if cost.weight_gradients == 1 else 2
     passes = 1 + again + cost.depth + cost.weight_gradients
     flops = 2.0 * shape.linear * tokens * passes + 6.0 * cost.per_token * tokens
     flops += 2.0 * shape.vocabulary * shape.hidden * work.supervised * heads

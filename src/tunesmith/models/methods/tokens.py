@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
+from peft.utils import TrainableTokensWrapper
 from transformers import PreTrainedModel
 
 from ...errors import ModelError
@@ -45,3 +46,12 @@ def _where_tokens_train(model: PreTrainedModel, tokens: list[int]) -> list[int] 
         return tokens
     names = {module: name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
     return {names[embeddings]: tokens, names[head]: tokens}
+
+
+def fold_new_tokens(model: PeftModel) -> None:
+    """Writes the policy's new tokens into the embeddings and the head themselves, for good, before an adapter is merged: of those that PEFT
+    merges, it can do so for LoRA alone."""
+    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, TrainableTokensWrapper)]
+    for name, module in wrapped:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module.unload_and_optionally_merge_module(True, safe_merge=True, adapter_names=None))
