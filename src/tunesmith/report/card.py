@@ -44,7 +44,7 @@ def write_card(run_path: Path, base: ModelIdentity) -> None:
     evaluation = _read(run_path / "evaluation.json")
     adapter = is_adapter(run_path / "model")
     stage = recipe["stages"][-1]
-    text = _front(recipe, base.name, evaluation, adapter) + _body(recipe, stage, asdict(base), evaluation, adapter)
+    text = _front(recipe, stage, base.name, evaluation, adapter) + _body(recipe, stage, asdict(base), evaluation, adapter)
     write_text(run_path / "README.md", text)
     _add_to_model((run_path / "model").resolve(), text)
 
@@ -57,7 +57,7 @@ def export_card(
     evaluation = _read(run_path / "evaluation.json") if stage in (None, recipe["stages"][-1]["name"]) else {}
     chosen = next((one for one in recipe["stages"] if one["name"] == stage), recipe["stages"][-1])
     adapter, parity = about["to"] == "adapter", about["parity"]
-    lines = [_front(recipe, card["base"]["name"], evaluation, adapter) + _body(recipe, chosen, card["base"], evaluation, adapter)]
+    lines = [_front(recipe, chosen, card["base"]["name"], evaluation, adapter) + _body(recipe, chosen, card["base"], evaluation, adapter)]
     if parity is not None:
         lines.append(
             f"The adapter is merged into the weights ({about['dtype']}). Against the live model, on {parity['prompts']} rows "
@@ -66,14 +66,14 @@ def export_card(
     return "\n".join([*lines, *(f"{note}.\n" for note in notes)])
 
 
-def _front(recipe: dict[str, Any], base: str, evaluation: dict[str, Any], adapter: bool) -> str:
+def _front(recipe: dict[str, Any], stage: dict[str, Any], base: str, evaluation: dict[str, Any], adapter: bool) -> str:
     """The front matter that hubs read, and the title."""
     tags = ["tunesmith", *[stage["objective"]["type"] for stage in recipe["stages"]]]
     front = {
         "base_model": base,
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-classification" if _scores(recipe) else "text-generation",
-        "tags": [*tags, *([recipe["stages"][-1]["method"]["type"]] if adapter else [])],
+        "tags": [*tags, *([stage["method"]["type"]] if adapter else [])],
         "datasets": [Path(recipe["data"]["train"]).name],
         "metrics": recipe["task"]["metrics"],
         "model-index": [{"name": recipe["name"], "results": _results(evaluation, recipe["name"])}],
@@ -144,9 +144,9 @@ def _body(recipe: dict[str, Any], stage: dict[str, Any], base: dict[str, Any], e
         words = "A reward model: the score of an answer is the `score` head of `heads.safetensors` on the hidden state of its last token."
         lines.append(f"{words} `tunesmith evaluate` measures it on pairs, and a stage of `ppo` names it as `reward_model`.")
     elif adapter:
-        lines.append(
-            f'```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(base, "model")  # base: {base["name"]}\n```'
-        )
+        known = "import tunesmith  # PEFT learns the adapter's type from it\n" if stage["method"]["type"] == "bottleneck" else ""
+        load = f'from peft import PeftModel\nmodel = PeftModel.from_pretrained(base, "model")  # base: {base["name"]}'
+        lines.append(f"```python\n{known}{load}\n```")
         if recipe["model"].get("rope_scaling"):
             lines.append(f"The base's config needs the rope_scaling that it was trained with: `{recipe['model']['rope_scaling']}`.")
     return "\n\n".join(lines) + "\n"
