@@ -3,6 +3,7 @@ the embedded model is converted once and not in every run of the tests."""
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,14 @@ def tiny_folder(smollm2_tokenizer, tmp_path_factory):
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def pytest_collection_finish():
+    """Takes what is loaded by now out of what the garbage collector looks through, again and again, for the rest of the run."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    """Lets the interpreter's end find everything again."""
+    gc.unfreeze()

@@ -130,17 +130,24 @@ def test_evaluate_refuses_a_folder_that_holds_no_trained_run_and_creates_nothing
         ([], []),
     ],
 )
-def test_plan_and_run_say_beforehand_what_stands_in_the_way_of_a_verdict(project, sets, words, tmp_path):
+def test_the_plan_says_what_stands_in_the_way_of_a_verdict(project, sets, words):
     _, recipe, _ = project
     flags = [word for value in sets for word in ("--set", value)]
     warned = json.loads(call("plan", recipe, *flags, "--json").out)["warnings"]
     assert len(warned) == len(words)
     for warning, word in zip(warned, words, strict=True):
         assert word in warning
+    assert re.findall(r"^warning: (.*)$", call("plan", recipe, *flags).out, re.MULTILINE) == warned
+
+
+@pytest.mark.parametrize("sets", [["data.test=null", "evaluate.gates=[]"], ["evaluate.confidence=0.99"], []])
+def test_a_run_says_beforehand_what_the_plan_says_and_a_verdict_is_missing_where_that_was_said(project, sets, tmp_path):
+    _, recipe, _ = project
+    flags = [word for value in sets for word in ("--set", value)]
+    warned = json.loads(call("plan", recipe, *flags, "--json").out)["warnings"]
     done = call("run", recipe, *flags, "--out", tmp_path / "run")
     assert re.findall(r"^warning: (.*)$", done.err.partition("train sft …")[0], re.MULTILINE) == warned
     assert json.loads(call("run", recipe, *flags, "--out", tmp_path / "run", "--resume", "--json").out)["warnings"] == warned
-    assert re.findall(r"^warning: (.*)$", call("plan", recipe, *flags).out, re.MULTILINE) == warned
     assert done.out.startswith("verdict: NOT MEASURED\n") == any("neither PASS nor FAIL" in warning for warning in warned)
 
 
