@@ -115,7 +115,7 @@ def event_words(event: dict[str, Any]) -> str | None:
     if kind == "checkpoint_refused":
         return f"checkpoint {event['checkpoint']} refused: {event['reason']}"
     if kind == "fast_paths_dropped":
-        return f"fast paths disagree with the plain layers and are off: {', '.join(event['paths'])}"
+        return f"fast paths that do not run here, or disagree with the plain layers, are off: {', '.join(event['paths'])}"
     return None
 
 

@@ -56,6 +56,16 @@ def test_memory_grows_with_tokens_trained_weights_and_what_the_bare_process_hold
     assert memory(bare=2 * GIB) - memory(bare=GIB) == GIB
 
 
+def test_offloaded_activations_are_those_of_one_layer():
+    kept, away = (
+        train_footprint(SHAPE, stage, RANK_16, bare=GIB, batch_tokens=2000)
+        for stage in (LORA, LORA.model_copy(update={"activation_offload": True}))
+    )
+    weights_in_motion = SHAPE.linear // SHAPE.layers * SHAPE.itemsize
+    assert (kept.pop("activations") - weights_in_motion) // 30 == away.pop("activations") - weights_in_motion
+    assert kept == away
+
+
 def test_full_tuning_in_bf16_needs_moments_rests_and_gradients_beside_the_weights_that_are_there():
     def beyond(stage):
         return memory(stage, trainable=SHAPE.parameters) - memory(stage, trainable=0)

@@ -8,7 +8,7 @@ honoured (scaling, sliding window, soft cap) or refused (dropout, sinks, biases)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -65,9 +65,14 @@ def forest_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    *,
+    kernel: Callable[..., Tensor] | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
-    """query[1, Hq, T, D], key and value[1, Hkv, T, D] -> (output[1, T, Hq, D], None); the layout is the current batch's."""
+    """query[1, Hq, T, D], key and value[1, Hkv, T, D] -> (output[1, T, Hq, D], None); the layout is the current batch's.
+
+    kernel: what computes it in place of this file's own, from the same arguments.
+    """
     layout = _layout.get()
     if layout is None:
         raise ModelError(
@@ -84,7 +89,7 @@ def forest_attention(
     key, value = key[0], value[0]
     if layout.prefix is not None:
         key, value = _with_prefix(module, key, value, layout.prefix)
-    out = _ForestAttention.apply(query[0], key, value, layout.nodes, scale, extra.get("sliding_window"), extra.get("softcap"))
+    out = (kernel or packed)(query[0], key, value, layout.nodes, scale, extra.get("sliding_window"), extra.get("softcap"))
     return out.unsqueeze(0), None
 
 
@@ -145,6 +150,13 @@ def _probabilities(
     capped = torch.tanh(torch.bmm(q, k.transpose(1, 2)).float().mul_(scale / softcap))
     slope = 1 - capped * capped
     return torch.softmax(capped.mul_(softcap).add_(mask), -1), slope
+
+
+def packed(
+    query: Tensor, key: Tensor, value: Tensor, nodes: tuple[Node, ...], scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """query[Hq, T, D], key and value[Hkv, T + n, D] -> [T, Hq, D]: one node's block of queries after another."""
+    return _ForestAttention.apply(query, key, value, nodes, scale, window, softcap)
 
 
 class _ForestAttention(torch.autograd.Function):

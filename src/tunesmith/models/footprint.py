@@ -37,6 +37,8 @@ def train_footprint(
     again = shape.layers * cost.depth * RECOMPUTED[stage.gradient_checkpointing or False]
     layers = shape.layers * cost.depth - again + (1 if again else 0)  # of those computed again, one at a time
     kept = again * (CHECKPOINTED_HIDDEN * shape.hidden + CHECKPOINTED_INNER * shape.inner)
+    if stage.activation_offload:  # one layer at a time; the others' lie in the host's memory, which is not counted
+        layers, kept = 1, 0
     saved = batch_tokens * (layers * vectors + cost.saved_inputs * layers / shape.layers + kept) * shape.itemsize
     if not cost.whole:
         saved += shape.linear // shape.layers * shape.itemsize  # a layer's weights while they move beside the update's
@@ -54,7 +56,8 @@ def train_footprint(
         "rollouts": 0,
         "libraries": bare + LIBRARIES,
     }
-    if not stage.gradient_checkpointing:  # the comparison comes before the optimiser, and holds both sides' gradients
+    if not (stage.gradient_checkpointing or stage.activation_offload):
+        # the comparison comes before the optimiser, and holds both sides' gradients
         plain = probe_tokens * shape.layers * cost.depth * (PLAIN_HIDDEN * shape.hidden + PLAIN_INNER * shape.inner) * shape.itemsize
         beyond = int(plain) + parts["gradients"] - parts["optimiser"] - parts["activations"]
         parts["activations"] += max(0, beyond)

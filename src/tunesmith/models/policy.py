@@ -9,7 +9,7 @@ without padding, and the head runs on supervised tokens only.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,9 +22,11 @@ from ..data.forest import Forest, Node
 from ..errors import ModelError
 from .adapters import active_adapter
 from .attention import FOREST, Layout, forest_layout
+from .flex import FLEX, FLEX_ATTENTION, use_flex
 from .fused import FastPaths, fuse_layers, fuse_lora, plain_layers, remove_fast_forwards
 from .head import logit_shape, token_logprobs
 from .layout import backbone_of, unpackable_reason
+from .offload import offloaded
 from .recompute import recompute_layers
 from .virtual import virtual_tokens
 
@@ -52,7 +54,8 @@ class Policy(nn.Module):
     model: transformers' or PEFT's module; fast: whether layers may take their fast paths.
     heads: linear heads on the hidden state by name, `value` and `score`, each giving one number (`heads.py`).
     temperature: what logits are divided by before log-probabilities and entropy are taken. detach_values: whether the value head's gradient
-    stays out of the model. sharded: whether the base is going to be.
+    stays out of the model. activation_offload: whether what the layers keep lies in the host's memory. sharded: whether the base is
+    going to be.
     """
 
     def __init__(
@@ -61,13 +64,14 @@ class Policy(nn.Module):
         *,
         fast: bool = True,
         gradient_checkpointing: bool | Literal["selective"] = False,
+        activation_offload: bool = False,
         temperature: float = 1.0,
         detach_values: bool = True,
         sharded: bool = False,
     ):
         super().__init__()
         self.model = model
-        self.temperature, self.detach_values = temperature, detach_values
+        self.temperature, self.detach_values, self.activation_offload = temperature, detach_values, activation_offload
         self.heads = nn.ModuleDict()
         self.causal: PreTrainedModel
         object.__setattr__(self, "causal", model.get_base_model() if hasattr(model, "get_base_model") else model)
@@ -78,6 +82,8 @@ class Policy(nn.Module):
         _require_interface(self.causal)
         self.causal.set_attn_implementation(FOREST)
         if fast:
+            if self.causal.device.type == "cuda":
+                use_flex(self.causal, self.fast_paths)
             fuse_layers(self.causal, self.fast_paths)
             if sharded:
                 self.fast_paths.refused["lora"] = "the base is sharded over processes, and one product would hold it whole"
@@ -116,9 +122,13 @@ class Policy(nn.Module):
 
     @contextmanager
     def plain(self) -> Iterator[None]:
-        """For a while, every layer takes its own forward."""
-        with plain_layers(self.model):
-            yield
+        """For a while, every layer takes its own forward, and attention is computed node by node."""
+        self.causal.set_attn_implementation(FOREST)
+        try:
+            with plain_layers(self.model):
+                yield
+        finally:
+            self.causal.set_attn_implementation(FLEX if FLEX_ATTENTION in self.fast_paths.used else FOREST)
 
     @contextmanager
     def deterministic(self) -> Iterator[None]:
@@ -135,6 +145,7 @@ class Policy(nn.Module):
     def make_plain(self) -> None:
         """Takes the fast paths out for good."""
         remove_fast_forwards(self.model)
+        self.causal.set_attn_implementation(FOREST)
         self.fast_paths = FastPaths(refused=dict.fromkeys(self.fast_paths.used, "disagrees with the plain layers on the first batch"))
 
     def hidden(self, embeddings_1TH: Tensor, forest: Forest) -> Tensor:
@@ -155,7 +166,7 @@ class Policy(nn.Module):
                 positions = torch.cat([positions, torch.arange(virtual.count, device=positions.device)[None]], 1)
                 embeddings_1TH = torch.cat([embeddings_1TH, virtual.embeddings_NH[None]], 1)
             layout = Layout(tuple(nodes), virtual.prefix)
-        with forest_layout(layout):
+        with forest_layout(layout), offloaded(self.model) if self.activation_offload else nullcontext():
             hidden_TH = self.backbone(inputs_embeds=embeddings_1TH, position_ids=positions, use_cache=False).last_hidden_state[0]
         return hidden_TH[:total]
 

@@ -69,6 +69,8 @@ class Stage(Section):
     gradient_checkpointing: bool | Literal["selective"] | None = None
     """Recompute activations in the backward pass: of every layer, for about a third more time, or (selective) of every second one; derived
     as false where that fits."""
+    activation_offload: bool = False
+    """Keep what the backward pass needs in the host's pinned memory; on CUDA alone. What it saves and costs is not measured."""
     eval_steps: Positive | None = None
     """Updates between evaluations on the validation rows; derived as once an epoch."""
     early_stopping_patience: Positive | None = None
@@ -90,6 +92,12 @@ class Stage(Section):
             raise ValueError(
                 f"objective.reference: {named} is not what the stage starts from ({start}); write start, or start_from: {named}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_left_to_offload(self) -> Stage:
+        if self.activation_offload and self.gradient_checkpointing is True:
+            raise ValueError("activation_offload: with gradient_checkpointing: true the layers keep nothing to move; leave one of them out")
         return self
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ from ..data.render import stop_tokens
 from ..data.template import ChatTemplate
 from ..errors import CheckpointError, RecipeError
 from ..models.embeddings import grow_embeddings
+from ..models.flex import FLEX_ATTENTION
 from ..models.load import LoadedModel, hash_weights, load_model, stored_weights
 from ..models.methods import (
     attach,
@@ -32,6 +33,7 @@ from ..models.methods import (
     starts_unchanged,
     trainable_state,
 )
+from ..models.offload import require_device
 from ..models.policy import Policy
 from ..models.result import CARD, is_adapter
 from ..objectives import SFT
@@ -63,18 +65,20 @@ Report = Callable[[dict[str, Any]], None]
 STARTS_AWAY = "{} tuning starts away from the base: fresh learned tokens change what it says, and the first losses show it"
 ROWS = 8  # of an update, where the recipe names no batch
 EVALUATIONS = 5  # in a stage that samples, where the recipe names no steps between them
-UNFINGERPRINTED = {"save_steps", "save_total_limit", "logging_steps", "name", "data"}  # they change no weight; rows are hashed themselves
+# They change no weight; rows are hashed themselves.
+UNFINGERPRINTED = {"save_steps", "save_total_limit", "logging_steps", "activation_offload", "name", "data"}
 
 
 def derive_stage(stage: Stage, rows: int, *, start: Path | None = None, processes: int = 1) -> Stage:
     """The stage with every setting that the recipe left open given its value.
 
     The micro-batch, its accumulation and checkpointing are those of a machine with room for them: `fitting` lowers them where it has not.
-    rows: training items of an epoch. processes: those whose batches make an update together. Raises RecipeError where its optimiser
-    cannot work on this
-    machine.
+    rows: training items of an epoch. processes: those whose batches make an update together. Raises RecipeError where its optimiser or
+    its offloading cannot work on this machine.
     """
     require_optimiser(stage)
+    if stage.activation_offload:
+        require_device(stage.name)
     sampled = learns_from_answers(stage)
     batch, accumulation = stage.per_device_train_batch_size or ROWS, stage.gradient_accumulation_steps or 1
     stage = stage.model_copy(update={"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation})
@@ -171,7 +175,7 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
     _check_rows(stage, inputs, loaded)
 
     def check(policy: Policy) -> None:
-        slow = _check_step_0(stage, inputs, loaded, policy)
+        slow = sorted({*_check_step_0(stage, inputs, loaded, policy), *(policy.fast_paths.refused.keys() & {FLEX_ATTENTION})})
         if slow:
             _tell(run, report, {"event": "fast_paths_dropped", "stage": stage.name, "paths": slow})
 

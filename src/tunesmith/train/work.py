@@ -140,6 +140,7 @@ def _policy(stage: Stage, inputs: WorkInputs, objective: Objective) -> Policy:
     policy = Policy(
         inputs.model,
         gradient_checkpointing=stage.gradient_checkpointing,
+        activation_offload=stage.activation_offload,
         temperature=stage.rollout.temperature if learns_from_answers(stage) else 1.0,
         detach_values=getattr(stage.objective, "value", "detached") == "detached",
         sharded=inputs.sharded,

@@ -1,0 +1,130 @@
+"""The forest's attention as one rule, and as torch's FlexAttention kernel (Dong et al. 2024, arXiv:2412.05496) on CUDA.
+
+The nodes are numbered by depth-first entry; a node's exit is the first number after its descendants'. Query q sees key k where
+entry[k] <= entry[q] < exit[k], which says that k's node is q's or an ancestor of it, and k does not stand later. A sliding window
+bounds how much later q stands. On a CPU torch computes the forward pass alone, so there the kernel of attention.py is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from ..data.forest import Node
+from .attention import QUERY_BLOCK, forest_attention, packed
+from .fused import FastPaths
+
+FLEX = "tunesmith_forest_flex"
+FLEX_ATTENTION = "flex_attention"  # among the fast paths
+AGREES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative to the largest number
+
+
+class Visibility(NamedTuple):
+    """Where each of T tokens stands in the forest."""
+
+    entry_T: np.ndarray
+    exit_T: np.ndarray
+    position_T: np.ndarray
+    """In the row, from its first token on, learned ones included."""
+
+    def seen(self, q: Any, k: Any, window: int | None = None) -> Any:
+        """Whether the token at index q sees the one at k; elementwise for arrays, of numpy or torch."""
+        entry, end, position = self
+        inside = (entry[k] <= entry[q]) & (entry[q] < end[k]) & (position[k] <= position[q])
+        return inside if window is None else inside & (position[q] - position[k] < window)
+
+
+def visibility(nodes: Sequence[Node], total: int) -> Visibility:
+    """The numbers of a forest's `total` tokens; ancestors that are no nodes themselves (a learned prefix) are numbered too."""
+    paths = {(*node.ancestors, (node.start, node.end))[: depth + 1] for node in nodes for depth in range(len(node.ancestors) + 1)}
+    order = {path: number for number, path in enumerate(sorted(paths))}  # a path comes before those that go on from it
+    below = dict.fromkeys(order, 0)
+    for path in order:
+        for depth in range(len(path)):
+            below[path[: depth + 1]] += 1
+    found = Visibility(*(np.zeros(total, dtype=np.int32) for _ in Visibility._fields))
+    for path, number in order.items():
+        begin, end = path[-1]
+        before = sum(b - a for a, b in path[:-1])
+        found.entry_T[begin:end], found.exit_T[begin:end] = number, number + below[path]
+        found.position_T[begin:end] = np.arange(before, before + end - begin)
+    return found
+
+
+@lru_cache(maxsize=4)  # for all layers of a batch, with and without a window
+def _block_mask(nodes: tuple[Node, ...], queries: int, keys: int, window: int | None, device: torch.device) -> BlockMask:
+    rule = Visibility(*(torch.from_numpy(part).to(device) for part in visibility(nodes, keys)))
+    return create_block_mask(lambda _b, _h, q, k: rule.seen(q, k, window), None, None, queries, keys, device=device)
+
+
+@cache
+def _kernel(kind: str) -> Callable[..., Tensor]:
+    """Compiled, since it would make all T x T scores otherwise: whole, so that it fails where torch would fall back to that."""
+    return flex_attention if kind == "cpu" else torch.compile(flex_attention, fullgraph=True)
+
+
+def flex(
+    query: Tensor, key: Tensor, value: Tensor, nodes: tuple[Node, ...], scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """query[Hq, T, D], key and value[Hkv, T + n, D] -> [T, Hq, D]; the arguments are those of attention.py's kernel."""
+    mask = _block_mask(nodes, query.shape[1], key.shape[1], window, query.device)
+
+    def cap(score: Tensor, *_index: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    out = _kernel(query.device.type)(
+        query[None],
+        key[None],
+        value[None],
+        score_mod=None if softcap is None else cap,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=query.shape[0] != key.shape[0],
+    )
+    return out[0].transpose(0, 1)
+
+
+def flex_forest_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """`forest_attention` by the FlexAttention kernel."""
+    return forest_attention(*args, kernel=flex, **kwargs)
+
+
+AttentionInterface.register(FLEX, flex_forest_attention)
+
+
+def use_flex(model: PreTrainedModel, paths: FastPaths) -> None:
+    """Gives a model the FlexAttention kernel, if on its device it computes and differentiates what attention.py's does."""
+    try:
+        reason = None if _agrees(model) else "it computes something else"
+    except Exception as error:  # no compiler, or shapes that the kernel does not take: torch raises whatever it pleases
+        reason = f"it does not run: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+    if reason is not None:
+        paths.refused[FLEX_ATTENTION] = reason
+        return
+    model.set_attn_implementation(FLEX)
+    paths.count(FLEX_ATTENTION)
+
+
+def _agrees(model: PreTrainedModel) -> bool:
+    """Whether outputs and gradients of both kernels are equal up to rounding, on a small forest in the model's shape and dtype."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    nodes = (Node(0, 20, ()), Node(20, 50, ((0, 20),)), Node(50, QUERY_BLOCK, ((0, 20), (20, 50))), Node(QUERY_BLOCK, QUERY_BLOCK + 9, ()))
+    kernels: tuple[Callable[..., Tensor], ...] = (packed, flex)
+    generator, found = torch.Generator().manual_seed(0), []
+    shapes = [(count, QUERY_BLOCK + 9, width) for count in (heads, *[getattr(config, "num_key_value_heads", None) or heads] * 2)]
+    given = [torch.randn(shape, generator=generator).to(model.device, model.dtype).requires_grad_() for shape in shapes]
+    toward = torch.randn(QUERY_BLOCK + 9, heads, width, generator=generator).to(model.device, model.dtype)
+    with torch.enable_grad():
+        for kernel in kernels:
+            out = kernel(*given, nodes, width**-0.5, None, getattr(config, "attn_logit_softcapping", None))
+            found.append([out, *torch.autograd.grad(out, given, toward)])
+    return all(bool((a - b).abs().max() <= AGREES[model.dtype] * b.abs().max()) for b, a in zip(*found, strict=True))
