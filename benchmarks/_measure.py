@@ -12,15 +12,17 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 CHILD = "--child"
 
 
-def run_child(file: str, spec: dict, *, threads: int) -> dict:
-    """Runs `file --child SPEC` in a process of its own, on CPU, with so many threads. Returns its last line, read as JSON."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+def run_child(file: str, spec: dict, *, threads: int, gpu: bool = False) -> dict:
+    """Runs `file --child SPEC` in a process of its own with so many threads, on CPU unless `gpu`. Returns its last line, read as JSON."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
     source = str(Path(file).resolve().parents[1] / "src")
     environment["PYTHONPATH"] = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -47,14 +49,14 @@ def peak_bytes() -> int:
 
 
 class Stopwatch:
-    """Processor seconds of all threads of this process between the end of the warm-up and the last lap."""
+    """Seconds between the end of the warm-up and the last lap, by a clock: the processor time of all threads of this process."""
 
-    def __init__(self, warmup: int):
-        self.warmup, self.laps = warmup, []
+    def __init__(self, warmup: int, clock: Callable[[], float] = time.process_time):
+        self.warmup, self.clock, self.laps = warmup, clock, []
 
     def lap(self) -> None:
         """Called after each step."""
-        self.laps.append(time.process_time())
+        self.laps.append(self.clock())
 
     @property
     def seconds(self) -> float:
