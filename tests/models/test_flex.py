@@ -14,10 +14,10 @@ from tests.toys import batch_of, make_rows
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention as torch_flex
 
-from tunesmith.data.forest import Node, build_forest
+from tunesmith.data.forest import Forest, Node, build_forest
 from tunesmith.models import flex as flex_module
-from tunesmith.models.attention import FOREST, packed
-from tunesmith.models.flex import FLEX, FLEX_ATTENTION, Visibility, flex, use_flex, visibility
+from tunesmith.models.attention import FOREST, Layout, packed
+from tunesmith.models.flex import FLEX, FLEX_ATTENTION, Visibility, flex, flex_masks, use_flex, visibility
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import SFT
 from tunesmith.train.invariants import fast_paths_agree
@@ -35,8 +35,7 @@ def backward_on_cpu(monkeypatch):
 
 
 def forget() -> None:
-    """What is kept between calls: the masks of batches, and what dynamo has traced, which a changed rule would not change."""
-    flex_module._block_mask.cache_clear()
+    """What dynamo has traced, which a changed rule would not change."""
     torch._dynamo.reset()
 
 
@@ -60,8 +59,13 @@ def random_rows(seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def sees(nodes: tuple[Node, ...], queries: int, keys: int, window: int | None) -> np.ndarray:
     """[queries, keys]: which keys the packed attention gives weight to, where all scores are equal."""
-    out = packed(torch.zeros(1, queries, keys), torch.zeros(1, keys, keys), torch.eye(keys)[None], nodes, 1.0, window, None)
+    out = packed(torch.zeros(1, queries, keys), torch.zeros(1, keys, keys), torch.eye(keys)[None], Layout(nodes), 1.0, window, None)
     return out[:, 0].numpy() > 0
+
+
+def layout_of(forest: Forest, window: int | None) -> Layout:
+    total = len(forest.tokens_T)
+    return Layout(forest.nodes, None, flex_masks(forest.nodes, total, total, {window}, torch.device("cpu")))
 
 
 def table(rule: Visibility, queries: int, window: int | None) -> np.ndarray:
@@ -108,7 +112,7 @@ def test_flex_attention_gives_the_packed_outputs_and_gradients(backward_on_cpu, 
     given = [torch.randn(heads, total, 8, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
     toward, found = torch.randn(total, 4, 8), []
     for kernel in (flex, packed):
-        out = kernel(*given, forest.nodes, 0.7, window, softcap)
+        out = kernel(*given, layout_of(forest, window), 0.7, window, softcap)
         found.append([out, *torch.autograd.grad(out, given, toward)])
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
@@ -139,16 +143,16 @@ def test_flex_attention_that_sees_too_much_is_dropped(backward_on_cpu, monkeypat
 
 def test_compiled_it_is_traced_whole_and_not_again_for_every_batch(backward_on_cpu, monkeypatch):
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(torch_flex.flex_attention, backend=counter, fullgraph=True)
-    monkeypatch.setattr(flex_module, "_kernel", lambda kind: compiled)
-    for count in range(2, 12):
+    compiled = torch.compile(torch_flex.flex_attention, backend=counter, fullgraph=True, dynamic=True)
+    monkeypatch.setattr(flex_module, "flex_attention", compiled)
+    for count in (2, 5, 11, 12):
         forest = build_forest(make_rows(count, seed=count, shared=20))
         given = [torch.randn(heads, len(forest.tokens_T), 8, requires_grad=True) for heads in (4, 2, 2)]
         for window in (None, 7):
-            out, want = (kernel(*given, forest.nodes, 0.3, window, None) for kernel in (flex, packed))
+            out, want = (kernel(*given, layout_of(forest, window), 0.3, window, None) for kernel in (flex, packed))
             for mine, theirs in zip(torch.autograd.grad(out.sum(), given), torch.autograd.grad(want.sum(), given), strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-    assert counter.frame_count <= 6, "with and without a window: one size, any size, and any size of more than one block"
+    assert counter.frame_count <= 6, "with and without a window, one block and more, with and without whole blocks that are seen"
 
 
 def test_where_flex_attention_does_not_run_the_packed_one_stays():

@@ -8,7 +8,7 @@ honoured (scaling, sliding window, soft cap) or refused (dropout, sinks, biases)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -30,6 +30,8 @@ class Layout(NamedTuple):
 
     nodes: tuple[Node, ...]
     prefix: KeysValues | None = None
+    masks: Mapping[int | None, Any] = {}
+    """What FlexAttention makes of the nodes, by sliding window, where it is used."""
 
 
 _layout: ContextVar[Layout | None] = ContextVar("forest_layout", default=None)
@@ -67,13 +69,14 @@ def forest_attention(
     scaling: float | None = None,
     *,
     kernel: Callable[..., Tensor] | None = None,
+    layout: Layout | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """query[1, Hq, T, D], key and value[1, Hkv, T, D] -> (output[1, T, Hq, D], None); the layout is the current batch's.
 
-    kernel: what computes it in place of this file's own, from the same arguments.
+    kernel: what computes it in place of this file's own, from the same arguments. layout: the batch's, where a layer was given it.
     """
-    layout = _layout.get()
+    layout = _layout.get() if layout is None else layout
     if layout is None:
         raise ModelError(
             "the model was called outside the policy's forward", mend="call the policy, or switch the attention implementation first"
@@ -89,7 +92,7 @@ def forest_attention(
     key, value = key[0], value[0]
     if layout.prefix is not None:
         key, value = _with_prefix(module, key, value, layout.prefix)
-    out = (kernel or packed)(query[0], key, value, layout.nodes, scale, extra.get("sliding_window"), extra.get("softcap"))
+    out = (kernel or packed)(query[0], key, value, layout, scale, extra.get("sliding_window"), extra.get("softcap"))
     return out.unsqueeze(0), None
 
 
@@ -152,11 +155,9 @@ def _probabilities(
     return torch.softmax(capped.mul_(softcap).add_(mask), -1), slope
 
 
-def packed(
-    query: Tensor, key: Tensor, value: Tensor, nodes: tuple[Node, ...], scale: float, window: int | None, softcap: float | None
-) -> Tensor:
+def packed(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None, softcap: float | None) -> Tensor:
     """query[Hq, T, D], key and value[Hkv, T + n, D] -> [T, Hq, D]: one node's block of queries after another."""
-    return _ForestAttention.apply(query, key, value, nodes, scale, window, softcap)
+    return _ForestAttention.apply(query, key, value, layout.nodes, scale, window, softcap)
 
 
 class _ForestAttention(torch.autograd.Function):

@@ -8,7 +8,7 @@ bounds how much later q stands. On a CPU torch computes the forward pass alone, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers import AttentionInterface, PreTrainedModel
 
 from ..data.forest import Node
-from .attention import QUERY_BLOCK, forest_attention, packed
+from .attention import QUERY_BLOCK, Layout, forest_attention, packed
 from .fused import FastPaths
 
 FLEX = "tunesmith_forest_flex"
@@ -58,33 +58,38 @@ def visibility(nodes: Sequence[Node], total: int) -> Visibility:
     return found
 
 
-@lru_cache(maxsize=4)  # for all layers of a batch, with and without a window
-def _block_mask(nodes: tuple[Node, ...], queries: int, keys: int, window: int | None, device: torch.device) -> BlockMask:
+def flex_masks(
+    nodes: Sequence[Node], queries: int, keys: int, windows: set[int | None], device: torch.device
+) -> dict[int | None, BlockMask]:
+    """A batch's masks for all its layers, by their sliding window."""
     rule = Visibility(*(torch.from_numpy(part).to(device) for part in visibility(nodes, keys)))
-    return create_block_mask(lambda _b, _h, q, k: rule.seen(q, k, window), None, None, queries, keys, device=device)
+
+    def mask(window: int | None) -> BlockMask:
+        return create_block_mask(lambda _b, _h, q, k: rule.seen(q, k, window), None, None, queries, keys, device=device)
+
+    return {window: mask(window) for window in windows}
 
 
 @cache
-def _kernel(kind: str) -> Callable[..., Tensor]:
-    """Compiled, since it would make all T x T scores otherwise: whole, so that it fails where torch would fall back to that."""
-    return flex_attention if kind == "cpu" else torch.compile(flex_attention, fullgraph=True)
+def _compiled() -> Callable[..., Tensor]:
+    """Not compiled it would make all T x T scores: whole, so that it fails where torch would fall back to that; for any size at once, so
+    that what computes a batch does not hang on which came first."""
+    return torch.compile(flex_attention, fullgraph=True, dynamic=True)
 
 
-def flex(
-    query: Tensor, key: Tensor, value: Tensor, nodes: tuple[Node, ...], scale: float, window: int | None, softcap: float | None
-) -> Tensor:
+def flex(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None, softcap: float | None) -> Tensor:
     """query[Hq, T, D], key and value[Hkv, T + n, D] -> [T, Hq, D]; the arguments are those of attention.py's kernel."""
-    mask = _block_mask(nodes, query.shape[1], key.shape[1], window, query.device)
+    kernel = flex_attention if query.device.type == "cpu" or torch.compiler.is_compiling() else _compiled()
 
     def cap(score: Tensor, *_index: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
-    out = _kernel(query.device.type)(
+    out = kernel(
         query[None],
         key[None],
         value[None],
         score_mod=None if softcap is None else cap,
-        block_mask=mask,
+        block_mask=layout.masks[window],
         scale=scale,
         enable_gqa=query.shape[0] != key.shape[0],
     )
@@ -118,6 +123,7 @@ def _agrees(model: PreTrainedModel) -> bool:
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     nodes = (Node(0, 20, ()), Node(20, 50, ((0, 20),)), Node(50, QUERY_BLOCK, ((0, 20), (20, 50))), Node(QUERY_BLOCK, QUERY_BLOCK + 9, ()))
+    layout = Layout(nodes, None, flex_masks(nodes, QUERY_BLOCK + 9, QUERY_BLOCK + 9, {None}, model.device))
     kernels: tuple[Callable[..., Tensor], ...] = (packed, flex)
     generator, found = torch.Generator().manual_seed(0), []
     shapes = [(count, QUERY_BLOCK + 9, width) for count in (heads, *[getattr(config, "num_key_value_heads", None) or heads] * 2)]
@@ -125,6 +131,6 @@ def _agrees(model: PreTrainedModel) -> bool:
     toward = torch.randn(QUERY_BLOCK + 9, heads, width, generator=generator).to(model.device, model.dtype)
     with torch.enable_grad():
         for kernel in kernels:
-            out = kernel(*given, nodes, width**-0.5, None, getattr(config, "attn_logit_softcapping", None))
+            out = kernel(*given, layout, width**-0.5, None, getattr(config, "attn_logit_softcapping", None))
             found.append([out, *torch.autograd.grad(out, given, toward)])
     return all(bool((a - b).abs().max() <= AGREES[model.dtype] * b.abs().max()) for b, a in zip(*found, strict=True))

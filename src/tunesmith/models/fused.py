@@ -149,6 +149,8 @@ def fuse_lora(model: nn.Module, paths: FastPaths) -> None:
 
 def _swiglu_forward(self: nn.Module, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
+    if torch.compiler.is_compiling():  # what is kept is then the compiler's choice
+        return self.down_proj(F.silu(gate) * up)
     inner = _SwiGLU.apply(gate, up)
     if not inner.requires_grad or torch._C._autograd._top_saved_tensors_default_hooks(True):
         return self.down_proj(inner)  # also where checkpointing says what is kept: hooks of ours in its own would keep gate and up

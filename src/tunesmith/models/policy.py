@@ -22,7 +22,8 @@ from ..data.forest import Forest, Node
 from ..errors import ModelError
 from .adapters import active_adapter
 from .attention import FOREST, Layout, forest_layout
-from .flex import FLEX, FLEX_ATTENTION, use_flex
+from .compiled import compile_layers
+from .flex import FLEX, FLEX_ATTENTION, flex_masks, use_flex
 from .fused import FastPaths, fuse_layers, fuse_lora, plain_layers, remove_fast_forwards
 from .head import logit_shape, token_logprobs
 from .layout import backbone_of, unpackable_reason
@@ -89,6 +90,8 @@ class Policy(nn.Module):
                 self.fast_paths.refused["lora"] = "the base is sharded over processes, and one product would hold it whole"
             else:
                 fuse_lora(self.model, self.fast_paths)
+            if FLEX_ATTENTION in self.fast_paths.used and not sharded:
+                compile_layers(self, self.fast_paths)
         if gradient_checkpointing:
             recompute_layers(self.backbone, gradient_checkpointing)
 
@@ -166,6 +169,10 @@ class Policy(nn.Module):
                 positions = torch.cat([positions, torch.arange(virtual.count, device=positions.device)[None]], 1)
                 embeddings_1TH = torch.cat([embeddings_1TH, virtual.embeddings_NH[None]], 1)
             layout = Layout(tuple(nodes), virtual.prefix)
+        if self.causal.config._attn_implementation == FLEX:
+            queries, windows = embeddings_1TH.shape[1], {None, getattr(self.causal.config.get_text_config(), "sliding_window", None)}
+            keys = queries + (virtual.count if virtual is not None and virtual.prefix is not None else 0)
+            layout = layout._replace(masks=flex_masks(layout.nodes, queries, keys, windows, embeddings_1TH.device))
         with forest_layout(layout), offloaded(self.model) if self.activation_offload else nullcontext():
             hidden_TH = self.backbone(inputs_embeds=embeddings_1TH, position_ids=positions, use_cache=False).last_hidden_state[0]
         return hidden_TH[:total]
