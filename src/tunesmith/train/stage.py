@@ -20,6 +20,7 @@ from ..data.records import Document
 from ..data.render import stop_tokens
 from ..data.template import ChatTemplate
 from ..errors import CheckpointError, RecipeError
+from ..models.compiled import COMPILED
 from ..models.embeddings import grow_embeddings
 from ..models.flex import FLEX_ATTENTION
 from ..models.load import LoadedModel, hash_weights, load_model, stored_weights
@@ -175,7 +176,7 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
     _check_rows(stage, inputs, loaded)
 
     def check(policy: Policy) -> None:
-        slow = sorted({*_check_step_0(stage, inputs, loaded, policy), *(policy.fast_paths.refused.keys() & {FLEX_ATTENTION})})
+        slow = sorted({*_check_step_0(stage, inputs, loaded, policy), *(policy.fast_paths.refused.keys() & {FLEX_ATTENTION, COMPILED})})
         if slow:
             _tell(run, report, {"event": "fast_paths_dropped", "stage": stage.name, "paths": slow})
 
