@@ -84,7 +84,7 @@ def _variants(given: Stage, derived: Stage) -> Iterator[Stage]:
 
 
 def nearest_that_fits(session: Session, stage: Stage, room: int) -> str:
-    """What to change of a stage that does not fit, with what it would then need; or that nothing helps."""
+    """What to change of a stage that does not fit, with what it would then need; or that nothing helps. KEPT_FREE stays free."""
     shape = model_shape(session.loaded)
     open_ = stage.model_copy(update=dict.fromkeys(FITTED) | {"gradient_checkpointing": stage.gradient_checkpointing or None})
     tried = list(_variants(open_, stage))
@@ -93,10 +93,11 @@ def nearest_that_fits(session: Session, stage: Stage, room: int) -> str:
         tried += list(_variants(open_, lora))
     needs = [stage_memory(session, shape, one) for one in tried]
     for one, need in zip(tried, needs, strict=True):
-        if need <= room:
+        if need <= (1 - KEPT_FREE) * room:
             return f"the nearest that fits, with {need / 1e9:.2f} GB: {_changes(stage, one)}"
     least = int(np.argmin(needs))
-    return f"no setting fits: even {_changes(stage, tried[least])} needs {needs[least] / 1e9:.2f} GB; take shorter rows or a smaller model"
+    even = f"{_changes(stage, tried[least])} needs {needs[least] / 1e9:.2f} GB, with {KEPT_FREE:.0%} to be kept free"
+    return f"no setting fits: even {even}; take shorter rows or a smaller model"
 
 
 def _changes(stage: Stage, other: Stage) -> str:

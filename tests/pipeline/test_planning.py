@@ -264,7 +264,6 @@ def test_where_there_is_not_the_micro_batch_is_lowered_and_the_update_keeps_its_
     assert needs == sorted(needs, reverse=True)
     assert chosen(fitted(monkeypatch, needs[1] * spare)) == (4, 2, False)
     assert chosen(fitted(monkeypatch, needs[3] * spare)) == (1, 8, False)
-    monkeypatch.setattr(footprint, "CHECKPOINTED_INNER", 0)  # two layers are too few for checkpointing to spare much
     assert chosen(fitted(monkeypatch, (needs[3] - 100_000) * spare)) == (1, 8, True)
 
 
@@ -288,13 +287,19 @@ def test_a_resumed_run_keeps_what_it_began_with_on_a_machine_with_other_room(mon
 
 def test_what_does_not_fit_is_refused_with_the_nearest_setting_that_does_and_what_that_needs(monkeypatch):
     _, stage = open_stage(per_device_train_batch_size=8)
-    room = need(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    monkeypatch.setattr(fitting, "KEPT_FREE", 0.0002)  # two tiny layers: the settings differ by little
+    fits = need(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    room = int(fits / (1 - fitting.KEPT_FREE)) + 1
     monkeypatch.setattr(fitting, "available_memory", lambda: room)
     with pytest.raises(DoesNotFit, match=f"{room / 1e9:.2f} GB to give") as caught:
         planned([stage], LONG)
     assert caught.value.exit_status == 4
     settings = "per_device_train_batch_size: 2, gradient_accumulation_steps: 4"
-    assert caught.value.mend == f"the nearest that fits, with {room / 1e9:.2f} GB: {settings}"
+    assert caught.value.mend == f"the nearest that fits, with {fits / 1e9:.2f} GB: {settings}"
+    monkeypatch.setattr(fitting, "available_memory", lambda: fits)  # with nothing kept free it would fit
+    with pytest.raises(DoesNotFit) as caught:
+        planned([stage], LONG)
+    assert settings not in caught.value.mend
 
 
 def test_an_adapter_is_named_where_full_tuning_fits_in_no_way(monkeypatch):
@@ -307,7 +312,9 @@ def test_an_adapter_is_named_where_full_tuning_fits_in_no_way(monkeypatch):
 
 def test_where_nothing_fits_the_least_that_is_needed_is_said(monkeypatch):
     monkeypatch.setattr(fitting, "available_memory", lambda: 10)
-    with pytest.raises(DoesNotFit, match=r"no setting fits: even .* needs 1.* GB; take shorter rows or a smaller model"):
+    with pytest.raises(
+        DoesNotFit, match=r"no setting fits: even .* needs 1.* GB, with 10% to be kept free; take shorter rows or a smaller model"
+    ):
         planned([open_stage()[1]], LONG)
 
 

@@ -13,7 +13,12 @@ from .roofline import RECOMPUTED, Shape
 
 SAVED_HIDDEN, SAVED_INNER = 11, 3  # vectors of each width that the backward pass keeps, per token and layer
 PLAIN_HIDDEN, PLAIN_INNER = 24, 7  # the same without the fast paths, with which they are compared before the first update
-CHECKPOINTED_HIDDEN, CHECKPOINTED_INNER = 4, 3  # what checkpointing leaves of them: layers' inputs, and what fast paths keep themselves
+CHECKPOINTED_HIDDEN = (
+    4  # what checkpointing leaves of them: a layer's input, and what the allocator cannot fill of what was freed; LoRA, 8 rows
+)
+BESIDE_MASTERS = (
+    2.5  # times the fp32 masters: what else is held while the optimiser is built, the loaded weights and what the checks left; 135M, full
+)
 HEAD_CHUNKS = 4  # the head's logits of a chunk and what is made of them, each as large
 PASSED_HIDDEN, PASSED_INNER = 9, 4  # vectors of each width that a forward pass without gradients holds at once, per token, in one layer
 LOGIT_COPIES = 3  # fp32 logits and what is made of them, at once
@@ -36,7 +41,7 @@ def train_footprint(
     vectors = SAVED_HIDDEN * shape.hidden + SAVED_INNER * shape.inner
     again = shape.layers * cost.depth * RECOMPUTED[stage.gradient_checkpointing or False]
     layers = shape.layers * cost.depth - again + (1 if again else 0)  # of those computed again, one at a time
-    kept = again * (CHECKPOINTED_HIDDEN * shape.hidden + CHECKPOINTED_INNER * shape.inner)
+    kept = again * CHECKPOINTED_HIDDEN * shape.hidden
     if stage.activation_offload:  # one layer at a time; the others' lie in the host's memory, which is not counted
         layers, kept = 1, 0
     saved = batch_tokens * (layers * vectors + cost.saved_inputs * layers / shape.layers + kept) * shape.itemsize
@@ -61,6 +66,8 @@ def train_footprint(
         plain = probe_tokens * shape.layers * cost.depth * (PLAIN_HIDDEN * shape.hidden + PLAIN_INNER * shape.inner) * shape.itemsize
         beyond = int(plain) + parts["gradients"] - parts["optimiser"] - parts["activations"]
         parts["activations"] += max(0, beyond)
+    if cost.whole and not halved:  # the optimiser is built before an update has activations
+        parts["activations"] += max(0, int(BESIDE_MASTERS * 4 * cost.trainable) - parts["activations"] - parts["logits"])
     return parts
 
 
