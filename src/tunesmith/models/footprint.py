@@ -13,12 +13,8 @@ from .roofline import RECOMPUTED, Shape
 
 SAVED_HIDDEN, SAVED_INNER = 11, 3  # vectors of each width that the backward pass keeps, per token and layer
 PLAIN_HIDDEN, PLAIN_INNER = 24, 7  # the same without the fast paths, with which they are compared before the first update
-CHECKPOINTED_HIDDEN = (
-    4  # what checkpointing leaves of them: a layer's input, and what the allocator cannot fill of what was freed; LoRA, 8 rows
-)
-BESIDE_MASTERS = (
-    2.5  # times the fp32 masters: what else is held while the optimiser is built, the loaded weights and what the checks left; 135M, full
-)
+CHECKPOINTED_HIDDEN = 4  # what checkpointing leaves of them: a layer's input, and holes that the allocator cannot fill; from LoRA, 8 rows
+BESIDE_MASTERS = 1.0  # times the fp32 masters: the loaded weights, which are held until every master is made
 HEAD_CHUNKS = 4  # the head's logits of a chunk and what is made of them, each as large
 PASSED_HIDDEN, PASSED_INNER = 9, 4  # vectors of each width that a forward pass without gradients holds at once, per token, in one layer
 LOGIT_COPIES = 3  # fp32 logits and what is made of them, at once

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -34,16 +35,20 @@ def held_bytes() -> int:
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else resident_bytes()
 
 
-def keep_freed_memory() -> bool:
-    """Returns what is free by now to the system, and tells glibc to keep large blocks that are freed from here on.
+def return_freed_memory() -> None:
+    """Gives what is free by now back to the system: to be called between phases whose blocks are of other sizes, where holes would stay."""
+    with suppress(OSError, AttributeError):  # a C library without it
+        ctypes.CDLL(None).malloc_trim(0)
 
-    Activations are otherwise page-faulted in anew each step. To be called once the model and the optimiser stand: the holes that loading
-    leaves are of other sizes than a step's blocks and would stay empty. Returns whether the C library took it.
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to keep large blocks that are freed from here on; returns whether the C library took it.
+
+    Activations are otherwise page-faulted in anew each step. To be called once the model and the optimiser stand.
     """
+    return_freed_memory()
     try:
-        library = ctypes.CDLL(None)
-        library.malloc_trim(0)
-        mallopt = library.mallopt
+        mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 25)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))

@@ -53,7 +53,7 @@ from .invariants import (
 )
 from .loop import Job, train
 from .loss_scale import LossScale
-from .memory import keep_freed_memory
+from .memory import keep_freed_memory, return_freed_memory
 from .offline import judge_reward_model
 from .optimiser import Optimiser
 from .rollouts import steps_per_pass
@@ -179,6 +179,7 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
         slow = sorted({*_check_step_0(stage, inputs, loaded, policy), *(policy.fast_paths.refused.keys() & {FLEX_ATTENTION, COMPILED})})
         if slow:
             _tell(run, report, {"event": "fast_paths_dropped", "stage": stage.name, "paths": slow})
+        return_freed_memory()
 
     if not starts_unchanged(stage.method) and (inputs.start is None or not is_adapter(inputs.start)):
         _tell(run, report, {"event": "note", "stage": stage.name, "note": STARTS_AWAY.format(stage.method.type)})
@@ -206,6 +207,7 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
         torch.manual_seed(seed + rank())  # of dropout: no two processes have the same masks
         account.seconds["start"] = time.perf_counter() - began
         progress = train(job)
+        return_freed_memory()
         if stage.objective.type == "reward":
             judged = judge_reward_model(work.policy, data.validation_items, stage.per_device_train_batch_size)
             _tell(run, report, {"event": "reward_model", "stage": stage.name, "step": progress.step, **judged})
