@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -58,6 +59,11 @@ def test_the_measured_speeds_are_those_of_a_computer(tmp_path, monkeypatch):
     assert 1e-9 <= found.pop("call_seconds") < 1e-2
     assert all(1e6 < speed < 1e15 for speed in found.values()), found
     assert not list(tmp_path.glob(".storage-trial"))
+
+
+def test_a_speed_is_taken_by_the_clock_whatever_the_threads_do_meanwhile():
+    taken = machine._fastest(lambda: time.sleep(0.002), torch.device("cpu"), 0.1)
+    assert taken >= 0.002
 
 
 def test_available_memory_is_positive_and_no_more_than_the_machine_has():

@@ -2,8 +2,7 @@
 
     machine = measure_machine(torch.float32)    # at once where it was measured before
 
-Each speed is the best of many short trials. On a processor it is taken by processor time, so that other programs count little; on a GPU by
-the clock, after the device has finished.
+Each speed is the best of many short trials, by the clock: threads that wait for each other take processor time and do nothing with it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ..rundir import write_json
 from .load import cache_folder
 
 SECONDS = 10.0  # of the whole measurement
-TRIAL = 0.05  # seconds of one trial, of which the best counts
+TRIAL = 0.02  # seconds of one trial, of which the best counts, so that other programs count little
 PRODUCTS = ((1024, 576, 1536), (512, 2048, 2048), (2048, 576, 576))  # rows, inputs, outputs: what layers of small models compute
 FEW_ROWS = 32  # of a decoding step
 STREAMED, CACHED = 1 << 25, 1 << 20  # numbers: more than any cache holds, and about one layer's activations
@@ -122,17 +121,15 @@ def _measure(dtype: torch.dtype, device: torch.device, folder: Path) -> Machine:
 
 
 def _fastest(run: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """Seconds of one call with all threads to itself, by the best of the trials that fit in `seconds`."""
-    threads = torch.get_num_threads()
+    """Seconds of one call, by the best of the trials that fit in `seconds`."""
 
     def spent(calls: int) -> float:
-        began = time.perf_counter() if device.type == "cuda" else time.process_time()
+        began = time.perf_counter()
         for _ in range(calls):
             run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-            return time.perf_counter() - began
-        return (time.process_time() - began) / threads
+        return time.perf_counter() - began
 
     end, best = time.monotonic() + seconds, spent(2) / 2
     while time.monotonic() < end:
