@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import GateFailed, Interrupted, RecipeError, TunesmithError
+from .errors import Interrupted, RecipeError, TunesmithError
 
 app = typer.Typer(
     help="Fine-tune a language model and prove what the tuning did: one recipe, one command, one verdict.",
@@ -100,10 +100,12 @@ def run(
         _verb(as_json, lambda display: many(recipe, sweep, sets=set_ or (), out=out, resume=resume, report=display), _sweep_words)
         return
     _check_recipe(recipe, set_, out, resume)
+    from .pipeline import require_pass
     from .pipeline import run as work
 
     result = _verb(as_json, lambda display: work(recipe, sets=set_ or (), out=out, resume=resume, report=display), _run_words)
-    _require_pass(result, gate)
+    if gate:  # the verdict is printed by now
+        require_pass(result)
 
 
 @app.command(epilog="Example: tunesmith train recipes/quickstart.yaml --set stages.0.max_steps=20 --out runs/try")
@@ -120,14 +122,11 @@ def evaluate(recipe: RecipePath, set_: Sets = None, out: Out = None, gate: GateF
     """Evaluate what `train` left in the run directory; one that holds no trained run is refused."""
     _check_recipe(recipe, set_, out, True, train=False)
     from .pipeline import evaluate as work
+    from .pipeline import require_pass
 
-    _require_pass(_verb(as_json, lambda display: work(recipe, sets=set_ or (), out=out, report=display), _run_words), gate)
-
-
-def _require_pass(result: Any, gate: bool) -> None:
-    """Raises GateFailed where `--gate` was given and the verdict, which is printed by now, is not PASS."""
-    if gate and result.verdict != "PASS":
-        raise GateFailed(f"the verdict is {result.verdict}", where=str(result.report), mend="see the gates in the report")
+    result = _verb(as_json, lambda display: work(recipe, sets=set_ or (), out=out, report=display), _run_words)
+    if gate:
+        require_pass(result)
 
 
 @app.command(epilog="Example: tunesmith plan recipes/quickstart.yaml")

@@ -87,13 +87,15 @@ def run(
         with session.phase("evaluate"):
             evaluation = evaluate_run(session)
         result = _finish(session, evaluation)
-    return _gated(result, gate)
-
-
-def _gated(result: RunResult, gate: bool) -> RunResult:
-    if gate and result.verdict != "PASS":
-        raise GateFailed(f"the verdict is {result.verdict}", where=str(result.report), mend="see the gates in the report")
+    if gate:
+        require_pass(result)
     return result
+
+
+def require_pass(result: RunResult) -> None:
+    """Raises GateFailed unless the verdict is PASS."""
+    if result.verdict != "PASS":
+        raise GateFailed(f"the verdict is {result.verdict}", where=str(result.report), mend="see the gates in the report")
 
 
 def train(
@@ -136,7 +138,9 @@ def evaluate(
         with session.phase("evaluate"):
             evaluation = evaluate_run(session)
         result = _finish(session, evaluation)
-    return _gated(result, gate)
+    if gate:
+        require_pass(result)
+    return result
 
 
 def plan(

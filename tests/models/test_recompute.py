@@ -11,7 +11,7 @@ from tunesmith.models.policy import Policy
 from tunesmith.recipe import FullMethod, LoraMethod, Stage
 
 FOREST = batch_of(make_rows(6, shared=20)).forest  # rows that share a beginning: a layout with a parent
-METHODS = {"full": FullMethod(), "lora": LoraMethod(r=4)}
+METHODS = {"full": FullMethod(), "lora": LoraMethod(r=4), "dropout": LoraMethod(r=4, lora_dropout=0.3)}
 
 
 def run(method: str, which, family: str = "llama") -> tuple[dict[str, torch.Tensor], int]:
@@ -40,15 +40,15 @@ def run(method: str, which, family: str = "llama") -> tuple[dict[str, torch.Tens
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("which", [True, "selective"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_every_gradient_is_the_plain_one_in_a_forest(method, which, family):
+def test_every_gradient_is_the_plain_one_to_the_bit_in_a_forest(method, which, family):
     assert len(FOREST.nodes) > 6
     plain, again = run(method, False, family)[0], run(method, which, family)[0]
     assert plain.keys() == again.keys()
     for name, gradient in plain.items():
-        torch.testing.assert_close(again[name], gradient, rtol=1e-6, atol=1e-6, msg=name)
+        torch.testing.assert_close(again[name], gradient, rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_all_layers_keep_less_than_every_second_and_that_less_than_none(method):
     none, half, all_layers = (run(method, which)[1] for which in (False, "selective", True))
     assert all_layers < half < none

@@ -50,6 +50,15 @@ def test_a_fingerprint_covers_what_the_token_stores_were_made_from(tmp_path, par
     assert len(prints) == 2
 
 
+@pytest.mark.parametrize("setting", [{"gradient_checkpointing": True}, {"save_steps": 7}])
+def test_a_run_may_go_on_with_other_settings_that_change_no_weight(tmp_path, setting):
+    base = loaded(tiny_model("llama"))
+    data = stage_inputs(base, make_rows(6), tmp_path).data
+    stages = make_stage(), make_stage(**setting), make_stage(learning_rate=0.5)
+    plain, other, changed = (stage_fingerprint(stage, base, data, None, None, 0, tmp_path) for stage in stages)
+    assert plain == other != changed
+
+
 def chat_stage(tmp_path, weights: list[float], *, record: str = "conversation", limit: int = 99, start: tuple[int, ...] = ()) -> None:
     """Trains one step on one row `hi<|im_end|>` of a chatml model, as if it were rendered so."""
     tokenizer = tiny_tokenizer()

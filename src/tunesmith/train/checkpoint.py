@@ -27,7 +27,7 @@ from .masters import local
 from .optimiser import Optimiser
 
 STATE = "state.json"
-RNG, SOURCE = "rng.cpu", "source."
+RNG, SOURCE = "rng.", "source."
 CHECKED = 1 << 22  # numbers tested for being finite at once, since the test takes as much memory again
 
 
@@ -66,7 +66,7 @@ def save_checkpoint(
         tensors |= {f"{SOURCE}{name}": tensor.contiguous() for name, tensor in source.items()}
     else:
         tensors = {name: tensor for name, tensor in tensors.items() if is_sharded(name, optimiser)}
-    tensors[RNG] = torch.get_rng_state()
+    tensors |= {f"{RNG}{device}": state for device, state in _random_states().items()}
     with run.checkpoint(stage, progress.step) as own:
         folder = Path(of_first(lambda: str(own)))
         save_file(tensors, folder / _file_of(rank()))  # written from where they lie: masters share one buffer, but no bytes of it
@@ -80,6 +80,12 @@ def is_sharded(name: str, optimiser: Optimiser) -> bool:
     """Whether the processes hold different parts of a tensor of the optimiser's state, KIND.PARAMETER."""
     sharded = {name for name, held in zip(optimiser.names, optimiser.parameters, strict=True) if isinstance(held, DTensor)}
     return name.partition(".")[2] in sharded
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    """By device, what its random numbers go on from: dropout's come from the device that computes."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else states
 
 
 def _file_of(process: int) -> str:
@@ -103,7 +109,10 @@ def load_checkpoint(folder: Path, optimiser: Optimiser, fingerprint: str) -> tup
             mend="resume with the recipe the run began with, or choose another --out",
         )
     with _parts(folder) as files:
-        torch.set_rng_state(files[rank() % len(files)].get_tensor(RNG))
+        own = files[rank() % len(files)]
+        torch.set_rng_state(own.get_tensor(f"{RNG}cpu"))
+        if torch.cuda.is_available() and f"{RNG}cuda" in own.keys():  # noqa: SIM118 - no mapping
+            torch.cuda.set_rng_state(own.get_tensor(f"{RNG}cuda"))
         source = {name.removeprefix(SOURCE): files[0].get_tensor(name) for name in files[0].keys() if name.startswith(SOURCE)}  # noqa: SIM118
         optimiser.load(_own(files, optimiser))
     return Progress(**state), source

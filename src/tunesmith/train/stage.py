@@ -67,7 +67,7 @@ STARTS_AWAY = "{} tuning starts away from the base: fresh learned tokens change 
 ROWS = 8  # of an update, where the recipe names no batch
 EVALUATIONS = 5  # in a stage that samples, where the recipe names no steps between them
 # They change no weight; rows are hashed themselves.
-UNFINGERPRINTED = {"save_steps", "save_total_limit", "logging_steps", "activation_offload", "name", "data"}
+UNFINGERPRINTED = {"save_steps", "save_total_limit", "logging_steps", "gradient_checkpointing", "activation_offload", "name", "data"}
 
 
 def derive_stage(stage: Stage, rows: int, *, start: Path | None = None, processes: int = 1) -> Stage:
