@@ -103,6 +103,10 @@ class AdapterError(TunesmithError):
     """An adapter's weights do not match the model they are loaded into."""
 
 
+class HubFailed(TunesmithError):
+    """A hub did not answer, or failed itself; what was to be sent there is kept."""
+
+
 class PeerLost(TunesmithError):
     """Another of the processes that train together ended; its own error says why."""
 

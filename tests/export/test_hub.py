@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
+from tests.cli_tools import call
 from tests.export.hub import Hub, serving
 
 TOKEN = "hf_" + "x" * 20
@@ -19,12 +22,10 @@ def hub():
         yield served
 
 
-def push(run, hub: Hub, *words: str, token: str | None = TOKEN, home) -> subprocess.CompletedProcess:
+def push(run, hub: Hub, *words: str, home) -> subprocess.CompletedProcess:
     """The command line, in a process of its own: the endpoint is read when the hub's client is imported."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    if token:
-        environment["HF_TOKEN"] = token
+    environment |= {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_TOKEN": TOKEN}
     command = [sys.executable, "-m", "tunesmith.cli", "export", str(run), *words, "--json"]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -38,17 +39,43 @@ def test_every_file_of_the_export_arrives_in_a_private_repository(train, hub, tm
     assert hub.private == {"me/tickets": True}
 
 
-def test_a_refusal_is_told_in_the_hubs_words_and_the_folder_stays(train, hub, tmp_path):
-    hub.refuse = 403
-    done = push(train({"type": "lora", "r": 4}), hub, "--push", "me/tickets", "--out", str(tmp_path / "merged"), home=tmp_path)
-    assert done.returncode == 2
-    assert "the hub refused it" in done.stderr
+@pytest.fixture
+def here(hub, monkeypatch):
+    """The client of this process asks the stand-in too."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    return hub
+
+
+def test_a_refusal_is_told_in_the_hubs_words_and_the_folder_stays(train, here, tmp_path):
+    here.refuse = 403
+    done = call("export", train({"type": "lora", "r": 4}), "--push", "me/tickets", "--out", tmp_path / "merged")
+    assert done.status == 2
+    assert "the hub refused it" in done.err
+    assert str(tmp_path / "merged") in done.err
     assert (tmp_path / "merged" / "model.safetensors").is_file()
-    assert hub.repositories == {}
+    assert here.repositories == {}
 
 
-def test_without_a_token_nothing_is_begun(train, hub, tmp_path):
-    done = push(train({"type": "lora", "r": 4}), hub, "--push", "me/tickets", "--out", str(tmp_path / "merged"), token=None, home=tmp_path)
-    assert done.returncode == 2
-    assert "HF_TOKEN" in done.stderr
+@pytest.mark.parametrize("lost", ["the hub fails", "nobody listens"])
+def test_a_hub_that_does_not_answer_is_a_failure_and_the_folder_stays(train, here, tmp_path, monkeypatch, lost):
+    here.refuse = 500
+    if lost == "nobody listens":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+    done = call("export", train({"type": "lora", "r": 4}), "--push", "me/tickets", "--out", tmp_path / "merged")
+    assert done.status == 1, done.err
+    assert "the hub did not answer" in done.err
+    assert str(tmp_path / "merged") in done.err
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_without_a_token_nothing_is_begun(train, here, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    done = call("export", train({"type": "lora", "r": 4}), "--push", "me/tickets", "--out", tmp_path / "merged")
+    assert done.status == 2
+    assert "HF_TOKEN" in done.err
     assert not (tmp_path / "merged").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import ModelError, RecipeError
+from ..errors import HubFailed, ModelError, RecipeError
 
 
 def require_token() -> None:
@@ -16,16 +16,23 @@ def require_token() -> None:
 
 
 def push_folder(folder: Path, repository: str, *, private: bool) -> str:
-    """Makes the repository if it is not there, uploads the folder in one commit, and gives its address. Raises ModelError, with the hub's
-    own words."""
+    """Makes the repository if it is not there, uploads the folder in one commit, and gives its address.
+
+    Raises ModelError, with the hub's own words, where the hub refuses it, and HubFailed where it does not answer.
+    """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         api = HfApi()
         made = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=made.repo_id, folder_path=str(folder), commit_message="Model exported by tunesmith")
     except Exception as error:  # the hub's client has the errors of its transport, which changes from version to version
-        first = str(error).strip().splitlines()[0]
-        mend = "check the repository's name, the token's rights and the network; the folder is written and can be pushed again"
-        raise ModelError(f"the hub refused it: {first}", where=repository, mend=mend) from error
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        kept = f"the folder is written ({folder}): give the command again with another --out, or upload it by the hub's own tools"
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if isinstance(error, ValueError) or (status is not None and status < 500):
+            mend = f"check the repository's name and the token's rights; {kept}"
+            raise ModelError(f"the hub refused it: {first}", where=repository, mend=mend) from error
+        raise HubFailed(f"the hub did not answer: {first}", where=repository, mend=f"check the network and HF_ENDPOINT; {kept}") from error
     return str(made)
