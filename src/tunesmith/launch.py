@@ -6,6 +6,7 @@ is ours: the file is submitted with `sbatch`, `sky launch` or `dstack apply`. Th
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,8 @@ from .recipe import LaunchSection, Recipe
 from .rundir import launched
 
 PORT = 29500  # where the machines meet
-WARNING_SECONDS = 300  # before Slurm's limit, in which a checkpoint is written
+WARNING_SECONDS = 300  # from a signal to the end, before Slurm's limit too, in which a checkpoint is written
+PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun hands the signal on, and would kill its processes 30 s later
 INSTALL = "pip install tunesmith"
 
 
@@ -49,6 +51,7 @@ def start(launch: LaunchSection, words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    os.environ.setdefault(PATIENCE, str(WARNING_SECONDS))
     try:
         run(parse_args(["--standalone", f"--nproc_per_node={launch.nproc_per_node}", "-m", "tunesmith.cli", *words]))
     except ChildFailedError as error:
@@ -65,7 +68,7 @@ def cluster_file(recipe: Recipe, path: str, tool: str) -> str:
 
 def _torchrun(recipe: Recipe, path: str, meeting: str, nodes: str) -> str:
     words = f"--nnodes={nodes} --nproc_per_node={recipe.launch.nproc_per_node or 1} {meeting}"
-    return f"torchrun {words} -m tunesmith.cli run {shlex.quote(path)} --resume"
+    return f"env {PATIENCE}={WARNING_SECONDS} torchrun {words} -m tunesmith.cli run {shlex.quote(path)} --resume"
 
 
 def _slurm(recipe: Recipe, path: str) -> str:
@@ -86,6 +89,7 @@ def _slurm(recipe: Recipe, path: str) -> str:
             *(f"#SBATCH {word}" for word in asked),
             "set -euo pipefail",
             'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            # What srun starts gets the signal, the batch shell does not.
             "srun " + _torchrun(recipe, path, meeting, '"$SLURM_JOB_NUM_NODES"'),
             "",
         ]

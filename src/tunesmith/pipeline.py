@@ -108,7 +108,7 @@ def train(
 ) -> RunResult:
     """Data, plan and training, without the evaluation. Arguments and errors as for `run`."""
     with _session(recipe, sets, out, resume, report) as session:
-        _train(session)
+        _train(session, evaluates=False)
         return _finish(session, None) if rank() == 0 else RunResult(session.run.path)
 
 
@@ -213,13 +213,13 @@ def _hub_explained(name: str) -> Iterator[None]:
         raise ModelError(f"no such model here: {why}", where=f"model.name: {name}", mend=mend) from error
 
 
-def _train(session: Session) -> None:
-    """Prepares, plans, and trains every stage that is not finished yet."""
+def _train(session: Session, *, evaluates: bool = True) -> None:
+    """Prepares, plans, and trains every stage that is not finished yet. evaluates: whether the plan is to count an evaluation after it."""
     require_processes(session.recipe.launch)
     with first_goes_ahead():
         prepare(session)
     if rank() == 0:
-        _plan(session)
+        _plan(session, evaluates=evaluates)
     recipe, steps = session.recipe, {stage.name: stage.max_steps for stage in session.stages}
     told = recipe.tracking if rank() == 0 else TrackingSection()
     with Trackers(told, recipe.name, session.run.path, recipe.model_dump(), steps) as trackers:
@@ -235,9 +235,9 @@ def _train(session: Session) -> None:
         _publish_model(session)
 
 
-def _plan(session: Session) -> None:
+def _plan(session: Session, *, evaluates: bool) -> None:
     """Writes and shows what is to be expected."""
-    predicted = make_plan(session)
+    predicted = make_plan(session, evaluates=evaluates)
     write_json(session.run.file("plan.json"), {"predicted": predicted, "measured": None, "compared": []})
     notes = [*session.data.notes, *(note for data in session.stage_data.values() for note in data.notes), *predicted["notes"]]
     notes += quarantine_notes(session, session.run.path)

@@ -51,12 +51,16 @@ SAMPLED_ROWS = 32  # looked at to know what all rows begin with
 STATE_BYTES = 12  # of a trained number in a checkpoint: master and two moments
 
 
-def make_plan(session: Session) -> dict[str, Any]:
-    """plan.json's `predicted`: peak memory and its parts, seconds, tokens, cost, what binds, and each phase; and notes on this machine."""
+def make_plan(session: Session, *, evaluates: bool = True) -> dict[str, Any]:
+    """plan.json's `predicted`: peak memory and its parts, seconds, tokens, cost, what binds, and each phase; and notes on this machine.
+
+    evaluates: whether the stages are followed by the evaluation.
+    """
     shape, room = model_shape(session.loaded), memory_room(session)
     footprints = [_fitting_footprint(session, shape, stage, room) for stage in session.stages]
     largest = max(footprints, key=lambda parts: sum(parts.values()))
-    largest = largest | {"rollouts": largest["rollouts"] + _evaluation_bytes(session, shape)}
+    if evaluates:
+        largest = largest | {"rollouts": largest["rollouts"] + _evaluation_bytes(session, shape)}
     peak = sum(largest.values())
     notes = [] if has_fast_bf16() else [SLOW_PROCESSOR]
     if peak > room:
@@ -68,7 +72,7 @@ def make_plan(session: Session) -> dict[str, Any]:
         update = update_of(session, stage, cost)
         tokens += update.tokens * stage.max_steps * session.recipe.launch.processes
         phases += _stage_phases(session, shape, machine, stage, cost, update)
-    phases += _evaluation(session, shape, machine)
+    phases += _evaluation(session, shape, machine) if evaluates else []
     seconds = sum(phase.seconds for phase in phases)
     return {
         "peak_memory_bytes": peak,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from tests.cli_tools import call, environment, write_project
 from tests.toys import model_folder
+from torch.distributed.launcher import api
 
 from tunesmith.errors import RecipeError
 from tunesmith.launch import cluster_file, require_processes, start, starts_others
@@ -26,9 +28,11 @@ def recipe(tmp_path):
 
 
 def torchrun(command: str) -> list[str]:
-    """torchrun's words, which end with ours."""
+    """torchrun's words, which end with ours, with the time for a checkpoint that Slurm leaves before its limit."""
     words = shlex.split(command)
-    words = words[words.index("torchrun") :]
+    start = words.index("torchrun")
+    assert words[start - 2 : start] == ["env", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300"]
+    words = words[start:]
     assert words[words.index("-m") :][:3] == ["-m", "tunesmith.cli", "run"]
     assert words[-1] == "--resume"
     assert "--nproc_per_node=8" in words
@@ -40,6 +44,7 @@ def test_the_slurm_file_is_a_script_that_starts_torchrun_once_on_each_machine(re
     assert subprocess.run(["bash", "-n"], input=done.out, text=True, check=False).returncode == 0
     asked = [line.removeprefix("#SBATCH --") for line in done.out.splitlines() if line.startswith("#SBATCH")]
     assert {"nodes=2", "ntasks-per-node=1", "gpus-per-node=H100:8", "time=12:00:00", "signal=TERM@300", "job-name=tiny"} == set(asked)
+    assert all(line.startswith("srun ") for line in done.out.splitlines() if "tunesmith" in line)  # the batch shell gets no signal
     words = torchrun(done.out.splitlines()[-2 if done.out.endswith("\n\n") else -1])
     assert {"--rdzv_backend=c10d", "--rdzv_id=$SLURM_JOB_ID", "--rdzv_endpoint=$first:29500", "--nnodes=$SLURM_JOB_NUM_NODES"} <= set(words)
 
@@ -48,7 +53,7 @@ def test_the_skypilot_task_has_the_fields_and_variables_that_skypilot_gives(reci
     task = yaml.safe_load(call("launch", recipe, "--print", "sky").out)
     assert (task["num_nodes"], task["resources"]) == (2, {"accelerators": "H100:8"})
     assert task.keys() <= {"name", "workdir", "num_nodes", "resources", "setup", "run"}
-    assert task["run"].startswith("timeout --signal=TERM 12h torchrun")
+    assert task["run"].startswith("timeout --signal=TERM 12h env")
     words = torchrun(task["run"])
     assert {"--nnodes=$SKYPILOT_NUM_NODES", "--node_rank=$SKYPILOT_NODE_RANK"} <= set(words)
 
@@ -70,6 +75,19 @@ def test_several_machines_several_processes_and_deepspeed_are_refused_where_they
         load_recipe(recipe, ["launch.strategy=zero3"])
     with pytest.raises(KeyError):
         cluster_file(load_recipe(recipe), str(recipe), "kubernetes")
+
+
+def test_processes_started_here_have_as_long_for_a_checkpoint_when_they_are_told_to_stop(monkeypatch):
+    class Agent(api.LocalElasticAgent):
+        def run(self, role: str = "default"):
+            raise InterruptedError(self._shutdown_timeout)
+
+    monkeypatch.setattr(api, "LocalElasticAgent", Agent)
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with pytest.raises(InterruptedError) as seen:
+        start(LaunchSection(nproc_per_node=1), ["--version"])
+    assert seen.value.args == (300,)
 
 
 def test_a_recipe_that_asks_for_two_processes_is_run_by_two_and_its_exit_status_is_theirs(tmp_path):

@@ -16,10 +16,10 @@ import pytest
 import torch
 from tests.evaluate.test_run import Setup
 from tests.faults.harness import in_child
-from tests.faults.stages import OPTIMISER, assert_each_step_logged_once, kill_at, newest_step
+from tests.faults.stages import DATA, OPTIMISER, assert_each_step_logged_once, kill_at, newest_step
 from tests.faults.test_learning_faults import assert_only_finite
 from tests.pipeline.helpers import recipe
-from tests.toys import model_folder
+from tests.toys import make_items, model_folder
 
 import tunesmith
 from tunesmith.data import prepare
@@ -27,7 +27,7 @@ from tunesmith.data.batching import DatasetSource
 from tunesmith.data.ledger import Ledger
 from tunesmith.evaluate._work import Work
 from tunesmith.rundir import RunDirectory, read_events
-from tunesmith.train import checkpoint, loop
+from tunesmith.train import checkpoint, loop, offline
 from tunesmith.train.buffer import Rollouts
 from tunesmith.train.signals import StopRequest
 
@@ -43,6 +43,23 @@ def check_resume(work: str, step: int, **settings: Any) -> Callable[..., None]:
         assert_each_step_logged_once(path)
 
     return check
+
+
+def check_other_rows(stages: Any, path: Path, remove: Callable[[], object]) -> None:
+    """A run that was killed before its first checkpoint and goes on with other pairs measures the reference on those."""
+
+    def others() -> None:
+        DATA["dpo"] = make_items(7, seed=5), make_items(3, seed=6)
+
+    def removed() -> None:
+        others()
+        remove()
+
+    stages.killed(path, "dpo", report=kill_at("loss", 2), save_steps=6)
+    fresh = stages.ended(path.with_name(f"{path.name} fresh"), "dpo", others, save_steps=6)
+    ended = stages.ended(path, "dpo", removed, save_steps=6)
+    assert fresh.status == 0
+    assert (ended.status, ended.result) == (0, fresh.result), "sums of other rows"
 
 
 def check_other_settings(stages: Any, path: Path, remove: Callable[[], object]) -> None:
@@ -200,6 +217,11 @@ MUTATIONS = {
         "4, 4, 5",
     ),
     "the checkpoint's fingerprint": (check_other_settings, any_fingerprint, "other settings"),
+    "the key of the reference's sums": (
+        check_other_rows,
+        put(offline, "_is_of", lambda folder, key: (folder / offline.KEY).is_file()),
+        "sums of other rows",
+    ),
     "numbers are looked at before an update": (check_not_finite, put(loop, "_require_finite", lambda *args: None), "an update was made"),
     "weights are looked at before they are saved": (
         check_overflow,

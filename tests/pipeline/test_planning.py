@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.pipeline.helpers import recipe
 from tests.toys import ItemsOf, Rows, items_of, loaded, make_items, make_prompts, make_rows, make_stage, tiny_model
 
-from tunesmith import fitting, planning
+from tunesmith import fitting, pipeline, planning
 from tunesmith.errors import DoesNotFit
 from tunesmith.models import footprint
 from tunesmith.models.costs import method_cost
@@ -316,6 +317,26 @@ def test_where_nothing_fits_the_least_that_is_needed_is_said(monkeypatch):
         DoesNotFit, match=r"no setting fits: even .* needs 1.* GB, with 10% to be kept free; take shorter rows or a smaller model"
     ):
         planned([open_stage()[1]], LONG)
+
+
+def test_the_plan_of_training_alone_counts_no_evaluation(monkeypatch):
+    monkeypatch.setattr(planning, "_evaluation", lambda *args: [planning.Phase("evaluate tuned", 7.0, 0.0, 0.0, "compute")])
+    monkeypatch.setattr(planning, "_evaluation_bytes", lambda *args: 10**9)
+    session = session_of([open_stage()[1]], LONG)
+    whole, alone = planning.make_plan(session), planning.make_plan(session, evaluates=False)
+    assert whole["peak_memory_bytes"] - alone["peak_memory_bytes"] == 10**9
+    assert whole["seconds"] - alone["seconds"] == pytest.approx(7)
+    assert {phase["name"] for phase in whole["phases"]} - {phase["name"] for phase in alone["phases"]} == {"evaluate tuned"}
+
+
+@pytest.mark.parametrize("verb, counted", [("run", True), ("train", False)])
+def test_a_run_plans_its_evaluation_and_training_alone_does_not(tmp_path, monkeypatch, verb, counted):
+    asked = []
+    monkeypatch.setattr(pipeline, "prepare", lambda session: None)
+    monkeypatch.setattr(pipeline, "make_plan", lambda session, *, evaluates: asked.append(evaluates) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        getattr(pipeline, verb)(recipe(tmp_path, "no-model"), out=tmp_path / "run")
+    assert asked == [counted]
 
 
 def test_an_hours_price_gives_the_cost():

@@ -48,3 +48,21 @@ def test_a_state_with_one_number_that_is_not_finite_is_never_written(tmp_path, m
         with pytest.raises(NonFinite, match=r"second\."):
             save_checkpoint(run, "sft", Progress(step=1), optimiser, "f", {})
         assert run.checkpoints("sft") == []
+
+
+def test_the_random_state_of_a_gpu_is_kept_beside_the_processors_where_there_is_one(tmp_path, monkeypatch):
+    """Through stand-ins for torch.cuda: that dropout on a GPU goes on from it is not shown here."""
+    put = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.arange(16, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: put.append(state.tolist()))
+    optimiser = optimiser_of(torch.float32)
+    with RunDirectory.open(tmp_path / "run", resume=False) as run:
+        for step, (there, held) in enumerate([(True, [[*range(16)]]), (False, [])], start=1):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.cuda, "is_available", lambda there=there: there)
+                folder = save_checkpoint(run, "sft", Progress(step=step), optimiser, "f", {})
+            put.clear()
+            with monkeypatch.context() as patch:  # one of a processor alone can be gone on from on a GPU
+                patch.setattr(torch.cuda, "is_available", lambda: True)
+                load_checkpoint(folder, optimiser, "f")
+            assert put == held
