@@ -104,7 +104,7 @@ class AdapterError(TunesmithError):
 
 
 class HubFailed(TunesmithError):
-    """A hub did not answer, or failed itself; what was to be sent there is kept."""
+    """A hub could not be reached, or failed itself; what was to be sent there is kept."""
 
 
 class PeerLost(TunesmithError):

@@ -58,16 +58,16 @@ def test_a_refusal_is_told_in_the_hubs_words_and_the_folder_stays(train, here, t
     assert here.repositories == {}
 
 
-@pytest.mark.parametrize("lost", ["the hub fails", "nobody listens"])
+@pytest.mark.parametrize("lost", ["the hub fails", "too many requests", "nobody listens"])
 def test_a_hub_that_does_not_answer_is_a_failure_and_the_folder_stays(train, here, tmp_path, monkeypatch, lost):
-    here.refuse = 500
+    here.refuse = 429 if lost == "too many requests" else 500
     if lost == "nobody listens":
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
     done = call("export", train({"type": "lora", "r": 4}), "--push", "me/tickets", "--out", tmp_path / "merged")
     assert done.status == 1, done.err
-    assert "the hub did not answer" in done.err
+    assert "the push failed" in done.err
     assert str(tmp_path / "merged") in done.err
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 

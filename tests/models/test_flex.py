@@ -13,6 +13,7 @@ from tests.families import tiny_model
 from tests.toys import batch_of, make_rows
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention as torch_flex
+from torch.nn.attention.flex_attention import create_block_mask
 
 from tunesmith.data.forest import Forest, Node, build_forest
 from tunesmith.models import flex as flex_module
@@ -102,6 +103,23 @@ def test_learned_keys_after_the_tokens_are_a_root_of_all():
     rule = visibility(nodes, total + 3)
     np.testing.assert_array_equal(table(rule, total, None), sees(nodes, total, total + 3, None))
     assert (rule.position_T[:total] == forest.positions_T + 3).all()
+
+
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_blocks_of_a_mask_are_those_that_torch_finds_in_the_whole_of_it(seed, window):
+    rng = np.random.default_rng(seed)
+    lengths = [(int(rng.integers(100, 500)), int(rng.integers(1, 200))) for _ in range(4)]
+    root = rng.integers(1, 90, 260)
+    rows = [np.r_[root[:shared], rng.integers(1, 90, own)] for shared, own in lengths]
+    forest = build_forest([(row, np.zeros(len(row), dtype=np.float32)) for row in rows])
+    total = len(forest.tokens_T)
+    ours = flex_masks(forest.nodes, total, total, {window}, torch.device("cpu"))[window]
+    theirs = create_block_mask(ours.mask_mod, None, None, total, total, device="cpu")
+    assert len(ours.kv_num_blocks[0, 0]) > 2
+    for part in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(ours, part), getattr(theirs, part)), part
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
 
 
 @pytest.mark.parametrize("kv_heads, window, softcap", [(4, None, None), (2, None, None), (1, 4, None), (2, 4, 3.0)])

@@ -37,7 +37,7 @@ def test_gradients_are_those_without_and_no_weight_is_moved(monkeypatch, others)
     away, moved = gradients(monkeypatch, activation_offload=True, **others)
     assert none == 0 < moved
     for name, gradient in plain.items():
-        torch.testing.assert_close(away[name], gradient, rtol=1e-6, atol=1e-6, msg=name)
+        torch.testing.assert_close(away[name], gradient, rtol=0, atol=0, msg=name)
     model = tiny_model("llama")
     weight, x = model.lm_head.weight, torch.randn(3, 32, requires_grad=True)
     hooks = offloaded(model, pin=False)

@@ -244,6 +244,7 @@ def test_a_stage_that_drops_fast_paths_says_so_in_its_log(tmp_path, monkeypatch)
     train_stage(loaded(tiny_model("llama")), make_stage(method="lora", max_steps=2), tmp_path / "run", ROWS, report=told.append)
     events = [event for event in read_events(tmp_path / "run") if event.get("event") == "fast_paths_dropped"]
     assert [event["paths"] for event in events] == [["lora", "rms_norm", "swiglu"]]
+    assert set(events[0]["reasons"].values()) == {"disagrees with the plain layers on the first batch"}
     assert any(event.get("event") == "fast_paths_dropped" for event in told)
 
 

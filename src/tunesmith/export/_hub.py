@@ -6,6 +6,8 @@ from pathlib import Path
 
 from ..errors import HubFailed, ModelError, RecipeError
 
+TRANSIENT = (408, 429)  # statuses below 500 that are no refusal: a timeout, too many requests
+
 
 def require_token() -> None:
     """Raises RecipeError where nobody is logged in: before anything is merged."""
@@ -31,8 +33,8 @@ def push_folder(folder: Path, repository: str, *, private: bool) -> str:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         kept = f"the folder is written ({folder}): give the command again with another --out, or upload it by the hub's own tools"
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-        if isinstance(error, ValueError) or (status is not None and status < 500):
+        if isinstance(error, ValueError) or (status is not None and status < 500 and status not in TRANSIENT):
             mend = f"check the repository's name and the token's rights; {kept}"
             raise ModelError(f"the hub refused it: {first}", where=repository, mend=mend) from error
-        raise HubFailed(f"the hub did not answer: {first}", where=repository, mend=f"check the network and HF_ENDPOINT; {kept}") from error
+        raise HubFailed(f"the push failed: {first}", where=repository, mend=f"check the network and HF_ENDPOINT; {kept}") from error
     return str(made)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from ..data.forest import Node
@@ -23,6 +23,7 @@ from .fused import FastPaths
 
 FLEX = "tunesmith_forest_flex"
 FLEX_ATTENTION = "flex_attention"  # among the fast paths
+BLOCK = 128  # queries, and keys, of which a mask's block says whether any are seen: torch's own default
 AGREES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative to the largest number
 
 
@@ -63,11 +64,28 @@ def flex_masks(
 ) -> dict[int | None, BlockMask]:
     """A batch's masks for all its layers, by their sliding window."""
     rule = Visibility(*(torch.from_numpy(part).to(device) for part in visibility(nodes, keys)))
+    return {window: _block_mask(rule, queries, keys, window, device) for window in windows}
 
-    def mask(window: int | None) -> BlockMask:
-        return create_block_mask(lambda _b, _h, q, k: rule.seen(q, k, window), None, None, queries, keys, device=device)
 
-    return {window: mask(window) for window in windows}
+def _block_mask(rule: Visibility, queries: int, keys: int, window: int | None, device: torch.device) -> BlockMask:
+    """torch's `create_block_mask` of the rule, made one block of queries after another: its own would hold queries x keys numbers."""
+    index, size = torch.arange(keys, device=device), BLOCK
+    counts = []
+    for begin in range(0, queries, size):
+        seen = rule.seen(torch.arange(begin, min(begin + size, queries), device=device)[:, None], index[None], window)
+        counts.append(torch.nn.functional.pad(seen.sum(0), (0, -keys % size)).view(-1, size).sum(-1))
+    seen_QK = torch.stack(counts)[None, None]
+    whole_QK = seen_QK == size * size
+    partial, full = _in_order((seen_QK > 0) & ~whole_QK), _in_order(whole_QK)
+    return BlockMask.from_kv_blocks(
+        *partial, *full, BLOCK_SIZE=size, mask_mod=lambda _b, _h, q, k: rule.seen(q, k, window), seq_lengths=(queries, keys)
+    )
+
+
+def _in_order(blocks_QK: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row, how many blocks are marked, and all blocks' numbers, marked ones first."""
+    marked = blocks_QK.to(torch.int32)
+    return marked.sum(-1, dtype=torch.int32), marked.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 
 
 @cache
@@ -123,7 +141,8 @@ def _agrees(model: PreTrainedModel) -> bool:
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     nodes = (Node(0, 20, ()), Node(20, 50, ((0, 20),)), Node(50, QUERY_BLOCK, ((0, 20), (20, 50))), Node(QUERY_BLOCK, QUERY_BLOCK + 9, ()))
-    layout = Layout(nodes, None, flex_masks(nodes, QUERY_BLOCK + 9, QUERY_BLOCK + 9, {None}, model.device))
+    windows = (None, 16) if getattr(config, "sliding_window", None) else (None,)
+    layout = Layout(nodes, None, flex_masks(nodes, QUERY_BLOCK + 9, QUERY_BLOCK + 9, {*windows}, model.device))
     kernels: tuple[Callable[..., Tensor], ...] = (packed, flex)
     generator, found = torch.Generator().manual_seed(0), []
     shapes = [(count, QUERY_BLOCK + 9, width) for count in (heads, *[getattr(config, "num_key_value_heads", None) or heads] * 2)]
@@ -131,6 +150,6 @@ def _agrees(model: PreTrainedModel) -> bool:
     toward = torch.randn(QUERY_BLOCK + 9, heads, width, generator=generator).to(model.device, model.dtype)
     with torch.enable_grad():
         for kernel in kernels:
-            out = kernel(*given, layout, width**-0.5, None, getattr(config, "attn_logit_softcapping", None))
-            found.append([out, *torch.autograd.grad(out, given, toward)])
+            outs = [kernel(*given, layout, width**-0.5, window, getattr(config, "attn_logit_softcapping", None)) for window in windows]
+            found.append([tensor for out in outs for tensor in (out, *torch.autograd.grad(out, given, toward))])
     return all(bool((a - b).abs().max() <= AGREES[model.dtype] * b.abs().max()) for b, a in zip(*found, strict=True))

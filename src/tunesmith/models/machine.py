@@ -26,6 +26,7 @@ from .load import cache_folder
 SECONDS = 10.0  # of the whole measurement
 TRIAL = 0.02  # seconds of one trial, of which the best counts, so that other programs count little
 PRODUCTS = ((1024, 576, 1536), (512, 2048, 2048), (2048, 576, 576))  # rows, inputs, outputs: what layers of small models compute
+TAKEN = "by the clock"  # how speeds are measured: what was measured otherwise is not used
 FEW_ROWS = 32  # of a decoding step
 STREAMED, CACHED = 1 << 25, 1 << 20  # numbers: more than any cache holds, and about one layer's activations
 STORED = 1 << 26  # bytes written to measure the storage
@@ -70,7 +71,7 @@ def machine_name(dtype: torch.dtype, device: torch.device) -> str:
         where = torch.cuda.get_device_name(device)
     else:
         where = f"{_processor()}-{torch.get_num_threads()} threads"
-    return f"{where}-{torch.__version__}-{str(dtype).removeprefix('torch.')}"
+    return f"{where}-{torch.__version__}-{str(dtype).removeprefix('torch.')}-{TAKEN}"
 
 
 def _processor() -> str:

@@ -149,7 +149,8 @@ class Policy(nn.Module):
         """Takes the fast paths out for good."""
         remove_fast_forwards(self.model)
         self.causal.set_attn_implementation(FOREST)
-        self.fast_paths = FastPaths(refused=dict.fromkeys(self.fast_paths.used, "disagrees with the plain layers on the first batch"))
+        taken = dict.fromkeys(self.fast_paths.used, "disagrees with the plain layers on the first batch")
+        self.fast_paths = FastPaths(refused=self.fast_paths.refused | taken)
 
     def hidden(self, embeddings_1TH: Tensor, forest: Forest) -> Tensor:
         """The backbone's last hidden states [T, H] for input embeddings [1, T, H].

@@ -66,7 +66,7 @@ Report = Callable[[dict[str, Any]], None]
 STARTS_AWAY = "{} tuning starts away from the base: fresh learned tokens change what it says, and the first losses show it"
 ROWS = 8  # of an update, where the recipe names no batch
 EVALUATIONS = 5  # in a stage that samples, where the recipe names no steps between them
-# They change no weight; rows are hashed themselves.
+# They change no weight, which is shown on a CPU; rows are hashed themselves.
 UNFINGERPRINTED = {"save_steps", "save_total_limit", "logging_steps", "gradient_checkpointing", "activation_offload", "name", "data"}
 
 
@@ -178,7 +178,8 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
     def check(policy: Policy) -> None:
         slow = sorted({*_check_step_0(stage, inputs, loaded, policy), *(policy.fast_paths.refused.keys() & {FLEX_ATTENTION, COMPILED})})
         if slow:
-            _tell(run, report, {"event": "fast_paths_dropped", "stage": stage.name, "paths": slow})
+            reasons = {path: policy.fast_paths.refused[path] for path in slow}
+            _tell(run, report, {"event": "fast_paths_dropped", "stage": stage.name, "paths": slow, "reasons": reasons})
         return_freed_memory()
 
     if not starts_unchanged(stage.method) and (inputs.start is None or not is_adapter(inputs.start)):
