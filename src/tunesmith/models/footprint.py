@@ -58,8 +58,9 @@ def train_footprint(
         "libraries": bare + LIBRARIES,
     }
     if not (stage.gradient_checkpointing or stage.activation_offload):
-        # the comparison comes before the optimiser, and holds both sides' gradients
-        plain = probe_tokens * shape.layers * cost.depth * (PLAIN_HIDDEN * shape.hidden + PLAIN_INNER * shape.inner) * shape.itemsize
+        # the comparison comes before the optimiser, goes back to the embeddings whatever trains, and holds both sides' gradients
+        plain = cost.depth * (PLAIN_HIDDEN * shape.hidden + PLAIN_INNER * shape.inner) + (1 - cost.depth) * vectors
+        plain *= probe_tokens * shape.layers * shape.itemsize
         beyond = int(plain) + parts["gradients"] - parts["optimiser"] - parts["activations"]
         parts["activations"] += max(0, beyond)
     if cost.whole and not halved:  # the optimiser is built before an update has activations
