@@ -83,7 +83,8 @@ def _costs(done: Mapping[str, Any], known: list[str]) -> str:
         "result",
         "time a token, over the base",
     ]
-    return "## What each costs\n\nOn the quickstart's task.\n\n" + table(header, rows)
+    where = sorted({run["machine"] for name in known for run in _runs(done, "quickstart", name)})
+    return f"## What each costs\n\nOn the quickstart's task; {'; '.join(where)}.\n\n" + table(header, rows)
 
 
 def _scores(done: Mapping[str, Any], known: list[str]) -> str:

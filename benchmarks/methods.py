@@ -64,8 +64,8 @@ def main() -> None:
     while jobs := _jobs(wanted, done):
         job = jobs[0]
         say(f"{job['key']} (then {len(jobs) - 1} known)")
-        done[job["key"]] = run_child(__file__, job, threads=wanted.threads)
-        _write(results, done, wanted.threads)
+        done[job["key"]] = run_child(__file__, job, threads=wanted.threads) | {"machine": machine(wanted.threads)}
+        _write(results, done)
     if wanted.write:
         write_page(Path(wanted.write), done, METHODS, RATES | {name: USUAL_RATES for name in METHODS if name not in RATES})
     if wanted.json:
@@ -91,10 +91,10 @@ def _read(results: Path) -> dict[str, Any]:
     return json.loads(results.read_text())["jobs"] if results.is_file() else {}
 
 
-def _write(results: Path, done: dict[str, Any], threads: int) -> None:
+def _write(results: Path, done: dict[str, Any]) -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
     temporary = results.with_suffix(".part")
-    temporary.write_text(json.dumps({"machine": machine(threads), "jobs": done}, indent=1, sort_keys=True) + "\n")
+    temporary.write_text(json.dumps({"jobs": done}, indent=1, sort_keys=True) + "\n")
     temporary.replace(results)
 
 

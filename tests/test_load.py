@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tunesmith
-from tests.cli_tools import environment
+from tests.fresh import in_new_process
 from tests.models.method_cases import METHOD_CASES
 from tests.toys import make_items, make_rows, make_stage, model_folder, train_stage
 from tunesmith.errors import AdapterError, CheckpointError, MissingFile, ModelError
@@ -54,11 +52,10 @@ def test_a_run_a_stages_folder_and_an_adapters_folder_load_to_the_trained_models
 
 def test_in_a_new_process_the_logits_are_the_same_to_the_bit(tmp_path):
     run, _ = trained(tmp_path, METHOD_CASES["houlsby"])
-    code = "import sys, torch, tunesmith\nmodel = tunesmith.load(sys.argv[1], dtype='float32').model\nwith torch.no_grad():\n"
+    code = "import sys, torch, tunesmith\ntorch.set_num_threads(1)\n"
+    code += "model = tunesmith.load(sys.argv[1], dtype='float32').model\nwith torch.no_grad():\n"
     code += f"    print(model(torch.tensor({IDS.tolist()})).logits.double().sum().item())"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(run)], env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
+    done = in_new_process(code, run)
     assert done.returncode == 0, done.stderr
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tests.fresh import in_new_process
 from tests.toys import Rows, batch_of, loaded, make_rows, make_stage, model_folder, stage_inputs, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
@@ -269,12 +267,12 @@ from tunesmith.models.methods import load_adapter
 from tunesmith.data.template import load_template
 from tunesmith.recipe import ModelSection
 from tunesmith.train.stage import add_new_tokens
-base, folder = sys.argv[1:]
+base, folder, ids = sys.argv[1:]
 section = ModelSection(name=base, dtype="float32", chat_template="chatml")
 loaded = load_model(section)
 new = add_new_tokens(loaded, load_template(loaded.tokenizer, section))
 model = load_adapter(loaded, Path(folder))
-logits = model(input_ids=torch.tensor([json.load(sys.stdin)])).logits[0]
+logits = model(input_ids=torch.tensor([json.loads(ids)])).logits[0]
 print(json.dumps({"new": new, "logits": logits[:, new].tolist()}))
 """
 
@@ -306,13 +304,7 @@ def test_a_base_without_a_template_gets_chatml_whose_new_tokens_train_and_are_th
     fresh = AutoModelForCausalLM.from_pretrained(folder).model.embed_tokens.weight.mean(0)
     moved = model.get_input_embeddings()(torch.tensor(new)) - fresh
     assert (moved.abs().max(-1).values > 1e-3).all(), "a new token's embedding did not train"
-    done = subprocess.run(
-        [sys.executable, "-c", RELOAD, str(folder), str(tmp_path / "run" / "stages" / "sft" / "model")],
-        input=json.dumps(ids[0].tolist()),
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
+    done = in_new_process(RELOAD, folder, tmp_path / "run" / "stages" / "sft" / "model", json.dumps(ids[0].tolist()))
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["new"] == new

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.fresh import in_new_process
 from tests.models.method_cases import ADAPTER_CASES, METHOD_CASES, method
 from tests.toys import batch_of, loaded, make_items, make_rows, make_stage, model_folder, tiny_model, train_stage
 from torch import nn
@@ -118,9 +116,7 @@ print(json.dumps(told))
 def reloaded(results) -> dict[str, dict[str, Any]]:
     """What a new process makes of the results."""
     folder, found = results
-    command = [sys.executable, "-c", RELOAD, str(folder), *(str(one["folder"]) for one in found.values())]
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    done = in_new_process(RELOAD, folder, *(one["folder"] for one in found.values()))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -7,12 +7,12 @@ import json
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import peft
 import pytest
 import torch
 from tests.cli_tools import environment
+from tests.fresh import in_new_process
 from tests.toys import model_folder
 
 from tunesmith.errors import AdapterError, ModelError
@@ -59,12 +59,6 @@ def saved(tmp_path_factory):
         return folder / "base", folder / "adapter", model.eval()(torch.tensor(IDS)).logits.double().flatten()
 
 
-def in_new_process(code: str, *words: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, words)], env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
-
-
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_peft_loads_our_adapter_in_a_new_process_to_equal_logits(saved, order):
     base, adapter, logits = saved
@@ -83,7 +77,8 @@ def test_without_tunesmith_peft_says_that_it_does_not_know_the_type(saved):
 
 
 def test_import_tunesmith_imports_neither_torch_nor_peft():
-    done = in_new_process("import sys, tunesmith\nprint(*sys.modules)")
+    code = "import sys, tunesmith\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "numpy", "peft", "pydantic"} & set(done.stdout.split())
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +13,7 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from tests.families import FAMILIES, tiny_model
+from tests.fresh import in_new_process
 from tests.models.method_cases import METHOD_CASES
 from tests.models.test_packing import _rows
 from tests.toys import Rows, batch_of, loaded, make_rows, make_stage, model_folder, tiny_tokenizer, train_stage
@@ -206,14 +204,7 @@ def results(folder, tmp_path_factory) -> dict[str, tuple[Path, torch.Tensor, tor
     """Of each case its result's folder, its log-probabilities, and those that a new process gives."""
     root = tmp_path_factory.mktemp("results")
     made = {case: saved(root / case, folder, case) for case in IN_A_NEW_PROCESS}
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(folder), *(str(path) for path, _ in made.values())],
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = in_new_process(ELSEWHERE, folder, *(path for path, _ in made.values()))
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     return {case: (path, alone(model, ROWS).detach(), torch.tensor(told[case])) for case, (path, model) in made.items()}

@@ -34,7 +34,7 @@ def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
         return
     with keeping_what_trains(model):
         if name is None:
-            with model.disable_adapter(), _without_new_tokens(model):
+            with _without_adapters(model), _without_new_tokens(model):
                 yield
             return
         if name not in model.peft_config:
@@ -44,13 +44,28 @@ def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
 
 
 @contextmanager
+def _without_adapters(model: PeftModel) -> Iterator[None]:
+    """For a while, no adapter computes. PEFT's own `disable_adapter` looks through every parameter for its state first, at each call."""
+    if learns_tokens(model):
+        with model.disable_adapter():
+            yield
+        return
+    model.base_model.disable_adapter_layers()
+    try:
+        yield
+    finally:
+        model.base_model.enable_adapter_layers()
+
+
+@contextmanager
 def keeping_what_trains(model: PeftModel) -> Iterator[None]:
     """After it the policy's adapter is active again, and trains what trained before: PEFT makes trainable whatever it makes active."""
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     try:
         yield
     finally:
-        model.set_adapter(POLICY)
+        if model.active_adapter != POLICY:
+            model.set_adapter(POLICY)
         show_new_tokens(model)
         for parameter in model.parameters():
             parameter.requires_grad_(parameter in trained)

@@ -138,12 +138,12 @@ class Policy(nn.Module):
         """For a while, the adapters' own dropout is off: outputs are a function of weights and batch alone."""
         dropping = [module for module in self.model.modules() if module.training]
         for module in dropping:
-            module.eval()
+            module.training = False  # each by itself: `eval()` goes through all below it
         try:
             yield
         finally:
             for module in dropping:
-                module.train()
+                module.training = True
 
     def make_plain(self) -> None:
         """Takes the fast paths out for good."""
