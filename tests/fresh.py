@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import multiprocessing
+import os
 import sys
+import tempfile
 import traceback
 from multiprocessing.connection import Connection
 from typing import NamedTuple
@@ -16,7 +16,7 @@ _SERVER.set_forkserver_preload(LIBRARIES)
 
 
 class Ended(NamedTuple):
-    """How the code ended: 1 if it raised; what it wrote, the traceback among it."""
+    """How the code ended, as the interpreter would have: its exit status, and what it wrote."""
 
     returncode: int
     stdout: str
@@ -36,13 +36,22 @@ def in_new_process(code: str, *words: object) -> Ended:
 
 
 def _run(answer: Connection, code: str, words: list[str]) -> None:
-    out, err, status = io.StringIO(), io.StringIO(), 0
+    assert not {"tunesmith", "peft"} & sys.modules.keys()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        status = _status(code, words)
+        sys.stdout.flush(), sys.stderr.flush()
+        answer.send((status, *(os.pread(part.fileno(), os.fstat(part.fileno()).st_size, 0).decode() for part in (out, err))))
+
+
+def _status(code: str, words: list[str]) -> int:
     sys.argv = words
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            assert not {"tunesmith", "peft"} & sys.modules.keys()
-            exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-    answer.send((status, out.getvalue(), err.getvalue()))
+    try:
+        exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
+    except SystemExit as end:
+        return end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0

@@ -6,13 +6,12 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import warnings
 
 import pytest
 
-from tests.cli_tools import call, environment, row, write_project, write_rows
+from tests.cli_tools import call, row, write_project, write_rows
+from tests.fresh import in_new_process
 from tunesmith.cli import app
 from tunesmith.recipe import load_recipe
 
@@ -25,9 +24,8 @@ def project(tiny_folder, tmp_path_factory):
     """A folder with a recipe, and the finished run of `tunesmith run RECIPE --json --gate` in a process of its own."""
     folder = tmp_path_factory.mktemp("project")
     recipe = write_project(folder, tiny_folder)
-    command = [sys.executable, "-m", "tunesmith.cli", "run", str(recipe), "--json", "--gate"]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600, check=False)
-    return folder, recipe, done
+    code = "import os, sys\nos.chdir(sys.argv.pop())\nfrom tunesmith.cli import main\nmain()"
+    return folder, recipe, in_new_process(code, "run", recipe, "--json", "--gate", folder)
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
