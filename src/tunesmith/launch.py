@@ -98,6 +98,10 @@ def _slurm(recipe: Recipe, path: str) -> str:
 
 def _sky(recipe: Recipe, path: str) -> str:
     launch = recipe.launch
+    if launch.accelerator is None:
+        raise RecipeError(
+            "SkyPilot has to be told the kind of GPU", where="launch.accelerator", mend="name it: launch: {accelerator: H100}"
+        )
     first = '$(echo "$SKYPILOT_NODE_IPS" | head -n1)'
     meeting = f'--node_rank="$SKYPILOT_NODE_RANK" --master_addr="{first}" --master_port={PORT}'
     limit = f"timeout --signal=TERM {launch.hours}h " if launch.hours else ""
@@ -105,7 +109,7 @@ def _sky(recipe: Recipe, path: str) -> str:
         "name": recipe.name,
         "workdir": ".",
         "num_nodes": launch.nodes,
-        "resources": {"accelerators": f"{launch.accelerator or 'H100'}:{launch.nproc_per_node or 1}"},
+        "resources": {"accelerators": f"{launch.accelerator}:{launch.nproc_per_node or 1}"},
         "setup": INSTALL,
         "run": limit + _torchrun(recipe, path, meeting, '"$SKYPILOT_NUM_NODES"'),
     }
@@ -113,14 +117,14 @@ def _sky(recipe: Recipe, path: str) -> str:
 
 
 def _dstack(recipe: Recipe, path: str) -> str:
-    launch = recipe.launch
+    launch, count = recipe.launch, recipe.launch.nproc_per_node or 1
     meeting = f'--node_rank="$DSTACK_NODE_RANK" --master_addr="$DSTACK_MASTER_NODE_IP" --master_port={PORT}'
     task = {
         "type": "task",
         "name": recipe.name.lower().replace(".", "-").replace("_", "-"),
         "nodes": launch.nodes,
         "commands": [INSTALL, _torchrun(recipe, path, meeting, '"$DSTACK_NODES_NUM"')],
-        "resources": {"gpu": f"{launch.accelerator or 'H100'}:{launch.nproc_per_node or 1}"},
+        "resources": {"gpu": f"{launch.accelerator}:{count}" if launch.accelerator else count},
         **({"max_duration": f"{launch.hours}h"} if launch.hours else {}),
     }
     return yaml.safe_dump(task, sort_keys=False, width=10_000)

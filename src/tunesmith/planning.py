@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import torch
 
 from .data.preference import AnyRecord, kind_of_record
 from .errors import DoesNotFit
@@ -62,7 +63,7 @@ def make_plan(session: Session, *, evaluates: bool = True) -> dict[str, Any]:
     if evaluates:
         largest = largest | {"rollouts": largest["rollouts"] + _evaluation_bytes(session, shape)}
     peak = sum(largest.values())
-    notes = [] if has_fast_bf16() else [SLOW_PROCESSOR]
+    notes = [SLOW_PROCESSOR] if session.loaded.dtype == torch.float32 and not has_fast_bf16() else []
     if peak > room:
         notes.append(f"the evaluation may need {peak / 1e9:.1f} GB, this machine has {room / 1e9:.1f}: lower evaluate.batch_size")
     machine = measure_machine(session.loaded.dtype, announce=lambda text: session.report({"event": "note", "note": text}))

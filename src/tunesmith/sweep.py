@@ -61,6 +61,9 @@ def sweep(
     >>> tunesmith.sweep("recipes/quickstart.yaml", ["seed=0,1"]).best  # doctest: +SKIP
     """
     grid = [parse_axis(axis) for axis in axes]
+    keys = [key for key, _ in grid]
+    if twice := [key for key in dict(grid) if keys.count(key) > 1]:
+        raise RecipeError(f"`{twice[0]}` is swept twice", where="--sweep", mend=f"put its values together: --sweep {twice[0]}=A,B")
     combinations = list(itertools.product(*([(key, value) for value in values] for key, values in grid)))
     if len(combinations) > MAX_RUNS:
         raise RecipeError(f"{len(combinations)} runs", where="--sweep", mend=f"at most {MAX_RUNS}: leave values out")

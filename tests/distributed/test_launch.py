@@ -65,6 +65,14 @@ def test_the_dstack_task_has_the_fields_and_variables_that_dstack_gives(recipe):
     assert {"--nnodes=$DSTACK_NODES_NUM", "--node_rank=$DSTACK_NODE_RANK", "--master_addr=$DSTACK_MASTER_NODE_IP"} <= set(words)
 
 
+def test_no_kind_of_gpu_is_asked_for_that_the_recipe_does_not_name(recipe):
+    unnamed = ["launch.accelerator=null"]
+    assert yaml.safe_load(cluster_file(load_recipe(recipe, unnamed), str(recipe), "dstack"))["resources"] == {"gpu": 8}
+    assert "--gpus-per-node=8\n" in cluster_file(load_recipe(recipe, unnamed), str(recipe), "slurm")
+    with pytest.raises(RecipeError, match=r"launch\.accelerator[\s\S]*kind of GPU"):
+        cluster_file(load_recipe(recipe, unnamed), str(recipe), "sky")
+
+
 def test_several_machines_several_processes_and_deepspeed_are_refused_where_they_cannot_be_had(recipe):
     with pytest.raises(RecipeError, match="2 machines, and this is one"):
         starts_others(load_recipe(recipe).launch)

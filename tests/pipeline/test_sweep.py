@@ -120,6 +120,12 @@ def test_an_axis_that_names_no_values_is_refused(axis):
         parse_axis(axis)
 
 
+def test_a_key_that_is_swept_twice_is_refused(tiny, tmp_path):
+    with pytest.raises(RecipeError, match="`seed` is swept twice"):
+        sweep_runs(given(tmp_path, tiny), ["seed=0,1", "seed=2"], out=tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_wrong_value_is_refused_before_anything_is_run(tiny, tmp_path):
     with pytest.raises(RecipeError, match="learning_rate"):
         sweep_runs(given(tmp_path, tiny), ["stages.0.learning_rate=1e-2,fast"], out=tmp_path / "sweep")

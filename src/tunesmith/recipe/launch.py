@@ -19,7 +19,7 @@ class LaunchSection(Section):
     nodes: Positive = 1
     """Machines; of more than one, `tunesmith launch` prints the file that starts them."""
     accelerator: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None = None
-    """The kind of GPU to ask a cluster for (H100), as its tool calls it."""
+    """The kind of GPU to ask a cluster for (H100), as its tool calls it; SkyPilot has to be told one."""
     hours: Positive | None = None
     """How long a cluster may take."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
