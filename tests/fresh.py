@@ -16,7 +16,7 @@ _SERVER.set_forkserver_preload(LIBRARIES)
 
 
 class Ended(NamedTuple):
-    """How the code ended, as the interpreter would have: its exit status, and what it wrote."""
+    """How the code ended: its exit status (1 if it raised), and what it wrote, the traceback among it."""
 
     returncode: int
     stdout: str
@@ -50,7 +50,7 @@ def _status(code: str, words: list[str]) -> int:
     try:
         exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
     except SystemExit as end:
-        return end.code or 0
+        return end.code or 0  # our command line ends with numbers
     except BaseException:
         traceback.print_exc()
         return 1

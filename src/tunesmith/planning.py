@@ -46,7 +46,7 @@ from .train.scoring import named_models
 from .train.shaping import Shaping
 from .train.work import learns_from_answers
 
-SLOW_PROCESSOR = "this processor has no bfloat16 arithmetic: the base is held in float32 and takes about twice the time"
+SLOW_PROCESSOR = "this processor has no bfloat16 arithmetic: the model computes in float32 and takes about twice the time"
 UNMODELLED = ("classical", "shorter")  # candidates that take next to no time
 SAMPLED_ROWS = 32  # looked at to know what all rows begin with
 STATE_BYTES = 12  # of a trained number in a checkpoint: master and two moments
@@ -59,9 +59,9 @@ def make_plan(session: Session, *, evaluates: bool = True) -> dict[str, Any]:
     """
     shape, room = model_shape(session.loaded), memory_room(session)
     footprints = [_fitting_footprint(session, shape, stage, room) for stage in session.stages]
-    largest = max(footprints, key=lambda parts: sum(parts.values()))
     if evaluates:
-        largest = largest | {"rollouts": largest["rollouts"] + _evaluation_bytes(session, shape)}
+        footprints.append(_evaluation_footprint(session, shape, footprints[-1]))
+    largest = max(footprints, key=lambda parts: sum(parts.values()))
     peak = sum(largest.values())
     notes = [SLOW_PROCESSOR] if session.loaded.dtype == torch.float32 and not has_fast_bf16() else []
     if peak > room:
@@ -201,8 +201,14 @@ def _evaluation(session: Session, shape: Shape, machine: Machine) -> list[Phase]
     return phases
 
 
+def _evaluation_footprint(session: Session, shape: Shape, trained: Footprint) -> Footprint:
+    """The parts of the evaluation's peak: what training held is given back by then, libraries apart."""
+    kept = {"weights": shape.weights, "rollouts": _evaluation_bytes(session, shape), "libraries": trained["libraries"]}
+    return dict.fromkeys(trained, 0) | kept
+
+
 def _evaluation_bytes(session: Session, shape: Shape) -> int:
-    """What the evaluation takes beside what the process still holds of training; as if prompts were as long as training's."""
+    """What answering and scoring take; as if prompts were as long as training's."""
     items = len(session.data.test_records)
     if not items:
         return 0

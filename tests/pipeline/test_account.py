@@ -232,16 +232,16 @@ def test_a_plan_over_the_machines_memory_is_refused_before_anything_is_trained(t
     assert not (tmp_path / "run" / "stages").exists()
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_a_processor_without_bfloat16_is_named_beforehand(tiny, fast, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fast, dtype, slow", [(True, "float32", False), (False, "float32", True), (False, "float16", False)])
+def test_a_processor_without_bfloat16_is_named_beforehand_where_float32_takes_its_place(tiny, fast, dtype, slow, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "has_fast_bf16", lambda: fast)
     told = []
-    tunesmith.train(recipe(tmp_path, tiny), out=tmp_path / "run", report=told.append)
+    tunesmith.train(recipe(tmp_path, tiny), sets=[f"model.dtype={dtype}"], out=tmp_path / "run", report=told.append)
     (plan,) = [event for event in told if event.get("event") == "plan"]
     kinds = [event.get("event") for event in told]
     assert kinds.index("plan") < kinds.index("stage_finished")
-    assert any("no bfloat16 arithmetic" in note for note in plan["notes"]) is not fast
-    assert any("no bfloat16 arithmetic" in note for note in read_json(tmp_path / "run" / "plan.json")["predicted"]["notes"]) is not fast
+    assert any("no bfloat16 arithmetic" in note for note in plan["notes"]) is slow
+    assert any("no bfloat16 arithmetic" in note for note in read_json(tmp_path / "run" / "plan.json")["predicted"]["notes"]) is slow
     (logged,) = [event["notes"] for event in read_events(tmp_path / "run") if event.get("event") == "notes"]
     assert logged == plan["notes"]
     assert any("20 of 20 rows are messages" in note for note in logged)

@@ -321,12 +321,23 @@ def test_where_nothing_fits_the_least_that_is_needed_is_said(monkeypatch):
 
 def test_the_plan_of_training_alone_counts_no_evaluation(monkeypatch):
     monkeypatch.setattr(planning, "_evaluation", lambda *args: [planning.Phase("evaluate tuned", 7.0, 0.0, 0.0, "compute")])
-    monkeypatch.setattr(planning, "_evaluation_bytes", lambda *args: 10**9)
     session = session_of([open_stage()[1]], LONG)
     whole, alone = planning.make_plan(session), planning.make_plan(session, evaluates=False)
-    assert whole["peak_memory_bytes"] - alone["peak_memory_bytes"] == 10**9
     assert whole["seconds"] - alone["seconds"] == pytest.approx(7)
     assert {phase["name"] for phase in whole["phases"]} - {phase["name"] for phase in alone["phases"]} == {"evaluate tuned"}
+
+
+def test_the_plans_memory_is_that_of_training_or_of_the_evaluation_whichever_is_more(monkeypatch):
+    session = session_of([open_stage()[1]], LONG)
+    training = planning.make_plan(session, evaluates=False)["memory"]
+    monkeypatch.setattr(planning, "_evaluation_bytes", lambda *args: 1)
+    assert planning.make_plan(session)["memory"] == training
+    monkeypatch.setattr(planning, "_evaluation_bytes", lambda *args: 10**12)
+    plan = planning.make_plan(session)
+    weights = planning.model_shape(session.loaded).weights
+    assert plan["peak_memory_bytes"] == 10**12 + weights + training["libraries"]
+    assert plan["memory"] == dict.fromkeys(training, 0) | {"weights": weights, "rollouts": 10**12, "libraries": training["libraries"]}
+    assert any("the evaluation may need 100" in note for note in plan["notes"])
 
 
 @pytest.mark.parametrize("verb, counted", [("run", True), ("train", False)])

@@ -173,12 +173,12 @@ def _locate(section: ModelSection) -> tuple[str, str, str | None]:
         spec = importlib.util.find_spec(embedded.package)
         if spec is None or not spec.submodule_search_locations:
             raise ModelError(f"the package that carries {section.name} is not installed", where="model.name", mend=embedded.requirement)
-        return str(converted(Path(spec.submodule_search_locations[0]) / embedded.file)), embedded.public_name, None
+        return str(_converted(Path(spec.submodule_search_locations[0]) / embedded.file)), embedded.public_name, None
     path = Path(section.name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError("no such GGUF file", where=str(path), mend="check model.name")
-        return str(converted(path)), path.stem, None
+        return str(_converted(path)), path.stem, None
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError("the folder holds no config.json", where=str(path), mend="name a folder written by save_pretrained")
@@ -193,7 +193,7 @@ def _locate(section: ModelSection) -> tuple[str, str, str | None]:
     return folder, section.name, Path(folder).name
 
 
-def converted(gguf: Path) -> Path:
+def _converted(gguf: Path) -> Path:
     """The safetensors folder of a GGUF file, made once; its name holds the file's hash."""
     if not gguf.is_file():
         raise ModelError("no such GGUF file", where=str(gguf), mend="reinstall the package that carries it")
