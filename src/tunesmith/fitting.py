@@ -65,7 +65,7 @@ def memory_room(session: Session) -> int:
 def _earlier_stages(session: Session) -> dict[str, dict[str, Any]]:
     """The stages of the run that is resumed, by name, as its own recipe says."""
     path = session.run.path / "recipe.yaml"
-    if not path.is_file():
+    if not session.run.resumed or not path.is_file():
         return {}
     return {stage["name"]: stage for stage in yaml.safe_load(path.read_text())["stages"]}
 

@@ -224,12 +224,28 @@ def test_plan_json_holds_what_was_predicted_and_what_the_run_took(tiny, tmp_path
 
 
 def test_a_plan_over_the_machines_memory_is_refused_before_anything_is_trained(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(fitting, "memory_room", lambda session: 0)
-    monkeypatch.setattr(planning, "memory_room", lambda session: 0)
-    with pytest.raises(DoesNotFit, match="GB of memory") as caught:
-        tunesmith.run(recipe(tmp_path, tiny), out=tmp_path / "run")
+    with monkeypatch.context() as small:
+        small.setattr(fitting, "memory_room", lambda session: 0)
+        small.setattr(planning, "memory_room", lambda session: 0)
+        with pytest.raises(DoesNotFit, match="GB of memory") as caught:
+            tunesmith.run(recipe(tmp_path, tiny), out=tmp_path / "run")
     assert caught.value.exit_status == 4
     assert not (tmp_path / "run" / "stages").exists()
+    tunesmith.train(recipe(tmp_path, tiny), out=tmp_path / "run")  # the folder of a refused run is free
+
+
+def test_a_corrected_recipe_takes_the_folder_of_the_refused_one_and_nothing_of_it_counts(tiny, tmp_path):
+    wrong = recipe(tmp_path, tiny)
+    wrong["stages"][0]["method"] = {"type": "lora", "target_modules": ["no_such"]}
+    with pytest.raises(RecipeError, match="no_such"):
+        tunesmith.train(wrong, sets=["data.validation=0.3"], out=tmp_path / "run")
+    assert [event["name"] for event in read_events(tmp_path / "run")] == ["load", "data"]
+    result = tunesmith.train(recipe(tmp_path, tiny), out=tmp_path / "run")
+    fresh = tunesmith.train(recipe(tmp_path, tiny), out=tmp_path / "fresh")
+    assert result.ledger == fresh.ledger
+    assert [event.get("name") for event in read_events(result.path)] == [event.get("name") for event in read_events(fresh.path)]
+    adapter = "model/adapter_model.safetensors"
+    assert (result.path / adapter).read_bytes() == (fresh.path / adapter).read_bytes()
 
 
 @pytest.mark.parametrize("fast, dtype, slow", [(True, "float32", False), (False, "float32", True), (False, "float16", False)])

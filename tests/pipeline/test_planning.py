@@ -57,7 +57,7 @@ def session_of(
         data=data,
         loaded=loaded(tiny_model("llama")),
         stages=stages,
-        run=SimpleNamespace(path=run, events=lambda: []),
+        run=SimpleNamespace(path=run, events=lambda: [], resumed=True),
         bare=10**9,
         recipe=SimpleNamespace(
             seed=0,
@@ -281,6 +281,9 @@ def test_a_resumed_run_keeps_what_it_began_with_on_a_machine_with_other_room(mon
     (tmp_path / "recipe.yaml").write_text(known)
     (stage,) = fitting.fit_stages(session_of([derived], LONG, given=[given], run=tmp_path))
     assert chosen(stage) == (2, 4, True)
+    anew = session_of([derived], LONG, given=[given], run=tmp_path)
+    anew.run.resumed = False  # the recipe that lies there is of a run that was refused
+    assert chosen(*fitting.fit_stages(anew)) == (8, 1, False)
     other, derived = open_stage(per_device_train_batch_size=8)
     (stage,) = fitting.fit_stages(session_of([derived], LONG, given=[other], run=tmp_path))
     assert chosen(stage) == (8, 1, False)

@@ -74,6 +74,31 @@ def test_a_run_is_refused_without_resume_and_taken_with_it(name, tmp_path):
 
 
 @pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_whose_run_ended_before_its_first_step_is_taken_as_new_and_keeps_no_log(resume, tmp_path):
+    with RunDirectory.open(tmp_path, resume=False) as run:
+        run.log({"event": "phase", "name": "data", "note": 'no "step" yet'})
+        for name in ("data/ledger.json", "recipe.yaml", "manifest.json", "plan.json"):
+            write_text(run.file(name), "")
+    with RunDirectory.open(tmp_path, resume=resume) as run:
+        assert not run.resumed
+        assert run.events() == []
+        assert run.file("data/ledger.json").exists()
+
+
+@pytest.mark.parametrize("made", ["a step", "stages/sft/reference/key.json", "evaluation/unit.json", "notes.txt"])
+def test_a_folder_with_a_step_in_its_log_or_with_more_than_a_preparation_leaves_holds_a_run(made, tmp_path):
+    with RunDirectory.open(tmp_path, resume=False) as run:
+        run.log({"stage": "sft", "step": 1} if made == "a step" else {"event": "phase"})
+        if made != "a step":
+            write_text(run.file(made), "")
+    with pytest.raises(OutputInUse, match="holds a run already"):
+        RunDirectory.open(tmp_path, resume=False)
+    with RunDirectory.open(tmp_path, resume=True) as run:
+        assert run.resumed
+        assert len(run.events()) == 1
+
+
+@pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_with_other_things_is_refused_and_not_touched(resume, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(OutputInUse, match=r"thesis\.tex") as refused:

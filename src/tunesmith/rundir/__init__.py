@@ -13,7 +13,8 @@ can count its calls, make them fail, kill the process at any of them and replay 
     ('step-1', [], 2.5)
 """
 
-from ._directory import RefusedCheckpoint, RunDirectory, read_events, refuse_in_use
+from ._directory import RefusedCheckpoint, RunDirectory, refuse_in_use
+from ._events import read_events
 from ._manifest import manifest
 from ._redact import redact
 from ._storage import (

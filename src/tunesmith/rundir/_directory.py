@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import socket
@@ -20,12 +19,12 @@ from typing import Any, NamedTuple
 
 from tunesmith.errors import CheckpointError, OutputInUse, RecipeError
 
+from ._events import EVENTS, bytes_of, event_line, event_lines, is_after, read_events
 from ._storage import (
     MANIFEST,
     atomic_folder,
     is_temporary,
     make_folder,
-    plain,
     remove_folder,
     storage,
     storage_failures,
@@ -36,9 +35,9 @@ from ._storage import (
 )
 from ._writer import follow, is_writer, lead
 
-EVENTS = "events.jsonl"
 LOCK = ".lock"
 RUN_MARKERS = frozenset({LOCK, "recipe.yaml", MANIFEST, EVENTS, "plan.json", "stages"})
+_PREPARATION = frozenset({LOCK, "data", "recipe.yaml", MANIFEST, EVENTS, "plan.json"})  # what there is before a first step
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _STEP_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 _HOLDER_PATIENCE = 1.0  # seconds in which the lock's holder must have written its pid, which it does at once
@@ -65,7 +64,8 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path, *, resume: bool) -> RunDirectory:
-        """Take a folder for a run: a missing one is made, an empty one taken with or without resume.
+        """Take a folder for a run: a missing one is made, one that is empty or whose run ended before its first step is taken with or
+        without resume. Of such a run's files the log is dropped; the rest are written anew, or are rendered rows that say what of.
 
         Raises OutputInUse for a folder that holds a run (without resume), that holds anything else, or whose lock another process
         has, and StorageFailed.
@@ -73,13 +73,17 @@ class RunDirectory:
         path = Path(path).absolute()
         refuse_in_use(path, resume=resume)
         make_folder(path)
+        held = _holds_run(path)  # a lock that lies there is an earlier run's; all is asked again below: another process may have begun one
         lock = _take_lock(path)
         try:
-            _refuse_content(path, resume=resume)  # another process may have begun a run between the two
-            content = _content(path) - {LOCK}
+            _refuse_content(path, resume=resume)
+            run = cls(path, lock, resumed=held or _holds_run(path))
             sweep(path)
-            run = cls(path, lock, resumed=bool(content))
-            run._drop_torn_line()
+            if run.resumed:
+                run._drop_torn_line()
+            elif (path / EVENTS).exists():
+                with storage_failures(path / EVENTS):
+                    storage.unlink(path / EVENTS)
             return run
         except BaseException:
             os.close(lock)
@@ -136,7 +140,7 @@ class RunDirectory:
         path = self.file(EVENTS)
         if not is_writer(path):
             return
-        line = _line(event)
+        line = event_line(event)
         with storage_failures(path, len(line)):
             if self._log is None:
                 self._log = storage.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -164,8 +168,8 @@ class RunDirectory:
     def rewind(self, stage: str, step: int) -> None:
         """Go back to a step of a stage: its later log lines are dropped and {"event": "resumed"} added, in one step."""
         path = self.file(EVENTS)
-        kept = [line for line, event in _lines(_read(path), path) if not _is_after(event, stage, step)]
-        kept.append(_line({"event": "resumed", "stage": stage, "step": step}))
+        kept = [line for line, event in event_lines(bytes_of(path), path) if not is_after(event, stage, step)]
+        kept.append(event_line({"event": "resumed", "stage": stage, "step": step}))
         self._replace_log(b"".join(kept))
 
     @contextlib.contextmanager
@@ -232,8 +236,8 @@ class RunDirectory:
 
     def _drop_torn_line(self) -> None:
         path = self.file(EVENTS)
-        raw = _read(path)
-        whole = b"".join(line for line, _ in _lines(raw, path))
+        raw = bytes_of(path)
+        whole = b"".join(line for line, _ in event_lines(raw, path))
         if whole != raw:
             self._replace_log(whole)
 
@@ -244,52 +248,6 @@ class RunDirectory:
             self._log = None
 
 
-def read_events(run_path: Path) -> list[dict[str, Any]]:
-    """The events of a run directory, for readers that do not hold it; a torn last line is left out, no log gives an empty list.
-
-    Raises CheckpointError naming the line when any other is damaged.
-    """
-    path = Path(run_path) / EVENTS
-    return [event for _, event in _lines(_read(path), path)]
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return b""
-
-
-def _line(event: Mapping[str, Any]) -> bytes:
-    content = plain({"time": round(time.time(), 3), **event})
-    return (json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
-
-
-def _lines(raw: bytes, path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """(line with its end, event) of each whole line. Only the last one can be torn by a kill; what a power cut leaves there may be
-    zero bytes."""
-    result = []
-    lines = raw.split(b"\n")
-    last = max((number for number, line in enumerate(lines) if line), default=0)
-    for number, line in enumerate(lines):
-        if not line:
-            continue
-        try:
-            event = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError):
-            event = None
-        if isinstance(event, dict):
-            result.append((line + b"\n", event))
-        elif number < last:
-            raise CheckpointError("the event log is damaged here", where=f"{path}:{number + 1}", mend="remove the line")
-    return result
-
-
-def _is_after(event: Mapping[str, Any], stage: str, step: int) -> bool:
-    at = event.get("step")
-    return event.get("stage") == stage and isinstance(at, int) and at > step
-
-
 def _step(name: str) -> int:
     return int(name.removeprefix("step-"))
 
@@ -297,6 +255,17 @@ def _step(name: str) -> int:
 def _content(path: Path) -> set[str]:
     with storage_failures(path):
         return {name for name in os.listdir(path) if not is_temporary(name)}
+
+
+def _holds_run(path: Path) -> bool:
+    """Whether there is anything that a new run would lose: not where one was refused, or stopped, before its first step.
+
+    A folder without a lock is a copy, or somebody's own.
+    """
+    content = _content(path)
+    if {LOCK, EVENTS} <= content <= _PREPARATION:
+        return b'"step"' in bytes_of(path / EVENTS)
+    return bool(content - {LOCK})
 
 
 def refuse_in_use(path: Path, *, resume: bool) -> None:
@@ -310,7 +279,7 @@ def refuse_in_use(path: Path, *, resume: bool) -> None:
 
 def _refuse_content(path: Path, *, resume: bool) -> None:
     _refuse_foreign(path)
-    if not resume and path.is_dir() and _content(path) - {LOCK}:
+    if not resume and path.is_dir() and _holds_run(path):
         raise OutputInUse(
             "the folder holds a run already",
             where=str(path),
@@ -381,7 +350,7 @@ def _holder(file: Path) -> str:
     """Who has the lock. A pid left by a killed process may stand there until the new holder has written its own."""
     deadline = time.monotonic() + _HOLDER_PATIENCE
     while time.monotonic() < deadline:
-        pid, _, host = _read(file).decode("utf-8", "replace").strip().partition(" ")
+        pid, _, host = bytes_of(file).decode("utf-8", "replace").strip().partition(" ")
         if pid.isdecimal() and host and host != socket.gethostname():
             return f"another process (pid {pid} on {host})"
         if pid.isdecimal() and _is_alive(int(pid)):
