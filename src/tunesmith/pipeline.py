@@ -238,7 +238,7 @@ def _train(session: Session, *, evaluates: bool = True) -> None:
 def _plan(session: Session, *, evaluates: bool) -> None:
     """Writes and shows what is to be expected."""
     predicted = make_plan(session, evaluates=evaluates)
-    write_json(session.run.file("plan.json"), {"predicted": predicted, "measured": None, "compared": []})
+    write_json(session.run.file("plan.json"), {"predicted": predicted, "measured": None, "compared": compare_plan(predicted, {})})
     notes = [*session.data.notes, *(note for data in session.stage_data.values() for note in data.notes), *predicted["notes"]]
     notes += quarantine_notes(session, session.run.path)
     warnings = verdict_warnings(session.recipe, session.tasks)
@@ -326,7 +326,8 @@ def _finish(session: Session, evaluation: dict[str, Any] | None) -> RunResult:
     measured = _measured(session)
     plan_path = path / "plan.json"
     predicted = json.loads(plan_path.read_text())["predicted"] if plan_path.is_file() else None
-    plan = {"predicted": predicted, "measured": measured, "compared": compare_plan(predicted, measured)}
+    foreseen = measured if predicted is None or _foresees_evaluation(predicted) else _measured(session, evaluations=False)
+    plan = {"predicted": predicted, "measured": measured, "compared": compare_plan(predicted, foreseen)}
     write_json(plan_path, plan)
     page = write_report(path)
     if (path / "model").exists():
@@ -343,10 +344,18 @@ def _finish(session: Session, evaluation: dict[str, Any] | None) -> RunResult:
     )
 
 
-def _measured(session: Session) -> dict[str, Any]:
-    """What the run really took, over all its parts; a phase that was resumed counts each time, a part that found all finished never."""
+def _foresees_evaluation(predicted: dict[str, Any]) -> bool:
+    """Whether it is the plan of `run`; that of `train` ends with the training, and can be held against no more."""
+    return any(phase["name"].startswith("evaluate ") for phase in predicted["phases"])
+
+
+def _measured(session: Session, *, evaluations: bool = True) -> dict[str, Any]:
+    """What the run really took, over all its parts; a phase that was resumed counts each time, a part that found all finished never.
+
+    evaluations: whether what the evaluation took counts.
+    """
     events = session.run.events()
-    phases = _phases(events)
+    phases = _phases(events, evaluations=evaluations)
     stages = {event["stage"]: event for event in events if event.get("event") == "stage_finished"}
     spent: Counter[str] = Counter()
     for event in phases:
@@ -354,7 +363,8 @@ def _measured(session: Session) -> dict[str, Any]:
             spent[event["name"]] += event["seconds"]
     for name, event in stages.items():
         spent.update({f"{phase} {name}": seconds for phase, seconds in event.get("phases", {}).items()})
-    for name, seconds in {event["name"]: event["seconds"] for event in events if event.get("event") == "phase_part"}.items():
+    parts = {event["name"]: event["seconds"] for event in events if event.get("event") == "phase_part" and evaluations}
+    for name, seconds in parts.items():
         task, candidate = name.split(".", 1)
         spent["evaluate " + {"few_shot": "few_shot", "general": "general"}.get(task, candidate)] += seconds
     whole = sum(event["seconds"] for event in phases)
@@ -368,8 +378,11 @@ def _measured(session: Session) -> dict[str, Any]:
     }
 
 
-def _phases(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The phases of the parts that did something; each part of a run begins with `load`."""
+def _phases(events: Sequence[dict[str, Any]], *, evaluations: bool) -> list[dict[str, Any]]:
+    """The phases of the parts that did something; each part of a run begins with `load`.
+
+    evaluations: whether to count evaluating, and what a part that did only that read for it.
+    """
     parts: list[list[dict[str, Any]]] = [[]]
     for event in events:
         if event.get("event") == "phase":
@@ -378,4 +391,10 @@ def _phases(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             parts[-1].append(event)
         elif event.get("event") == NOTHING_TO_DO:
             parts[-1].clear()
-    return [event for part in parts for event in part]
+    counted = parts if evaluations else [part for part in parts if not _only_evaluates(part)]
+    return [event for part in counted for event in part if evaluations or event["name"] != "evaluate"]
+
+
+def _only_evaluates(part: Sequence[dict[str, Any]]) -> bool:
+    kinds = {event["name"].partition(" ")[0] for event in part}
+    return "evaluate" in kinds and "train" not in kinds

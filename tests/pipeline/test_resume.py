@@ -140,6 +140,16 @@ def test_evaluate_after_train_gives_what_run_gives(given, tmp_path):
     assert results(tmp_path / "run") == results(unbroken)
 
 
+def test_a_plan_that_foresaw_no_evaluation_is_held_against_none(given, tmp_path):
+    made, unbroken, _ = given
+    trained = tunesmith.train(made, out=tmp_path / "run").plan
+    evaluated = tunesmith.evaluate(made, out=tmp_path / "run").plan
+    assert evaluated["compared"] == trained["compared"]
+    assert evaluated["measured"]["seconds"] > trained["measured"]["seconds"]
+    whole = read_json(unbroken / "plan.json")  # of `run`, which foresaw all
+    assert whole["compared"][1]["measured"] == whole["measured"]["seconds"]
+
+
 def test_a_signal_during_the_evaluation_exits_130_and_the_resumed_run_is_byte_equal(given, tmp_path):
     made, unbroken, units = given
     path = tmp_path / "run"

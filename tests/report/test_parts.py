@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import yaml
 
+from tunesmith.planning import compare_plan
 from tunesmith.report import write_report
 from tunesmith.report._account import findings_view, ledger_view, repeat_view
 from tunesmith.report._candidates import candidates_view
@@ -144,7 +145,8 @@ def test_parts_of_a_phase_are_shown_once_under_it_and_cost_the_candidates_their_
 
 
 def test_a_prediction_without_a_measurement_stays_not_measured(run_path):
-    (run_path / "plan.json").write_text('{"predicted": {"seconds": 300, "peak_memory_bytes": 1073741824}, "measured": {"seconds": 330}}')
+    compared = compare_plan({"seconds": 300, "peak_memory_bytes": 1073741824}, {"seconds": 330})
+    (run_path / "plan.json").write_text(json.dumps({"compared": compared}))
     plan = {row["label"]: row for row in costs_view(read_run(run_path), LIMITS)["plan"]}
     assert plan["Time"] == {"label": "Time", "predicted": "5.0 min", "measured": "5.5 min", "error": "-9%"}
     assert (plan["Peak memory"]["predicted"], plan["Peak memory"]["measured"]) == ("1 GiB", "NOT MEASURED")

@@ -115,17 +115,19 @@ def _loss_words(train: Series, validation: Series | None) -> str:
 
 def costs_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
     """Bars for tokens and for seconds a phase, and predicted against measured."""
-    predicted, measured = mapping(mapping(run.plan).get("predicted")), mapping(mapping(run.plan).get("measured"))
+    plan = mapping(run.plan)
+    predicted, measured = mapping(plan.get("predicted")), mapping(plan.get("measured"))
+    compared = {str(row.get("name")): row for row in rows(plan.get("compared"))}
     return {
         "tokens": _tokens(run),
         "phases": _phases(run, limits),
         "phases_sum": _phases_sum(run),
         "plan": [
-            _planned("Peak memory", predicted, measured, "peak_memory_bytes", words.size),
-            _planned("Time", predicted, measured, "seconds", words.duration),
-            *_planned_phases(predicted, measured, limits),
-            _planned("Tokens", predicted, measured, "tokens", words.count),
-            *([_planned("Cost", predicted, measured, "cost", _price)] if number(predicted.get("cost")) is not None else []),
+            _planned("Peak memory", compared.get("peak_memory_bytes"), words.size),
+            _planned("Time", compared.get("seconds"), words.duration),
+            *_planned_phases(predicted, compared, limits),
+            _planned("Tokens", compared.get("tokens"), words.count),
+            *([_planned("Cost", compared["cost"], _price)] if "cost" in compared else []),
         ],
         "memory": [
             (capital(text(name, limits.names)), words.size(number(size)))
@@ -218,26 +220,20 @@ def part_seconds(run: RunFiles, name: str) -> float | None:
     return _parts(run, None).get(name)
 
 
-def _planned(label: str, predicted: dict[str, Any], measured: dict[str, Any], key: str, say: Any) -> dict[str, str]:
-    before, after = number(predicted.get(key)), number(measured.get(key))
-    error = f"{100 * (before / after - 1):+.0f}%" if before is not None and after else words.NOT_MEASURED
-    return {"label": label, "predicted": say(before), "measured": say(after), "error": error}
+def _planned(label: str, row: dict[str, Any] | None, say: Any) -> dict[str, str]:
+    before, after, error = (number(mapping(row).get(key)) for key in ("predicted", "measured", "error"))
+    off = words.NOT_MEASURED if error is None else f"{100 * error:+.0f}%"
+    return {"label": label, "predicted": say(before), "measured": say(after), "error": off}
 
 
 def _price(cost: float | None) -> str:
     return words.NOT_MEASURED if cost is None else f"{cost:,.2f}"
 
 
-def _planned_phases(predicted: dict[str, Any], measured: dict[str, Any], limits: Limits) -> list[dict[str, str]]:
+def _planned_phases(predicted: dict[str, Any], compared: dict[str, dict[str, Any]], limits: Limits) -> list[dict[str, str]]:
     """A row for each phase that the plan names."""
-    sides = []
-    for side in (predicted, measured):
-        phases = [mapping(phase) for phase in rows(side.get("phases"))][:SHOWN_PHASES]
-        sides.append({str(phase.get("name")): phase for phase in phases})
-    return [
-        _planned(f"{EN_DASH} {text(name, limits.names)}", phase, sides[1].get(name, {}), "seconds", words.duration)
-        for name, phase in sides[0].items()
-    ]
+    names = [str(phase.get("name")) for phase in rows(predicted.get("phases"))][:SHOWN_PHASES]
+    return [_planned(f"{EN_DASH} {text(name, limits.names)}", compared.get(name), words.duration) for name in names]
 
 
 def resumed_words(run: RunFiles) -> list[str]:
