@@ -77,7 +77,10 @@ def sweep(
         )
     words = [[f"{key}={value}" for key, value in combination] for combination in combinations]
     for chosen in words:
-        load_recipe(recipe, [*sets, *chosen])
+        try:
+            load_recipe(recipe, [*sets, *chosen])
+        except RecipeError as error:
+            raise RecipeError(error.what, where=_as_swept(error.where, keys), mend=error.mend) from None
     names = [_slug(combination) for combination in combinations]
     if len(set(names)) < len(names):
         raise RecipeError("two combinations would share a folder", where="--sweep", mend="shorten the values")
@@ -109,6 +112,11 @@ def parse_axis(text: str) -> tuple[str, list[str]]:
     if len(set(values)) < len(values):
         raise RecipeError("a value stands there twice", where=f"--sweep {text}", mend="name each value once")
     return key, values
+
+
+def _as_swept(where: str | None, keys: Sequence[str]) -> str | None:
+    """The place of an error, as the words that the user wrote: a swept value is set for each run."""
+    return next((where.replace("--set", "--sweep", 1) for key in keys if where in (f"--set {key}", f"--set {key}:1")), where)
 
 
 def _split(text: str) -> list[str]:

@@ -126,9 +126,19 @@ def test_a_key_that_is_swept_twice_is_refused(tiny, tmp_path):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_a_wrong_value_is_refused_before_anything_is_run(tiny, tmp_path):
-    with pytest.raises(RecipeError, match="learning_rate"):
-        sweep_runs(given(tmp_path, tiny), ["stages.0.learning_rate=1e-2,fast"], out=tmp_path / "sweep")
+@pytest.mark.parametrize(
+    "key, values, said",
+    [
+        ("stages.0.learning_rate", "1e-2,fast", "valid number"),
+        ("learning_rate", "1e-2,1e-3", "did you mean `stages.0.learning_rate`"),
+        ("seed", "0,[1", "not readable as YAML"),
+    ],
+)
+def test_a_wrong_key_or_value_is_refused_as_it_was_written_before_anything_is_run(tiny, key, values, said, tmp_path):
+    with pytest.raises(RecipeError) as refused:
+        sweep_runs(given(tmp_path, tiny), [f"{key}={values}"], sets=["stages.0.max_steps=2"], out=tmp_path / "sweep")
+    assert said in str(refused.value)
+    assert str(refused.value).startswith(f"--sweep {key}:")
     assert not (tmp_path / "sweep").exists()
 
 

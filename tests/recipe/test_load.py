@@ -80,6 +80,19 @@ def test_an_unknown_key_is_refused_with_its_line_and_the_nearest_key(write, old,
     assert error.mend == f"did you mean `{near}`?"
 
 
+@pytest.mark.parametrize(
+    ("word", "place"),
+    [
+        ("learning_rate=1", "stages.0.learning_rate"),
+        ("r=8", "stages.0.method.r"),
+        ("stages.1.r=8", "stages.1.method.r"),
+        ("nproc_per_node=2", "launch.nproc_per_node"),
+    ],
+)
+def test_a_key_that_stands_deeper_is_refused_with_the_place_where_it_stands(write, word, place):
+    assert refused(write(TEXT), [word]).mend == f"did you mean `{place}`?"
+
+
 def test_an_unknown_key_that_is_near_to_none_is_refused_with_all_known_ones(write):
     error = refused(write(TEXT.replace("data:", "data:\n  zzz: 1")))
     assert "unknown key `data.zzz`" in error.what

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -28,7 +28,7 @@ def explain(error: ValidationError, values: dict[str, Any], places: Places, wher
     name, place = dotted(path), place_of(path, places, where)
     if item["type"] == "extra_forbidden":
         known = list(_fields_at(path[:-1], values))
-        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+        near = _keys_below(path[:-1], str(path[-1]), values) or difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
         mend = f"did you mean `{near[0]}`?" if near else f"known keys here: {', '.join(known)}"
         return RecipeError(f"unknown key `{name}`", where=place, mend=mend)
     if item["type"] == "missing":
@@ -118,6 +118,22 @@ def _sections_at(path: KeyPath, values: Any) -> list[type[BaseModel]]:
 def _fields_at(path: KeyPath, values: Any) -> Iterator[str]:
     for section in _sections_at(path, values):
         yield from section.model_fields
+
+
+def _keys_below(path: KeyPath, name: str, values: Any) -> list[str]:
+    """Where a key of this name stands in a part of the sections at a path: the first, the shallowest before others."""
+    level = [(path, section) for section in _sections_at(path, values)]
+    while level:
+        found = [dotted((*above, name)) for above, section in level if name in section.model_fields]
+        if found:
+            return found[:1]
+        level = [
+            ((*above, part, 0) if get_origin(field.annotation) is list else (*above, part), inner)
+            for above, section in level
+            for part, field in section.model_fields.items()
+            for inner in sections_of(field.annotation)
+        ]
+    return []
 
 
 def _describe(path: KeyPath, values: Any) -> str:
