@@ -28,6 +28,7 @@ from .rundir import RunDirectory, make_folder, read_events, world, write_json, w
 
 MAX_RUNS = 1000  # more is a mistake in the words
 CHANGES_THE_LOSS = re.compile(r"(^|\.)(objective|data|model|task)(\.|$)")  # settings under which the loss is another measure
+OWN = ("name", "output", "output.dir")  # settings that would name a run or its folder
 RESULT, PAGE = "sweep.json", "sweep.html"
 Report = Callable[[dict[str, Any]], None]
 
@@ -64,6 +65,12 @@ def sweep(
     keys = [key for key, _ in grid]
     if twice := [key for key in dict(grid) if keys.count(key) > 1]:
         raise RecipeError(f"`{twice[0]}` is swept twice", where="--sweep", mend=f"put its values together: --sweep {twice[0]}=A,B")
+    if own := [key for key in keys if key in OWN]:
+        raise RecipeError(
+            f"a sweep names its runs and their folders itself, not by `{own[0]}`",
+            where="--sweep",
+            mend="leave it out; --out DIR is the sweep's folder",
+        )
     combinations = list(itertools.product(*([(key, value) for value in values] for key, values in grid)))
     if len(combinations) > MAX_RUNS:
         raise RecipeError(f"{len(combinations)} runs", where="--sweep", mend=f"at most {MAX_RUNS}: leave values out")

@@ -142,6 +142,13 @@ def test_a_wrong_key_or_value_is_refused_as_it_was_written_before_anything_is_ru
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.parametrize("key", ["name", "output.dir"])
+def test_what_names_the_runs_is_not_swept(tiny, key, tmp_path):
+    with pytest.raises(RecipeError, match=f"names its runs and their folders itself, not by `{key}`"):
+        sweep_runs(given(tmp_path, tiny), [f"{key}=a,b"], out=tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_nothing_is_chosen_where_the_setting_changes_what_the_loss_is(tiny, tmp_path):
     done = sweep_runs(given(tmp_path, tiny), ["data.validation=0.1,0.2"], out=tmp_path / "sweep")
     assert done.best is None
