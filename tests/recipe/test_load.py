@@ -124,6 +124,19 @@ def test_a_wrong_value_is_refused_with_its_line_and_what_the_setting_means(write
         assert word in error.what
 
 
+@pytest.mark.parametrize(
+    ("word", "what", "mend"),
+    [
+        ("stages.0.gradient_checkpointing=maybe", "must be true or false, or 'selective'", "gradient_checkpointing means: Recompute"),
+        ("stages.0.gradient_checkpointing=selectiv", "or 'selective'", "did you mean `selective`?"),
+    ],
+)
+def test_what_a_wrong_value_should_have_been_is_said(write, word, what, mend):
+    error = refused(write(TEXT), [word])
+    assert what in error.what
+    assert error.mend.startswith(mend)
+
+
 def test_the_mend_of_a_wrong_value_says_what_the_setting_means(write):
     assert "Peak learning rate" in refused(write(TEXT.replace("2e-4", "fast"))).mend
 

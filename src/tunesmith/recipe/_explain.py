@@ -36,10 +36,12 @@ def explain(error: ValidationError, values: dict[str, Any], places: Places, wher
     if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return _wrong_type_name(item, name, place)
     got = f" (got {json.dumps(item['input'], default=str)[:_SHOWN]})" if not isinstance(item["input"], dict) else ""
-    what = f"{_words(item)}{got}"
+    named = [other["ctx"]["expected"] for other, at in problems if at == path and other["type"] == "literal_error"]
+    also = "" if item["type"] == "literal_error" else "".join(f", or {names}" for names in named)
+    what = f"{_words(item)}{also}{got}"
     mend = _describe(path, values)
-    if item["type"] == "literal_error":
-        choices = re.findall(r"'([^']*)'", item["msg"])
+    if named:
+        choices = re.findall(r"'([^']*)'", named[0])
         near = difflib.get_close_matches(str(item["input"]), choices, n=1, cutoff=0.5)
         mend = f"did you mean `{near[0]}`? {mend}" if near else mend
     if path:
@@ -140,5 +142,6 @@ def _describe(path: KeyPath, values: Any) -> str:
     keys = [index for index, part in enumerate(path) if isinstance(part, str)]
     for section in _sections_at(path[: keys[-1]], values) if keys else []:
         if path[keys[-1]] in section.model_fields:
-            return f"{path[keys[-1]]} means: {section.model_fields[str(path[keys[-1]])].description}"
+            means = section.model_fields[str(path[keys[-1]])].description or ""
+            return f"{path[keys[-1]]} means: {' '.join(means.split())}"
     return "see `tunesmith schema` for every setting"
