@@ -129,6 +129,8 @@ def test_a_wrong_value_is_refused_with_its_line_and_what_the_setting_means(write
     [
         ("stages.0.gradient_checkpointing=maybe", "must be true or false, or 'selective'", "gradient_checkpointing means: Recompute"),
         ("stages.0.gradient_checkpointing=selectiv", "or 'selective'", "did you mean `selective`?"),
+        ("stages.0.optim=adamw", "'adamw_torch_fused'", "did you mean `adamw_torch_fused`?"),
+        ("stages.0.optim=adam8bit", "'adamw_8bit'", "did you mean `adamw_8bit`?"),
     ],
 )
 def test_what_a_wrong_value_should_have_been_is_said(write, word, what, mend):

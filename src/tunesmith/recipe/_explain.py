@@ -42,11 +42,16 @@ def explain(error: ValidationError, values: dict[str, Any], places: Places, wher
     mend = _describe(path, values)
     if named:
         choices = re.findall(r"'([^']*)'", named[0])
-        near = difflib.get_close_matches(str(item["input"]), choices, n=1, cutoff=0.5)
+        near = _begun(str(item["input"]), choices) or difflib.get_close_matches(str(item["input"]), choices, n=1, cutoff=0.5)
         mend = f"did you mean `{near[0]}`? {mend}" if near else mend
     if path:
         what = f"`{name}` {what}" if what.startswith("must ") else f"`{name}`: {what}"
     return RecipeError(what, where=place, mend=mend)
+
+
+def _begun(given: str, choices: list[str]) -> list[str]:
+    """The first of the names that the given one is the beginning of: the plainest comes first in a list of choices."""
+    return [name for name in choices if len(given) > 2 and name.startswith(given)][:1]
 
 
 def _words(item: ErrorDetails) -> str:
