@@ -131,6 +131,8 @@ def test_a_wrong_value_is_refused_with_its_line_and_what_the_setting_means(write
         ("stages.0.gradient_checkpointing=selectiv", "or 'selective'", "did you mean `selective`?"),
         ("stages.0.optim=adamw", "'adamw_torch_fused'", "did you mean `adamw_torch_fused`?"),
         ("stages.0.optim=adam8bit", "'adamw_8bit'", "did you mean `adamw_8bit`?"),
+        ("stages.0.method={type: qlora}", "unknown type `qlora`", "write method: lora, with `model.quantization: nf4`"),
+        ("stages.0.method=dora", "unknown type `dora`", "write method: {type: lora, use_dora: true}"),
     ],
 )
 def test_what_a_wrong_value_should_have_been_is_said(write, word, what, mend):

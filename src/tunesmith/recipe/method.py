@@ -156,6 +156,13 @@ Method = Annotated[
     FullMethod | PartialMethod | LoraMethod | Ia3Method | BottleneckMethod | PrefixMethod | PromptMethod | PTuningMethod,
     Field(discriminator="type"),
 ]
+IS_LORA_WITH = {
+    "qlora": "method: lora, with `model.quantization: nf4`",
+    "dora": "method: {type: lora, use_dora: true}",
+    "rslora": "method: {type: lora, use_rslora: true}",
+    "pissa": "method: {type: lora, init_lora_weights: pissa}",
+}
+"""What to write for methods that are known by names of their own and are LoRA with a setting."""
 WHOLE = ("full", "partial")
 """Methods whose result is a whole model, and not an adapter."""
 
