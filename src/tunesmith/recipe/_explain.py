@@ -40,11 +40,13 @@ def explain(error: ValidationError, values: dict[str, Any], places: Places, wher
     named = [other["ctx"]["expected"] for other, at in problems if at == path and other["type"] == "literal_error"]
     also = "" if item["type"] == "literal_error" else "".join(f", or {names}" for names in named)
     what = f"{_words(item)}{also}{got}"
-    mend = _describe(path, values)
+    mend, near = _describe(path, values), []
     if named:
         choices = re.findall(r"'([^']*)'", named[0])
         near = _begun(str(item["input"]), choices) or difflib.get_close_matches(str(item["input"]), choices, n=1, cutoff=0.5)
         mend = f"did you mean `{near[0]}`? {mend}" if near else mend
+    if item["type"] == "list_type" and type(item["input"]) in (str, int, float) and not _sections_at(path, values) and not near:
+        mend = f"write [{str(item['input'])[:_SHOWN]}]; {mend}"
     if path:
         what = f"`{name}` {what}" if what.startswith("must ") else f"`{name}`: {what}"
     return RecipeError(what, where=place, mend=mend)
