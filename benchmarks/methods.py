@@ -240,7 +240,7 @@ def _latency(spec: dict[str, Any]) -> dict[str, Any]:
     live = tunesmith.load(run)
     systems = {"base": LocalGenerator(base.model, base.tokenizer), "live": LocalGenerator(live.model, live.tokenizer)}
     try:
-        merged = load_model(ModelSection(name=str(tunesmith.export(run).path), dtype=section.dtype))
+        merged = load_model(ModelSection(name=str(tunesmith.export(run, force=True).path), dtype=section.dtype))
         systems["merged"] = LocalGenerator(merged.model, merged.tokenizer)
     except RecipeError:  # it cannot be merged
         pass

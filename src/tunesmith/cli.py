@@ -227,13 +227,14 @@ def export(
     dtype: Annotated[str | None, typer.Option(help="Of merged weights: float32, bfloat16 or float16; else the run's.")] = None,
     push: Annotated[str | None, typer.Option("--push", metavar="REPO", help="A repository of the hub (HF_ENDPOINT, HF_TOKEN).")] = None,
     public: Annotated[bool, typer.Option("--public", help="Whether a repository made for it can be read by all.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an export that is there.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Let code that the model brings run.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a run's result for other tools, proved equal to the live model, or nothing."""
     from .export import export as work
 
-    how: dict[str, Any] = {"out": out, "stage": stage, "dtype": dtype, "push": push, "public": public}
+    how: dict[str, Any] = {"out": out, "stage": stage, "dtype": dtype, "push": push, "public": public, "force": force}
     _verb(as_json, lambda display: work(run, to, **how, trust_remote_code=trust_remote_code, report=display), _export_words)
 
 

@@ -13,7 +13,7 @@ from tests.toys import model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tunesmith
-from tunesmith.errors import AdapterError, CheckpointError, MissingFile, RecipeError
+from tunesmith.errors import AdapterError, CheckpointError, MissingFile, OutputInUse, RecipeError
 from tunesmith.export import _parity
 from tunesmith.models.load import load_model
 from tunesmith.models.opening import open_result
@@ -148,8 +148,19 @@ def test_an_export_that_is_there_stays_when_a_new_one_fails(train, tmp_path, mon
     held = {file.name: file.read_bytes() for file in first.iterdir()}
     monkeypatch.setattr(_parity, "MAX_KL", -1.0)
     with pytest.raises(AdapterError):
-        tunesmith.export(run, out=tmp_path / "merged")
+        tunesmith.export(run, out=tmp_path / "merged", force=True)
     assert {file.name: file.read_bytes() for file in first.iterdir()} == held
+
+
+def test_an_export_that_is_there_is_replaced_by_force_alone(train, tmp_path):
+    first = tunesmith.export(train(LORA), "adapter", out=tmp_path / "adapter").path
+    (first / "model.gguf").write_text("made of it")
+    with pytest.raises(OutputInUse, match="an export is there already") as refused:
+        tunesmith.export(train(LORA), "adapter", out=first)
+    assert "--force" in refused.value.mend
+    assert (first / "model.gguf").exists()
+    tunesmith.export(train(LORA), "adapter", out=first, force=True)
+    assert not (first / "model.gguf").exists()
 
 
 def test_a_narrow_dtype_is_held_against_the_live_model_too(train, tmp_path):
@@ -217,7 +228,7 @@ def test_what_cannot_be_exported_is_refused_with_what_can(train, tmp_path, how, 
 def test_a_folder_of_something_else_is_never_replaced(train, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RecipeError, match="holds something else"):
-        tunesmith.export(train(LORA), out=tmp_path)
+        tunesmith.export(train(LORA), out=tmp_path, force=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..data.template import load_template
-from ..errors import AdapterError, MissingFile, RecipeError
+from ..errors import AdapterError, MissingFile, OutputInUse, RecipeError
 from ..models.heads import HEADS
 from ..models.load import LoadedModel, load_model, quiet
 from ..models.methods import ADAPTERS
@@ -55,16 +55,17 @@ def export(
     dtype: str | None = None,
     push: str | None = None,
     public: bool = False,
+    force: bool = False,
     trust_remote_code: bool = False,
     report: Report = lambda event: None,
 ) -> Exported:
     """Writes a run's result for other tools; `push` names a repository of the hub (HF_ENDPOINT, HF_TOKEN) that gets it too.
 
-    run: the run directory. out: the folder, replaced if it is an export; else RUN/export/TO. stage: an earlier stage's result in place of
-    the last. dtype: of merged weights; else the run's. public: whether a repository that is made for it can be read by all.
+    run: the run directory. out: the folder; else RUN/export/TO. stage: an earlier stage's result in place of the last. dtype: of merged
+    weights; else the run's. public: whether a repository that is made for it can be read by all. force: replace an export that is there.
 
-    Raises RecipeError where the method cannot be merged, with the reason; AdapterError where the merged model is not the live one, with
-    nothing written; CheckpointError where the result is not what was saved; StorageFailed.
+    Raises OutputInUse where an export is there, unless force; RecipeError where the method cannot be merged, with the reason; AdapterError
+    where the merged model is not the live one, with nothing written; CheckpointError where the result is not what was saved; StorageFailed.
 
     >>> tunesmith.export("runs/quickstart").path  # doctest: +SKIP
     PosixPath('runs/quickstart/export/merged')
@@ -77,7 +78,7 @@ def export(
     if push is not None:
         require_token()
     target = Path(out) if out is not None else path / "export" / to
-    _require_replaceable(target)
+    _require_free(target, force)
     if to == "adapter" or not is_adapter(folder):
         made = _copy(path, recipe, folder, to, target, stage)
     else:
@@ -104,10 +105,15 @@ def _result_of(path: Path, stage: str | None) -> Path:
     return folder
 
 
-def _require_replaceable(target: Path) -> None:
-    """A folder that is there may be replaced if it is an export of ours, or empty."""
-    if target.is_dir() and any(target.iterdir()) and "export" not in read_card(target):
-        raise RecipeError("the folder holds something else", where=str(target), mend="choose another with --out")
+def _require_free(target: Path, force: bool) -> None:
+    """A folder that is there may be replaced if it is empty or, by force, an export of ours."""
+    if target.is_dir() and any(target.iterdir()):
+        if "export" not in read_card(target):
+            raise RecipeError("the folder holds something else", where=str(target), mend="choose another with --out")
+        if not force:
+            raise OutputInUse(
+                "an export is there already", where=str(target), mend="choose another folder with --out, or add --force to replace it"
+            )
     if target.exists() and not target.is_dir():
         raise RecipeError("a file of that name is there", where=str(target), mend="choose another with --out")
 

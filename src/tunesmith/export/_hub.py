@@ -31,7 +31,7 @@ def push_folder(folder: Path, repository: str, *, private: bool) -> str:
         api.upload_folder(repo_id=made.repo_id, folder_path=str(folder), commit_message="Model exported by tunesmith")
     except Exception as error:  # the hub's client has the errors of its transport, which changes from version to version
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        kept = f"the folder is written ({folder}): give the command again with another --out, or upload it by the hub's own tools"
+        kept = f"the folder is written ({folder}): give the command again with --force, or upload it by the hub's own tools"
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if isinstance(error, ValueError) or (status is not None and status < 500 and status not in TRANSIENT):
             mend = f"check the repository's name and the token's rights; {kept}"
