@@ -20,7 +20,7 @@ from tunesmith.models.policy import Policy
 from tunesmith.objectives import SFT
 from tunesmith.recipe import FullMethod, LoraMethod
 from tunesmith.rundir import RunDirectory
-from tunesmith.train import loop
+from tunesmith.train import checkpoint, loop
 from tunesmith.train.loop import train
 from tunesmith.train.signals import StopRequest
 from tunesmith.train.window import WindowResult
@@ -246,6 +246,21 @@ def test_a_source_that_says_stop_ends_the_stage_before_the_update_with_a_checkpo
             stopped = [event for event in run.events() if event.get("event") == "stopped"]
             assert [path.name for path in run.checkpoints("sft")] == ["step-3"]
         assert [(event["step"], event["rule"], event["value"], event["limit"]) for event in stopped] == [(3, "max_kl", 2.0, 1.0)]
+
+
+@pytest.mark.parametrize("before, after", [("cpu", "cpu and cuda"), ("cpu and cuda", "cpu")])
+def test_a_resumed_run_says_where_the_checkpoint_lacks_the_random_state_of_a_kind_of_device(tmp_path, monkeypatch, before, after):
+    def part(devices: str, max_steps: int) -> list[str]:
+        states = {"cpu": torch.get_rng_state(), "cuda": torch.zeros(16, dtype=torch.uint8)}
+        monkeypatch.setattr(checkpoint, "_random_states", lambda: {kind: states[kind] for kind in devices.split(" and ")})
+        with RunDirectory.open(tmp_path / "run", resume=True) as run:
+            train(make_job(Policy(tiny_model("llama")), make_stage(max_steps=max_steps, save_steps=1), run, ROWS))
+            return [event["note"] for event in run.events() if event.get("event") == "note"]
+
+    assert part(before, 1) == []
+    assert part(before, 2) == []
+    (note,) = part(after, 3)
+    assert f"holds the random state of {before}, and this machine has {after}:" in note
 
 
 @pytest.mark.parametrize("batches_seen", [0, 1, 3, 4])

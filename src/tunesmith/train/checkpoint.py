@@ -118,6 +118,17 @@ def load_checkpoint(folder: Path, optimiser: Optimiser, fingerprint: str) -> tup
     return Progress(**state), source
 
 
+def other_random_numbers(folder: Path) -> str | None:
+    """What to say where a checkpoint's random states are of other kinds of devices than there are here, so that one begins anew."""
+    with safe_open(folder / _file_of(0), "pt") as file:
+        held = {name.removeprefix(RNG) for name in file.keys() if name.startswith(RNG)}  # noqa: SIM118 - no mapping
+    here = set(_random_states())
+    if held == here:
+        return None
+    before, now = (" and ".join(sorted(kinds)) for kinds in (held, here))
+    return f"the checkpoint holds the random state of {before}, and this machine has {now}: dropout is not what it would have been unbroken"
+
+
 def load_weights(folder: Path, optimiser: Optimiser) -> None:
     """Puts only a checkpoint's trained weights in place: for taking the best one at the end."""
     with _parts(folder) as files:

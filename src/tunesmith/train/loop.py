@@ -22,7 +22,7 @@ from ..models.policy import Policy
 from ..objectives import Objective
 from ..recipe import Stage
 from ..rundir import RunDirectory, verify_folder, world
-from .checkpoint import Progress, load_checkpoint, load_weights, save_checkpoint
+from .checkpoint import Progress, load_checkpoint, load_weights, other_random_numbers, save_checkpoint
 from .devices import added, gather, of_first, sum_in_place, summed
 from .invariants import starts_where_it_compares
 from .memory import peak_memory_bytes
@@ -134,6 +134,8 @@ def _resume(job: Job) -> Progress:
     progress, state = load_checkpoint(folder, job.optimiser, job.fingerprint)
     job.source.load(state)
     job.run.rewind(job.stage.name, progress.step)
+    if note := other_random_numbers(folder):
+        _log(job, {"event": "note", "step": progress.step, "note": note})
     return progress
 
 
