@@ -17,7 +17,6 @@ import torch
 import yaml
 
 from .data.batching import Batch, DatasetSource
-from .data.forest import build_forest
 from .generate.engine import BATCH_TOKENS, LOGIT_ELEMENTS
 from .models.costs import MethodCost, method_cost
 from .models.footprint import Footprint, generation_bytes, train_footprint
@@ -31,7 +30,7 @@ from .train.memory import held_bytes, peak_memory_bytes
 from .train.samplers import ROLLOUT_BATCH
 from .train.scoring import locate_result, named_models
 from .train.shaping import Shaping
-from .train.work import PROBE_ROWS, learns_from_answers
+from .train.work import learns_from_answers, probe_batch
 
 SAMPLED_WINDOWS = 20  # updates looked at to know how many tokens are shared
 KEPT_FREE = 0.1  # of the room, where settings are chosen to fit: a prediction is no measurement
@@ -136,6 +135,12 @@ def update_of(session: Session, stage: Stage, cost: MethodCost) -> Update:
     return Update(tokens, work, int(found[:, 1].max()))
 
 
+def probe_work(session: Session, stage: Stage, cost: MethodCost) -> Tokens:
+    """The rows on which a stage is checked before its first update."""
+    _, computed, supervised, pairs = _tokens_of(probe_batch(session.data_of(stage)), cost)
+    return Tokens(computed, supervised, pairs)
+
+
 def _tokens_of(batch: Batch, cost: MethodCost) -> tuple[float, ...]:
     """Tokens, computed ones, supervised ones, pairs that attention looks at; learned tokens are computed once a batch."""
     forest, lengths = batch.forest, batch.forest.lengths_B
@@ -181,15 +186,13 @@ def stage_footprint(session: Session, shape: Shape, stage: Stage) -> Footprint:
     """The parts of a stage's peak, with the models that it holds beside its policy."""
     cost = method_cost(session.loaded.model, stage.method)
     largest = update_of(session, stage, cost).largest
-    train = session.data_of(stage).train
-    probe = build_forest([train[i] for i in range(min(PROBE_ROWS, len(train)))])
     parts = train_footprint(
         shape,
         stage,
         cost,
         bare=session.bare,
         batch_tokens=largest,
-        probe_tokens=len(probe.tokens_T),
+        probe_tokens=len(probe_batch(session.data_of(stage)).forest.tokens_T),
         mapped=_is_mapped(session, shape),
     )
     launch = session.recipe.launch

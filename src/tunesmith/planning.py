@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 
-from .data.preference import AnyRecord, kind_of_record
 from .errors import DoesNotFit
+from .evaluate import Task, TemplateEncoder
+from .evaluate.candidates import ANSWER_ROOM, encode_items
+from .evaluate.run import GUARDED
 from .fitting import (
     Update,
     memory_room,
     nearest_that_fits,
+    probe_work,
     prompt_tokens,
     sampled,
     stage_footprint,
@@ -49,6 +51,7 @@ from .train.work import learns_from_answers
 SLOW_PROCESSOR = "this processor has no bfloat16 arithmetic: the model computes in float32 and takes about twice the time"
 UNMODELLED = ("classical", "shorter")  # candidates that take next to no time
 SAMPLED_ROWS = 32  # looked at to know what all rows begin with
+CHECKS = 10  # forward passes over the probed rows that take as long as what is checked before the first update
 STATE_BYTES = 12  # of a trained number in a checkpoint: master and two moments
 
 
@@ -135,8 +138,9 @@ def _stage_phases(session: Session, shape: Shape, machine: Machine, stage: Stage
     name, steps = stage.name, stage.max_steps
     train = train_phase(shape, machine, stage, cost, update.work.times(steps))
     save = storage_phase(f"save {name}", machine, STATE_BYTES * cost.trainable * math.ceil(steps / stage.save_steps))
+    start = forward_phase(f"start {name}", shape, machine, probe_work(session, stage, cost).times(CHECKS))
     if learns_from_answers(stage):
-        return [_sampling(session, shape, machine, stage, update), train, save]
+        return [start, _sampling(session, shape, machine, stage, update), train, save]
 
     def pass_over(what: str, updates: float) -> Phase:
         """A forward pass over as many rows as so many updates have."""
@@ -146,12 +150,12 @@ def _stage_phases(session: Session, shape: Shape, machine: Machine, stage: Stage
     rows, held_out = (0.0 if part is None else float(part.lengths.sum()) / max(update.tokens, 1) for part in (data.train, data.validation))
     passes = 2 if stage.objective.type == "kto" else 1  # its estimate of the KL takes a pass over as many other rows
     if compares_with_reference(stage):
-        phases.insert(0, pass_over("start", (rows + held_out) * passes))
+        start = together(start.name, [start, pass_over("start", (rows + held_out) * passes)])
     if passes > 1:
         phases.append(pass_over("sample", steps))
     if held_out:
         phases.append(pass_over("validate", held_out * passes * max(1, steps // stage.eval_steps)))
-    return phases
+    return [start, *phases]
 
 
 def _sampling(session: Session, shape: Shape, machine: Machine, stage: Stage, update: Update) -> Phase:
@@ -159,13 +163,15 @@ def _sampling(session: Session, shape: Shape, machine: Machine, stage: Stage, up
     over those that are learned from."""
     shaping, new, answers = Shaping.of(stage), stage.rollout.max_new_tokens, sampled(stage)
     iterations = math.ceil(stage.max_steps / shaping.updates)
-    judges = len(named_models(stage.objective))
-    asked = Tokens(stage.rollout.prompts_per_step * prompt_tokens(session, stage) + answers * new, 0.0)
+    judges, prompt = len(named_models(stage.objective)), prompt_tokens(session, stage)
+    asked = Tokens(stage.rollout.prompts_per_step * prompt + answers * new, 0.0)
     seen = update.work.times(2 * shaping.parts * iterations)
     return together(
         f"sample {stage.name}",
         [
-            decode_phase("answers", shape, machine, items=answers * iterations, new_tokens=new, batch=ROLLOUT_BATCH),
+            decode_phase(
+                "answers", shape, machine, items=answers * iterations, new_tokens=new, batch=min(answers, ROLLOUT_BATCH), context=prompt
+            ),
             forward_phase("log-probabilities", shape, machine, seen),
             forward_phase("judges", shape, machine, asked.times(judges * iterations)),
         ],
@@ -173,32 +179,59 @@ def _sampling(session: Session, shape: Shape, machine: Machine, stage: Stage, up
 
 
 def _evaluation(session: Session, shape: Shape, machine: Machine) -> list[Phase]:
-    """The candidates' answers and perplexities; an answer is taken to be as long as the training answers."""
-    section, items = session.recipe.evaluate, len(session.data.test_records)
-    if not items:
-        return []
-    answer = session.data.ledger.tokens["supervised"] / max(1, session.data.ledger.rows_trained)
-    shared = _shared_beginning(session)  # computed once a batch
-    own = max(1.0, session.data.lengths["mean"] - answer - shared)
-    held = len(session.data.validation_records)
-    trials = len(section.few_shot_k) * section.few_shot_sets * held if "few_shot" in section.candidates else 0
-    sides = {side for gate in section.gates for side in (gate.candidate, gate.better_than, gate.not_worse_than)}
-    asked = dict.fromkeys([*section.candidates, *(stage.name for stage in session.stages if stage.name in sides)])
-
-    def rows(count: float, length: float, supervised: float) -> Tokens:
-        pairs = count * length * (shared + length / 2)
-        return Tokens(count * length, count * supervised, pairs, math.ceil(count / section.batch_size))
-
+    """The candidates' answers and perplexities; prompts and answers are taken to be as long as the training rows'."""
+    section, task = session.recipe.evaluate, session.tasks.task
     phases = []
-    for name in (name for name in asked if name not in UNMODELLED):
-        what, n = f"evaluate {name}", items + trials if name == "few_shot" else items
-        if _preferred(session.data.test_records):  # each of two answers, by the model and by what it is compared with
-            phases.append(forward_phase(what, shape, machine, rows(4 * items, own + answer, answer)))
-            continue
-        read = forward_phase(what, shape, machine, rows(n, own, 1))
-        said = decode_phase(what, shape, machine, items=n, new_tokens=answer, batch=section.batch_size)
-        phases.append(together(what, [read, said, forward_phase(what, shape, machine, rows(items, own + answer, answer))]))
+    if task is not None:
+        sides = {side for gate in section.gates for side in (gate.candidate, gate.better_than, gate.not_worse_than)}
+        asked = dict.fromkeys([*section.candidates, *(stage.name for stage in session.stages if stage.name in sides)])
+        phases = [_candidate(session, shape, machine, name) for name in asked if name not in UNMODELLED]
+    guarded = len({*GUARDED}.intersection(section.candidates))
+    if session.tasks.general is not None and guarded:
+        phases.append(_scored(session, shape, machine, "evaluate general", session.tasks.general, passes=guarded))
     return phases
+
+
+def _candidate(session: Session, shape: Shape, machine: Machine, name: str) -> Phase:
+    """One candidate on the task: answers, then a pass over the references. few_shot answers the validation items too, once for each set."""
+    section, task, what = session.recipe.evaluate, session.tasks.task, f"evaluate {name}"
+    items = len(task.items)
+    answer = session.data.ledger.tokens["supervised"] / max(1, session.data.ledger.rows_trained)
+    longest = min(ANSWER_ROOM * answer, section.max_new_tokens)
+    shared = _shared_beginning(session)
+    own = max(1.0, session.data.lengths["mean"] - answer - shared)
+
+    def rows(count: float, before: float, length: float, supervised: float) -> Tokens:
+        """So many rows after `before` tokens that all begin with, which are computed once."""
+        pairs = count * length * (before + length / 2) + before**2 / 2
+        return Tokens(before + count * length, count * supervised, pairs, math.ceil(count / section.batch_size))
+
+    def answers(count: int, before: float) -> list[Phase]:
+        how = {"new_tokens": answer, "batch": section.batch_size, "context": before + own, "longest": longest}
+        return [forward_phase(what, shape, machine, rows(count, before, own, 1)), decode_phase(what, shape, machine, items=count, **how)]
+
+    if task.is_text:
+        return _scored(session, shape, machine, what, task)
+    if not task.wants_answers:  # each of two answers is scored, by the model and by what it is compared with
+        return forward_phase(what, shape, machine, rows(4 * items, shared, own + answer, answer))
+    ks = section.few_shot_k if name == "few_shot" else [0]
+    before = [shared + k * (own + answer) for k in ks]
+    parts = []
+    if name == "few_shot" and session.tasks.validation is not None:
+        held = len(session.tasks.validation.items)
+        parts += [phase for length in before for phase in section.few_shot_sets * answers(held, length)]
+    usual = sum(before) / len(before)
+    return together(what, [*parts, *answers(items, usual), forward_phase(what, shape, machine, rows(items, usual, own + answer, answer))])
+
+
+def _scored(session: Session, shape: Shape, machine: Machine, what: str, task: Task, passes: int = 1) -> Phase:
+    """Passes over the references of a task, row by row."""
+    encoder = TemplateEncoder(session.template, session.loaded.tokenizer)
+    asked = encode_items(task, encoder, max_new_tokens=0, context_length=session.context)
+    prompts, references = (np.array([len(ids) for ids in part], float) for part in (asked.prompts, asked.references))
+    batches = math.ceil(len(prompts) / session.recipe.evaluate.batch_size)
+    work = Tokens((prompts + references).sum(), references.sum(), ((prompts + references) ** 2).sum() / 2, batches)
+    return forward_phase(what, shape, machine, work.times(passes))
 
 
 def _evaluation_footprint(session: Session, shape: Shape, trained: Footprint) -> Footprint:
@@ -221,11 +254,6 @@ def _evaluation_bytes(session: Session, shape: Shape) -> int:
         batch_tokens=BATCH_TOKENS,
         logit_elements=LOGIT_ELEMENTS,
     )
-
-
-def _preferred(records: Sequence[AnyRecord]) -> bool:
-    """Whether what is measured is which of several answers is preferred."""
-    return bool(records) and kind_of_record(records[0]) in ("pair", "ranking")
 
 
 def _shared_beginning(session: Session) -> int:

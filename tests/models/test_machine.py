@@ -62,8 +62,22 @@ def test_the_measured_speeds_are_those_of_a_computer(tmp_path, monkeypatch):
 
 
 def test_a_speed_is_taken_by_the_clock_whatever_the_threads_do_meanwhile():
-    taken = machine._fastest(lambda: time.sleep(0.002), torch.device("cpu"), 0.1)
+    taken = machine._usual(lambda: time.sleep(0.002), torch.device("cpu"), 0.1)
     assert taken >= 0.002
+
+
+@pytest.mark.parametrize("odd", [0.01, 10.0], ids=["one trial is quick", "one trial is slow"])
+def test_a_speed_is_the_usual_one_neither_the_best_nor_the_worst(odd, monkeypatch):
+    """A clock that only the work moves on: a second a call, but for one call."""
+    now, calls = [0.0], []
+
+    def work() -> None:
+        calls.append(1)
+        now[0] += odd if len(calls) == 4 else 1.0
+
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(machine.time, "monotonic", lambda: now[0])
+    assert machine._usual(work, torch.device("cpu"), 20.0) == 1.0
 
 
 def test_available_memory_is_positive_and_no_more_than_the_machine_has():

@@ -32,7 +32,7 @@ SHAPE = Shape(
 )
 MACHINE = Machine(
     flops_per_second=2e11,
-    few_rows_flops_per_second=1e11,
+    weight_bytes_per_second=1e10,
     attention_flops_per_second=1e11,
     bytes_per_second=2e10,
     cached_bytes_per_second=4e10,
@@ -144,9 +144,11 @@ def test_time_grows_with_tokens_heads_and_steps_and_shrinks_on_a_faster_machine(
     assert trained().seconds < trained(FULL).seconds
     assert trained(machine=Machine(**twice)).seconds == pytest.approx(trained().seconds / 2)
     assert trained(work=WORK.times(2)).seconds == pytest.approx(2 * trained().seconds, rel=1e-3)
-    answers = [decode_phase("a", SHAPE, MACHINE, items=items, new_tokens=40, batch=50).seconds for items in (50, 100, 150)]
+    answers = [said(items=items).seconds for items in (50, 100, 150)]
     assert answers == sorted(answers)
-    assert answers[-1] < decode_phase("a", SHAPE, MACHINE, items=150, new_tokens=40, batch=1).seconds
+    assert answers[-1] < said(items=150, batch=1).seconds
+    assert said(items=50).seconds < said(items=50, context=1000.0).seconds
+    assert said(items=50).seconds < said(items=50, longest=60.0).seconds
     assert forward_phase("f", SHAPE, MACHINE, WORK).seconds < trained().seconds
 
 
@@ -160,12 +162,21 @@ def test_what_binds_a_phase_is_the_longest_of_its_times():
 
 
 def test_answering_one_at_a_time_is_bound_by_memory_bandwidth_for_all_weights_are_read_each_step():
-    assert decode_phase("a", SHAPE, replace(MACHINE, call_seconds=0.0), items=1, new_tokens=40, batch=1).bound_by == "memory bandwidth"
-    read = (
-        decode_phase("a", SHAPE, MACHINE, items=2, new_tokens=40, batch=1).bytes
-        - decode_phase("a", SHAPE, MACHINE, items=2, new_tokens=40, batch=2).bytes
-    )
-    assert read == pytest.approx(40 * SHAPE.weights)
+    assert said(machine=replace(MACHINE, call_seconds=0.0), items=1, batch=1).bound_by == "memory bandwidth"
+    assert said(items=2, batch=1).bytes - said(items=2, batch=2).bytes == pytest.approx(40 * SHAPE.weights)
+    slower = replace(MACHINE, weight_bytes_per_second=MACHINE.weight_bytes_per_second / 2)
+    assert said(machine=slower, items=1).seconds - said(items=1).seconds == pytest.approx(40 * SHAPE.weights / 1e10)
+
+
+def test_answering_is_two_flops_a_weight_and_token_the_heads_too_and_attention_to_all_before_it():
+    weights = SHAPE.linear + SHAPE.vocabulary * SHAPE.hidden
+    assert said(items=3).flops == pytest.approx(3 * 40 * (2 * weights + 4 * 576 * 30 * 20))
+    assert said(items=3, context=100.0).flops - said(items=3).flops == pytest.approx(3 * 40 * 4 * 576 * 30 * 100)
+    assert said(items=3, longest=60.0).flops == said(items=3).flops
+
+
+def said(*, machine: Machine = MACHINE, items: int, batch: int = 50, context: float = 0.0, longest: float | None = None):
+    return decode_phase("a", SHAPE, machine, items=items, new_tokens=40, batch=batch, context=context, longest=longest)
 
 
 def test_the_parts_of_memory_are_weights_gradients_optimiser_activations_logits_rollouts_and_libraries():

@@ -20,6 +20,7 @@ from tunesmith.models.costs import method_cost
 from tunesmith.models.machine import Machine
 from tunesmith.models.roofline import model_shape
 from tunesmith.recipe import LaunchSection, Stage
+from tunesmith.tasks import Tasks
 from tunesmith.train.stage import derive_stage
 
 LORA, FULL = {"type": "lora", "r": 4, "target_modules": ["q_proj"]}, {"type": "full"}
@@ -55,6 +56,7 @@ def session_of(
     return SimpleNamespace(
         data_of=lambda stage: data,
         data=data,
+        tasks=Tasks(task=None, validation=None, general=None, schema=None, labels=None, notes=()),
         loaded=loaded(tiny_model("llama")),
         stages=stages,
         run=SimpleNamespace(path=run, events=lambda: [], resumed=True),
@@ -140,7 +142,8 @@ def test_only_the_answers_that_are_learned_from_cost_training():
 
 
 @pytest.mark.parametrize("kind, items", [("dpo", PAIRS), ("kto", LABELLED)])
-def test_the_reference_and_the_validation_are_passes_over_all_rows_with_their_heads(kind, items):
+def test_the_reference_and_the_validation_are_passes_over_all_rows_with_their_heads(kind, items, monkeypatch):
+    monkeypatch.setattr(planning, "CHECKS", 0)
     found = [
         planned(
             [make_stage(objective=kind, name="s", method=LORA, max_steps=4, eval_steps=2, per_device_train_batch_size=size)],

@@ -2,19 +2,22 @@
 
     machine = measure_machine(torch.float32)    # at once where it was measured before
 
-Each speed is the best of many short trials, by the clock: threads that wait for each other take processor time and do nothing with it.
+Each speed is the median of many short trials, by the clock: threads that wait for each other take processor time and do nothing with it,
+and a run of minutes gets what is usual, not what is best.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -24,10 +27,10 @@ from ..rundir import write_json
 from .load import cache_folder
 
 SECONDS = 10.0  # of the whole measurement
-TRIAL = 0.02  # seconds of one trial, of which the best counts, so that other programs count little
+TRIAL = 0.02  # seconds of one trial, of which the median counts, so that another program's short work counts little
 PRODUCTS = ((1024, 576, 1536), (512, 2048, 2048), (2048, 576, 576))  # rows, inputs, outputs: what layers of small models compute
-TAKEN = "by the clock"  # how speeds are measured: what was measured otherwise is not used
-FEW_ROWS = 32  # of a decoding step
+TAKEN = "medians by the clock"  # how speeds are measured: what was measured otherwise is not used
+LAYER = (1536, 576)  # outputs, inputs of one of the weights that a decoding step reads
 STREAMED, CACHED = 1 << 25, 1 << 20  # numbers: more than any cache holds, and about one layer's activations
 STORED = 1 << 26  # bytes written to measure the storage
 
@@ -38,8 +41,8 @@ class Machine:
 
     flops_per_second: float
     """Matrix products of many rows, as in training."""
-    few_rows_flops_per_second: float
-    """Products of few rows, as in a decoding step."""
+    weight_bytes_per_second: float
+    """Weights that a product with one row reads from memory, as a decoding step does."""
     attention_flops_per_second: float
     """Causal attention within short segments."""
     bytes_per_second: float
@@ -99,7 +102,7 @@ def _measure(dtype: torch.dtype, device: torch.device, folder: Path) -> Machine:
         return torch.randn(*shape, device=device).to(dtype)
 
     def rate(work: float, run: Callable[[], Any], share: float) -> float:
-        return work / _fastest(run, device, share * SECONDS)
+        return work / _usual(run, device, share * SECONDS)
 
     def product(rows: int, inputs: int, outputs: int, share: float) -> float:
         a, b = numbers(rows, inputs), numbers(outputs, inputs)
@@ -107,22 +110,23 @@ def _measure(dtype: torch.dtype, device: torch.device, folder: Path) -> Machine:
 
     with torch.inference_mode():
         q = numbers(1, 9, 128, 64)
-        large, small, tiny = numbers(STREAMED), numbers(CACHED), numbers(1)
+        large, small, tiny, row = numbers(STREAMED), numbers(CACHED), numbers(1), numbers(1, LAYER[1])
         out, near = torch.empty_like(large), torch.empty_like(small)
+        layers = large[: large.numel() // math.prod(LAYER) * math.prod(LAYER)].view(-1, *LAYER)
         attend = torch.nn.functional.scaled_dot_product_attention
         return Machine(
             flops_per_second=len(PRODUCTS) / sum(1 / product(*shape, 0.1) for shape in PRODUCTS),
-            few_rows_flops_per_second=product(FEW_ROWS, 576, 1536, 0.1),
+            weight_bytes_per_second=rate(layers.nbytes, lambda: [torch.nn.functional.linear(row, layer) for layer in layers], 0.1),
             attention_flops_per_second=rate(4.0 * 9 * 128 * 128 * 64 / 2, lambda: attend(q, q, q, is_causal=True), 0.1),
             bytes_per_second=rate(3.0 * large.numel() * dtype.itemsize, lambda: torch.add(large, large, out=out), 0.2),
             cached_bytes_per_second=rate(3.0 * small.numel() * dtype.itemsize, lambda: torch.mul(small, small, out=near), 0.1),
-            call_seconds=_fastest(lambda: tiny.add_(1), device, 0.1 * SECONDS),
+            call_seconds=_usual(lambda: tiny.add_(1), device, 0.1 * SECONDS),
             storage_bytes_per_second=_storage(folder),
         )
 
 
-def _fastest(run: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """Seconds of one call, by the best of the trials that fit in `seconds`."""
+def _usual(run: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """Seconds of one call, by the median of the trials that fit in `seconds`."""
 
     def spent(calls: int) -> float:
         began = time.perf_counter()
@@ -132,11 +136,13 @@ def _fastest(run: Callable[[], Any], device: torch.device, seconds: float) -> fl
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
 
-    end, best = time.monotonic() + seconds, spent(2) / 2
+    end = time.monotonic() + seconds
+    spent(1)  # the first call warms up
+    trials = [spent(1)]
+    calls = max(1, int(TRIAL / max(trials[0], 1e-7)))
     while time.monotonic() < end:
-        calls = max(1, int(TRIAL / max(best, 1e-7)))
-        best = min(best, spent(calls) / calls)
-    return max(best, 1e-9)
+        trials.append(spent(calls) / calls)
+    return max(median(trials), 1e-9)
 
 
 def _storage(folder: Path) -> float:

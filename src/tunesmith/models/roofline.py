@@ -6,6 +6,7 @@ estimates for a 135M Llama on CPU, and how far they are off is what plan.json's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,9 +22,9 @@ PASSES_HIDDEN, PASSES_INNER = (
     40,
 )  # times a token's hidden (inner) vector is read or written outside matrix products, one layer, one training step
 FORWARD_SHARE = 0.35  # of those passes, what a forward alone takes
-OVER_THE_BEST = 1.2  # what training takes over its parts at their best speeds; 135M on two cores in fp32, full, partial and LoRA
 TRAIN_CALLS, FORWARD_CALLS = 260, 80  # operations of one layer on one batch, with their backward or alone
 DECODE_CALLS = 90  # of one layer in one decoding step
+FEW_QUERIES = 2.0  # times what attention's speed says: one query a row is small products, with scores and weights written out
 OPTIMISER_PASSES = {"adamw_torch_fused": 10, "adamw_8bit": 8, "paged_adamw_8bit": 8, "adafactor": 12, "muon": 14}
 MASTER_BYTES = 4  # a trained number's, which each of those passes reads or writes
 RECOMPUTED: dict[bool | str, float] = {False: 0.0, "selective": 0.5, True: 1.0}  # share of the layers that checkpointing computes twice
@@ -111,8 +112,7 @@ def train_phase(shape: Shape, machine: Machine, stage: Stage, cost: MethodCost, 
     moved = work.batches * shape.weights * (passes + cost.weight_passes)
     moved += stage.max_steps * cost.trainable * MASTER_BYTES * OPTIMISER_PASSES[stage.optim]
     calls = work.batches * shape.layers * (TRAIN_CALLS + again * FORWARD_CALLS)
-    found = _phase(f"train {stage.name}", machine, flops, attention, near, moved, calls)
-    return replace(found, seconds=OVER_THE_BEST * found.seconds)
+    return _phase(f"train {stage.name}", machine, flops, attention, near, moved, calls)
 
 
 def forward_phase(name: str, shape: Shape, machine: Machine, work: Tokens) -> Phase:
@@ -123,14 +123,21 @@ def forward_phase(name: str, shape: Shape, machine: Machine, work: Tokens) -> Ph
     return _phase(name, machine, flops, attention, near, work.batches * shape.weights, work.batches * shape.layers * FORWARD_CALLS)
 
 
-def decode_phase(name: str, shape: Shape, machine: Machine, *, items: float, new_tokens: float, batch: int) -> Phase:
-    """Decoding of `new_tokens` for each of `items` prompts, `batch` at once: every step reads all weights."""
-    steps = new_tokens * max(1.0, items / batch)
-    flops = 2.0 * (shape.linear + shape.vocabulary * shape.hidden) * items * new_tokens
-    slower = machine.flops_per_second / machine.few_rows_flops_per_second
-    near = items * new_tokens * (shape.vocabulary * 4 * 3 + FORWARD_SHARE * _elementwise(shape, 1))
-    found = _phase(name, machine, flops * slower, 0.0, near, steps * shape.weights, steps * shape.layers * DECODE_CALLS)
-    return Phase(name, found.seconds, flops, found.bytes, found.bound_by)
+def decode_phase(
+    name: str, shape: Shape, machine: Machine, *, items: float, new_tokens: float, batch: int, context: float, longest: float | None = None
+) -> Phase:
+    """Decoding of `new_tokens` for each of `items` prompts of `context` tokens, `batch` at once: every step reads all weights.
+
+    longest: tokens of a batch's longest answer, which is how many steps it takes; as many as the others have where None.
+    """
+    said = items * new_tokens
+    flops = 2.0 * (shape.linear + shape.vocabulary * shape.hidden) * said
+    attention = 4.0 * shape.hidden * shape.layers * said * (context + new_tokens / 2)
+    near = said * (shape.vocabulary * 4 * 3 + FORWARD_SHARE * _elementwise(shape, 1))
+    steps = (longest or new_tokens) * math.ceil(items / batch)
+    calls = steps * shape.layers * DECODE_CALLS
+    slower = replace(machine, attention_flops_per_second=machine.attention_flops_per_second / FEW_QUERIES)
+    return _phase(name, slower, flops, attention, near, 0.0, calls, read=steps * shape.weights)
 
 
 def storage_phase(name: str, machine: Machine, stored: float) -> Phase:
@@ -154,10 +161,15 @@ def _elementwise(shape: Shape, tokens: float) -> float:
     return tokens * shape.layers * (PASSES_HIDDEN * shape.hidden + PASSES_INNER * shape.inner) * shape.itemsize
 
 
-def _phase(name: str, machine: Machine, flops: float, attention: float, near: float, moved: float, calls: float) -> Phase:
-    """near: bytes of elementwise work on activations; moved: bytes that no cache holds; calls: operations, each with its overhead."""
+def _phase(
+    name: str, machine: Machine, flops: float, attention: float, near: float, moved: float, calls: float, *, read: float = 0.0
+) -> Phase:
+    """near: bytes of elementwise work on activations; moved: bytes that no cache holds; calls: operations, each with its overhead.
+
+    read: bytes of weights that few rows need.
+    """
     compute = flops / machine.flops_per_second + attention / machine.attention_flops_per_second
-    memory = near / machine.cached_bytes_per_second + moved / machine.bytes_per_second
+    memory = near / machine.cached_bytes_per_second + moved / machine.bytes_per_second + read / machine.weight_bytes_per_second
     overhead = calls * machine.call_seconds
     bound = max((compute, "compute"), (memory, "memory bandwidth"), (overhead, "calls"))[1]
-    return Phase(name, compute + memory + overhead, flops + attention, near + moved, bound)
+    return Phase(name, compute + memory + overhead, flops + attention, near + moved + read, bound)
