@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from tests.pipeline.test_planning import LORA, LONG, PAIRS, PROMPTS, flops, sampling, session_of
+from tests.pipeline.test_planning import LONG, LORA, PAIRS, PROMPTS, flops, sampling, session_of
 from tests.toys import make_stage
 
 from tunesmith import planning
