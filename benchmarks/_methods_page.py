@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, stdev
@@ -115,11 +116,12 @@ def _rates(done: Mapping[str, Any], methods: Mapping[str, Any], rates: Mapping[s
     rows = []
     for name in methods:
         tried = [(rate, done.get(f"sweep {name} rate={rate:g}")) for rate in rates[name]]
-        found = [(rate, run["validation_loss"]) for rate, run in tried if run]
+        found = [(rate, math.inf if run["validation_loss"] is None else run["validation_loss"]) for rate, run in tried if run]
         if not found:
             continue
         best = min(found, key=lambda pair: pair[1])[0]
-        rows.append([name, ", ".join(f"{rate:g}: {loss:.4f}" + (" (best)" if rate == best else "") for rate, loss in found)])
+        said = {rate: f"{rate:g}: {loss:.4f}" if math.isfinite(loss) else f"{rate:g}: not finite" for rate, loss in found}
+        rows.append([name, ", ".join(words + (" (best)" if rate == best else "") for rate, words in said.items())])
     return "## The sweep of learning rates\n\nValidation loss after 60 updates of the quickstart's task, one seed.\n\n" + table(
         ["method", "rate: loss"], rows
     )

@@ -2,7 +2,8 @@
 
     python benchmarks/methods.py --banking banking77 --write docs/methods
 
-First a sweep finds each method's rate, by validation loss, on the quickstart's task and one seed; then each runs on both tasks with each
+First a sweep finds each method's rate, by validation loss, on the quickstart's task and one seed, going on beyond an end of its grid that
+turns out best; then each runs on both tasks with each
 seed; then answers are timed. Every finished job is a line of the results file (`--results`), so that an interrupted series goes on where it
 stopped. `--only lora,full` and `--phases sweep,runs,latency` take parts. `--write` makes the tables and the picture from what is there.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import random
 import sys
 from pathlib import Path
@@ -47,6 +49,7 @@ RATES = {
 }
 USUAL_RATES = [2e-4, 5e-4, 1.5e-3]
 SEEDS = (0, 1, 2)
+BEYOND, FURTHER = 2, 3.0  # rates tried beyond a grid whose end is best, at most, and how many times further each is
 SWEEP_STEPS = 60  # updates of a run that only chooses the rate
 BANKING_ROWS, BANKING_TEST = 1000, 500
 TASKS = ("quickstart", "banking77")
@@ -67,7 +70,7 @@ def main() -> None:
         done[job["key"]] = run_child(__file__, job, threads=wanted.threads) | {"machine": machine(wanted.threads)}
         _write(results, done)
     if wanted.write:
-        write_page(Path(wanted.write), done, METHODS, RATES | {name: USUAL_RATES for name in METHODS if name not in RATES})
+        write_page(Path(wanted.write), done, METHODS, {name: rates_of(done, name) for name in METHODS})
     if wanted.json:
         print(json.dumps({"jobs": len(done), "rates": {name: best_rate(done, name) for name in METHODS}}))
 
@@ -102,8 +105,7 @@ def _jobs(wanted: argparse.Namespace, done: dict[str, Any]) -> list[dict[str, An
     """What is not done yet, of the phases whose earlier ones are: the sweep first, then the runs, then the latencies."""
     jobs = []
     for name in wanted.only:
-        rates = RATES.get(name, USUAL_RATES)
-        sweep = [_job(wanted, "quickstart", name, 0, rate, steps=SWEEP_STEPS) for rate in rates]
+        sweep = [_job(wanted, "quickstart", name, 0, rate, steps=SWEEP_STEPS) for rate in rates_of(done, name)]
         missing = [job for job in sweep if job["key"] not in done]
         if "sweep" in wanted.phases and missing:
             jobs += missing
@@ -128,12 +130,29 @@ def _job(wanted: argparse.Namespace, task: str, name: str, seed: int, rate: floa
     return {"system": key, "key": key, "out": out, **words}
 
 
+def rates_of(done: dict[str, Any], name: str) -> list[float]:
+    """The rates of a method's sweep: its grid, and while the best of what was tried is at an end, one more beyond that end."""
+    rates = RATES.get(name, USUAL_RATES)
+    for _ in range(BEYOND):
+        losses = _losses(done, name, rates)
+        if None in losses or min(losses) not in (losses[0], losses[-1]):
+            return rates
+        further = rates[-1] * FURTHER if losses[-1] < losses[0] else rates[0] / FURTHER
+        rates = sorted([*rates, float(f"{further:.2g}")])
+    return rates
+
+
 def best_rate(done: dict[str, Any], name: str) -> float | None:
     """The rate with the lowest validation loss, once all of a method's have been tried."""
-    tried = {rate: done.get(f"sweep {name} rate={rate:g}") for rate in RATES.get(name, USUAL_RATES)}
-    if None in tried.values():
-        return None
-    return min(tried, key=lambda rate: tried[rate]["validation_loss"])
+    rates = rates_of(done, name)
+    losses = _losses(done, name, rates)
+    return None if None in losses else rates[losses.index(min(losses))]
+
+
+def _losses(done: dict[str, Any], name: str, rates: list[float]) -> list[float | None]:
+    """Validation losses of a method's sweep, None where a rate is yet to be tried; infinite where the loss did not stay finite."""
+    found = [done.get(f"sweep {name} rate={rate:g}") for rate in rates]
+    return [None if job is None else math.inf if job["validation_loss"] is None else job["validation_loss"] for job in found]
 
 
 def recipe_of(spec: dict[str, Any]) -> dict[str, Any]:
@@ -190,13 +209,18 @@ def _banking(source: Path, folder: Path) -> Path:
 def _run(spec: dict[str, Any]) -> dict[str, Any]:
     """In a child: the run, or only its training where it chooses a rate."""
     import tunesmith
+    from tunesmith.errors import NonFinite
     from tunesmith.models.load import load_model
     from tunesmith.models.methods import resolve, trainable_count
     from tunesmith.rundir import read_events
 
     recipe, out = recipe_of(spec), Path(spec["out"])
-    verb = tunesmith.train if spec["steps"] else tunesmith.run
-    result = verb(recipe, out=out, sets=spec["sets"], resume=True)
+    try:
+        result = (tunesmith.train if spec["steps"] else tunesmith.run)(recipe, out=out, sets=spec["sets"], resume=True)
+    except NonFinite as error:
+        if not spec["steps"]:
+            raise
+        return {"validation_loss": None, "rate": spec["rate"], "reason": str(error)}
     events = read_events(out)
     steps = [event for event in events if "loss" in event]
     held_out = [event["eval_loss"] for event in events if event.get("event") == "evaluated"]

@@ -40,6 +40,22 @@ def test_a_method_is_swept_before_it_runs_and_runs_at_the_rate_of_lowest_validat
     assert {job["rate"] for job in jobs} == {methods.USUAL_RATES[1]}
 
 
+def test_a_sweep_whose_end_is_best_goes_on_beyond_it_at_most_twice(methods, monkeypatch):
+    asked = wanted(methods, monkeypatch, "--only", "lora", "--seeds", "0")
+
+    def left(losses: dict[float, float | None]) -> list[tuple[str, float]]:
+        """What is to be done next, and its rate; a loss of None did not stay finite."""
+        done = {f"sweep lora rate={rate:g}": {"validation_loss": loss} for rate, loss in losses.items()}
+        return [(job["key"], job["rate"]) for job in methods._jobs(asked, done)]
+
+    falling = {2e-4: 0.5, 5e-4: 0.4, 1.5e-3: 0.3}
+    assert left(falling) == [("sweep lora rate=0.0045", 0.0045)]
+    assert left(falling | {0.0045: 0.2}) == [("sweep lora rate=0.013", 0.013)]
+    assert left(falling | {0.0045: 0.2, 0.013: 0.1}) == [("quickstart lora seed=0", 0.013)]
+    assert left(falling | {0.0045: None}) == [("quickstart lora seed=0", 1.5e-3)]
+    assert left({2e-4: 0.2, 5e-4: 0.4, 1.5e-3: None}) == [("sweep lora rate=6.7e-05", 6.7e-5)]
+
+
 def test_what_is_done_is_not_done_again(methods, monkeypatch):
     asked = wanted(methods, monkeypatch, "--only", "lora", "--seeds", "0", "--banking", "somewhere")
     done = swept(methods, "lora", [0.5, 0.3, 0.4]) | {"quickstart lora seed=0": {}}
@@ -73,9 +89,11 @@ def run(trainable: int, accuracy: float, memory: float) -> dict:
 def test_the_page_says_of_each_claim_whether_it_holds_with_the_figures(methods, tmp_path):
     done = {f"quickstart lora seed={seed}": run(20_000, 0.5 + 0.1 * seed, 2e9) for seed in (0, 1, 2)}
     done |= {"quickstart full seed=0": run(1_000_000, 0.5, 4e9), "latency lora": {"base": 10.0, "live": 15.0, "merged": 12.0}}
-    methods.write_page(tmp_path / "methods", done, methods.METHODS, {name: [1e-4] for name in methods.METHODS})
+    done |= {f"sweep lora rate={rate}": {"validation_loss": loss} for rate, loss in (("0.0001", 0.25), ("0.1", None))}
+    methods.write_page(tmp_path / "methods", done, methods.METHODS, {name: [1e-4, 0.1] for name in methods.METHODS})
     page = (tmp_path / "methods-measured.md").read_text()
     assert "holds (50 to 50 times)" in page
+    assert "0.0001: 0.2500 (best), 0.1: not finite" in page
     assert "Full tuning has the best ceiling, quickstart: not reproduced (full 0.500, lora 0.600)" in page
     assert "LoRA needs little memory: holds (0.50 of full tuning's peak)" in page
     assert "LoRA costs nothing once it is merged: not reproduced (1.20 of the base's time a token; live 1.50)" in page
