@@ -25,8 +25,8 @@ PLAN = {
     "kill -9 inside the checkpoint's writing, at every open, write, fsync and rename": Fault(
         40, "a valid checkpoint is there; resumes unaided to the unbroken run's hash"
     ),
-    "kill -9 in data preparation, in evaluation, and where a result is written": Fault(
-        30, "the resumed output is byte-equal; nothing is scored twice; no half of anything is visible"
+    "kill -9 in data preparation, in evaluation, in export, and where a result is written": Fault(
+        40, "the resumed output is byte-equal; nothing is scored twice; no half of anything is visible"
     ),
     "disk full, read-only folder, error on fsync": Fault(10, "a non-zero exit that names what is needed; the older checkpoint is intact"),
     "each checkpoint file deleted, truncated, one bit flipped": Fault(30, "detected and said; the older one is taken; hash equal"),

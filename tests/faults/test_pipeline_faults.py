@@ -1,4 +1,4 @@
-"""The fault plan for a whole run: killed while it prepares data, writes a result or evaluates, it ends byte-equal when it is resumed."""
+"""The fault plan for a whole run and its export: killed anywhere, what is resumed or made anew ends byte-equal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.faults.harness import CountingStorage, KillingStorage, in_child, installed
+from tests.faults.harness import CountingStorage, Ended, KillingStorage, copy_of, in_child, installed, tree
 from tests.pipeline.helpers import announced, conversations, read_json, recipe, write_rows
 from tests.pipeline.test_resume import results
 from tests.toys import model_folder
@@ -17,6 +17,7 @@ from tunesmith.errors import CheckpointError
 from tunesmith.rundir import verify_folder
 
 PARTS = ("data", "sft", "evaluate")
+FAULT = "kill -9 in data preparation, in evaluation, in export, and where a result is written"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def unbroken(tmp_path_factory) -> tuple[dict[str, Any], Path, dict[str, list[int
 def test_a_run_killed_at_any_call_of_a_part_ends_byte_equal_and_scores_nothing_twice(unbroken, fault, part, tmp_path):
     made, whole, calls, units = unbroken
     assert read_json(whole / "data" / "ledger.json")["rows_dropped"] == {"quarantined": 1}
-    runs = fault("kill -9 in data preparation, in evaluation, and where a result is written")
+    runs = fault(FAULT)
     for draw in runs.drawn(short=1, whole=10):
         path, call = tmp_path / str(runs.made), draw.choice(calls[part])
 
@@ -81,3 +82,33 @@ def test_a_run_killed_at_any_call_of_a_part_ends_byte_equal_and_scores_nothing_t
         assert ended.status == 0, ended
         assert ended.result == units[kept:], "what was scored is scored again"
         assert results(path) == results(whole)
+
+
+@pytest.mark.parametrize("to", ["merged", "adapter"])
+@pytest.mark.parametrize("before", [False, True], ids=["the first", "in place of an older one"])
+def test_of_an_export_killed_at_any_call_nothing_half_is_visible_and_the_next_is_whole(unbroken, fault, to, before, tmp_path):
+    whole = copy_of(unbroken[1], tmp_path / "whole")
+
+    def exported(path: Path, double: CountingStorage) -> Ended:
+        def run() -> int:
+            with installed(double):
+                tunesmith.export(path, to, force=True)
+            return len(double.calls)
+
+        return in_child(run)
+
+    ended = exported(whole, CountingStorage())
+    assert ended.status == 0, ended
+    made = tree(whole / "export")
+    older = {name: b"older" if name.endswith("README.md") else content for name, content in made.items()}
+    runs = fault(FAULT)
+    for draw in runs.drawn(short=1, whole=3):
+        path = copy_of(unbroken[1], tmp_path / str(runs.made))
+        if before:
+            copy_of(whole / "export", path / "export")
+            (path / "export" / to / "README.md").write_bytes(b"older")
+        assert exported(path, KillingStorage(draw.randint(1, ended.result))).signal == signal.SIGKILL
+        visible = {name: content for name, content in tree(path / "export").items() if not name.startswith(".")}
+        assert visible in ([made, older] if before else [made, {}]), sorted(visible)
+        assert exported(path, CountingStorage()).status == 0
+        assert tree(path / "export") == made, "something is left of the killed one, or the next is not whole"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,7 +27,7 @@ from ..models.opening import open_result
 from ..models.result import ADAPTER_CONFIG, CARD, is_adapter, is_model, read_adapter_config, read_card, require_unaltered
 from ..recipe import ModelSection, Recipe, load_recipe
 from ..report.card import export_card
-from ..rundir import MANIFEST, atomic_folder
+from ..rundir import MANIFEST, atomic_folder, sole_writer
 from ..train.stage import add_new_tokens
 from ._hub import push_folder, require_token
 from ._parity import Parity, compared_rows, hidden_states, measure, require_equal
@@ -78,12 +79,15 @@ def export(
     if push is not None:
         require_token()
     target = Path(out) if out is not None else path / "export" / to
-    _require_free(target, force)
-    if to == "adapter" or not is_adapter(folder):
-        made = _copy(path, recipe, folder, to, target, stage)
-    else:
+    merges = to == "merged" and is_adapter(folder)
+    if merges:
         _require_mergeable(folder, recipe)
-        made = _merge(path, recipe, folder, target, stage, _dtype(dtype, recipe), trust_remote_code, report)
+    with sole_writer(target.parent) if out is None else nullcontext():  # beside a folder of the user's nothing is swept
+        _require_free(target, force)
+        if merges:
+            made = _merge(path, recipe, folder, target, stage, _dtype(dtype, recipe), trust_remote_code, report)
+        else:
+            made = _copy(path, recipe, folder, to, target, stage)
     if push is None:
         return made
     report({"event": "exporting", "what": f"push to {push}"})

@@ -15,6 +15,7 @@ can count its calls, make them fail, kill the process at any of them and replay 
 
 from ._directory import RefusedCheckpoint, RunDirectory, refuse_in_use
 from ._events import read_events
+from ._lock import sole_writer
 from ._manifest import manifest
 from ._redact import redact
 from ._storage import (
@@ -50,6 +51,7 @@ __all__ = [
     "redact",
     "refuse_in_use",
     "remove_folder",
+    "sole_writer",
     "storage",
     "storage_failures",
     "sweep",

@@ -7,11 +7,8 @@ Nothing here depends on the order of times: checkpoints are ordered by the step 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
-import socket
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -20,6 +17,7 @@ from typing import Any, NamedTuple
 from tunesmith.errors import CheckpointError, OutputInUse, RecipeError
 
 from ._events import EVENTS, bytes_of, event_line, event_lines, is_after, read_events
+from ._lock import LOCK, give_back, refuse_locked, take_lock
 from ._storage import (
     MANIFEST,
     atomic_folder,
@@ -35,13 +33,10 @@ from ._storage import (
 )
 from ._writer import follow, is_writer, lead
 
-LOCK = ".lock"
 RUN_MARKERS = frozenset({LOCK, "recipe.yaml", MANIFEST, EVENTS, "plan.json", "stages"})
 _PREPARATION = frozenset({LOCK, "data", "recipe.yaml", MANIFEST, EVENTS, "plan.json"})  # what there is before a first step
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _STEP_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
-_HOLDER_PATIENCE = 1.0  # seconds in which the lock's holder must have written its pid, which it does at once
-_HOLDER_POLL = 0.02  # seconds
 
 
 class RefusedCheckpoint(NamedTuple):
@@ -74,7 +69,7 @@ class RunDirectory:
         refuse_in_use(path, resume=resume)
         make_folder(path)
         held = _holds_run(path)  # a lock that lies there is an earlier run's; all is asked again below: another process may have begun one
-        lock = _take_lock(path)
+        lock = take_lock(path)
         try:
             _refuse_content(path, resume=resume)
             run = cls(path, lock, resumed=held or _holds_run(path))
@@ -103,9 +98,9 @@ class RunDirectory:
             self._log = None
         if self._lock is not None:
             if self._owner == os.getpid():
-                with contextlib.suppress(OSError):  # only the note of our pid; the lock itself goes with the descriptor
-                    storage.truncate(self._lock, 0)
-            os.close(self._lock)
+                give_back(self._lock)
+            else:  # a fork's copy of the descriptor: the note in the file is the holder's
+                os.close(self._lock)
             self._lock = None
 
     def __enter__(self) -> RunDirectory:
@@ -273,7 +268,7 @@ def refuse_in_use(path: Path, *, resume: bool) -> None:
     nothing, so it can be asked early."""
     path = Path(path).absolute()
     _refuse_foreign(path)
-    _refuse_locked(path)
+    refuse_locked(path)
     _refuse_content(path, resume=resume)
 
 
@@ -285,22 +280,6 @@ def _refuse_content(path: Path, *, resume: bool) -> None:
             where=str(path),
             mend="add --resume to go on with it, or give another folder with --out",
         )
-
-
-def _refuse_locked(path: Path) -> None:
-    """Raises OutputInUse where another process holds the lock of a run that is there."""
-    file = path / LOCK
-    with storage_failures(file):
-        try:
-            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _in_use(path) from None
-        finally:
-            os.close(descriptor)  # gives the lock back
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -318,52 +297,3 @@ def _refuse_foreign(path: Path) -> None:
                 where=str(path),
                 mend="give a new or an empty folder with --out",
             )
-
-
-def _take_lock(path: Path) -> int:
-    """Lock the folder for as long as the descriptor stays open, which ends with the process however that ends."""
-    file = path / LOCK
-    with storage_failures(file):
-        descriptor = storage.open(file, os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            storage.truncate(descriptor, 0)
-            storage.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
-        except BlockingIOError:
-            os.close(descriptor)
-            raise _in_use(path) from None
-        except OSError:
-            os.close(descriptor)
-            raise
-    return descriptor
-
-
-def _in_use(path: Path) -> OutputInUse:
-    return OutputInUse(
-        f"{_holder(path / LOCK)} is writing to this run directory",
-        where=str(path),
-        mend="wait for it to end or stop it, or give another folder with --out",
-    )
-
-
-def _holder(file: Path) -> str:
-    """Who has the lock. A pid left by a killed process may stand there until the new holder has written its own."""
-    deadline = time.monotonic() + _HOLDER_PATIENCE
-    while time.monotonic() < deadline:
-        pid, _, host = bytes_of(file).decode("utf-8", "replace").strip().partition(" ")
-        if pid.isdecimal() and host and host != socket.gethostname():
-            return f"another process (pid {pid} on {host})"
-        if pid.isdecimal() and _is_alive(int(pid)):
-            return f"another process (pid {pid})"
-        time.sleep(_HOLDER_POLL)
-    return "another process"
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
