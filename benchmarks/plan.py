@@ -97,11 +97,11 @@ def _measure_machine() -> dict[str, Any]:
     """In a child: forgets what this machine's speed was, and measures it."""
     import torch
 
-    from tunesmith.models.load import cache_folder, has_fast_bf16
+    from tunesmith.models.load import cache_folder, has_fast
     from tunesmith.models.machine import measure_machine
 
     (cache_folder() / "machine.json").unlink(missing_ok=True)
-    measure_machine(torch.bfloat16 if has_fast_bf16() else torch.float32)
+    measure_machine(torch.bfloat16 if has_fast(torch.bfloat16) else torch.float32)
     return {}
 
 

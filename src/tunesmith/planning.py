@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
 
 from .errors import DoesNotFit
 from .evaluate import Task, TemplateEncoder
@@ -26,7 +25,7 @@ from .fitting import (
 from .generate.engine import BATCH_TOKENS, LOGIT_ELEMENTS
 from .models.costs import MethodCost, method_cost
 from .models.footprint import Footprint, generation_bytes
-from .models.load import has_fast_bf16
+from .models.load import slow_arithmetic
 from .models.machine import Machine, measure_machine
 from .models.roofline import (
     Phase,
@@ -48,7 +47,6 @@ from .train.scoring import named_models
 from .train.shaping import Shaping
 from .train.work import learns_from_answers
 
-SLOW_PROCESSOR = "this processor has no bfloat16 arithmetic: the model computes in float32 and takes about twice the time"
 UNMODELLED = ("classical", "shorter")  # candidates that take next to no time
 SAMPLED_ROWS = 32  # looked at to know what all rows begin with
 CHECKS = 10  # forward passes over the probed rows that take as long as what is checked before the first update
@@ -66,7 +64,7 @@ def make_plan(session: Session, *, evaluates: bool = True) -> dict[str, Any]:
         footprints.append(_evaluation_footprint(session, shape, footprints[-1]))
     largest = max(footprints, key=lambda parts: sum(parts.values()))
     peak = sum(largest.values())
-    notes = [SLOW_PROCESSOR] if session.loaded.dtype == torch.float32 and not has_fast_bf16() else []
+    notes = [note for note in [slow_arithmetic(session.loaded.dtype)] if note]
     if peak > room:
         notes.append(f"the evaluation may need {peak / 1e9:.1f} GB, this machine has {room / 1e9:.1f}: lower evaluate.batch_size")
     machine = measure_machine(session.loaded.dtype, announce=lambda text: session.report({"event": "note", "note": text}))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tunesmith.models import machine
+from tunesmith.models.load import has_fast
 from tunesmith.models.machine import Machine, measure_machine
 from tunesmith.models.room import available_memory, control_group_room
 
@@ -114,3 +115,13 @@ def test_in_a_container_whose_group_is_not_to_be_seen_the_mounts_own_limit_count
     listing.write_text("0::/docker/0123\n")
     group(tmp_path / "sys", str(2**30), 2**28, 0, version=2)
     assert control_group_room(tmp_path / "sys", listing) == 2**30 - 2**28
+
+
+@pytest.mark.parametrize(
+    "flags, fast",
+    [("fpu avx512_bf16 f16c", {"bfloat16"}), ("avx512_fp16 amx_bf16", {"bfloat16", "float16"}), ("asimdhp", {"float16"}), ("f16c", set())],
+)
+def test_a_processor_is_fast_in_the_half_dtypes_that_its_flags_name(flags, fast, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Path, "read_text", lambda self: f"flags\t: {flags}\n")
+    assert {name for name in ("float32", "bfloat16", "float16") if has_fast(getattr(torch, name))} == fast | {"float32"}

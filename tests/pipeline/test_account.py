@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from tests.pipeline.helpers import LABELS, conversations, read_json, recipe, stage, write_rows
 
 import tunesmith
 from tunesmith import fitting, planning
 from tunesmith.errors import DataRefused, DoesNotFit, MissingFile, RecipeError
+from tunesmith.models import load
 from tunesmith.rundir import read_events
 
 LONG = 40  # words
@@ -248,16 +250,22 @@ def test_a_corrected_recipe_takes_the_folder_of_the_refused_one_and_nothing_of_i
     assert (result.path / adapter).read_bytes() == (fresh.path / adapter).read_bytes()
 
 
-@pytest.mark.parametrize("fast, dtype, slow", [(True, "float32", False), (False, "float32", True), (False, "float16", False)])
-def test_a_processor_without_bfloat16_is_named_beforehand_where_float32_takes_its_place(tiny, fast, dtype, slow, tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "has_fast_bf16", lambda: fast)
+TWICE, TENFOLD = "no bfloat16 arithmetic: the model computes in float32", "no float16 arithmetic: expect ten times the time"
+
+
+@pytest.mark.parametrize(
+    "fast, dtype, slow", [(True, "float32", None), (False, "float32", TWICE), (True, "float16", None), (False, "float16", TENFOLD)]
+)
+def test_a_processor_that_is_slow_in_the_runs_dtype_is_named_beforehand(tiny, fast, dtype, slow, tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "has_fast", lambda kind: fast or kind == torch.float32)
     told = []
     tunesmith.train(recipe(tmp_path, tiny), sets=[f"model.dtype={dtype}"], out=tmp_path / "run", report=told.append)
     (plan,) = [event for event in told if event.get("event") == "plan"]
     kinds = [event.get("event") for event in told]
     assert kinds.index("plan") < kinds.index("stage_finished")
-    assert any("no bfloat16 arithmetic" in note for note in plan["notes"]) is slow
-    assert any("no bfloat16 arithmetic" in note for note in read_json(tmp_path / "run" / "plan.json")["predicted"]["notes"]) is slow
+    for notes in (plan["notes"], read_json(tmp_path / "run" / "plan.json")["predicted"]["notes"]):
+        found = [note for note in notes if "arithmetic" in note]
+        assert [slow in note for note in found] == [True] if slow else found == []
     (logged,) = [event["notes"] for event in read_events(tmp_path / "run") if event.get("event") == "notes"]
     assert logged == plan["notes"]
     assert any("20 of 20 rows are messages" in note for note in logged)

@@ -46,6 +46,12 @@ EMBEDDED = {
 }
 
 
+HALF_FLAGS = {  # of the processor, of which one says that it multiplies matrices of the dtype in hardware
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "asimdhp"),
+}
+SLOW_PROCESSOR = "this processor has no bfloat16 arithmetic: the model computes in float32 and takes about twice the time"
+SLOW_HALF = "this processor has no {} arithmetic: expect ten times the time of float32 and more; leave model.dtype out"  # 18, measured
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 HUB_COPIES = ("*/*.safetensors", "consolidated*.safetensors")  # the same weights in another layout
 
@@ -102,21 +108,30 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TUNESMITH_CACHE") or Path.home() / ".cache" / "tunesmith")
 
 
-def has_fast_bf16() -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware."""
+def has_fast(dtype: torch.dtype) -> bool:
+    """Whether this machine multiplies matrices of a dtype in hardware."""
+    if dtype not in HALF_FLAGS:
+        return True
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return dtype == torch.float16 or torch.cuda.is_bf16_supported()
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    return any(flag in flags for flag in (" avx512_bf16", " amx_bf16", " bf16"))
+    return any(f" {flag}" in flags for flag in HALF_FLAGS[dtype])
+
+
+def slow_arithmetic(dtype: torch.dtype) -> str | None:
+    """What to say before a model computes in a dtype that this machine is slow in; None where it is not."""
+    if not has_fast(dtype):
+        return SLOW_HALF.format(str(dtype).removeprefix("torch."))
+    return SLOW_PROCESSOR if dtype == torch.float32 and not has_fast(torch.bfloat16) else None
 
 
 def resolve_dtype(section: ModelSection) -> torch.dtype:
     """The dtype the base is held in."""
     if section.dtype == "auto":
-        return torch.bfloat16 if has_fast_bf16() else torch.float32
+        return torch.bfloat16 if has_fast(torch.bfloat16) else torch.float32
     return getattr(torch, section.dtype)
 
 
