@@ -204,10 +204,8 @@ def launch(
 ) -> None:
     """Print the file that starts a recipe on the machines of its `launch` section, for the tool that submits it."""
     from .launch import cluster_file
-    from .recipe import load_recipe
 
-    checked = load_recipe(recipe, set_ or ())
-    _verb(as_json, lambda display: {"file": cluster_file(checked, str(recipe), tool.value)}, lambda done: done["file"])
+    _verb(as_json, lambda display: {"file": cluster_file(recipe, tool.value, set_ or ())}, lambda done: done["file"])
 
 
 @app.command(epilog="Example: tunesmith report runs/quickstart")

@@ -9,17 +9,20 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import yaml
 
 from .errors import RecipeError
-from .recipe import LaunchSection, Recipe
+from .recipe import LaunchSection, Recipe, load_recipe
 from .rundir import launched
 
 PORT = 29500  # where the machines meet
 WARNING_SECONDS = 300  # from a signal to the end, before Slurm's limit too, in which a checkpoint is written
 PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun hands the signal on, and would kill its processes 30 s later
 INSTALL = "pip install tunesmith"
+FOLDER = "/tunesmith"  # where a dstack container has what is in the folder of the file
+SENT = ("sky", "dstack")  # tools that take the current folder to the machines; under Slurm they see the same files
 
 
 def starts_others(launch: LaunchSection) -> bool:
@@ -61,17 +64,31 @@ def start(launch: LaunchSection, words: Sequence[str]) -> int:
     return 0
 
 
-def cluster_file(recipe: Recipe, path: str, tool: str) -> str:
-    """The file for a tool of `TOOLS`. path: the recipe's, as the machines see it."""
-    return TOOLS[tool](recipe, path)
+def cluster_file(path: str | Path, tool: str, sets: Sequence[str] = ()) -> str:
+    """The file for a tool of `TOOLS`, which runs the recipe at `path` with the same `key=value` overrides.
+
+    Raises RecipeError where the recipe is wrong, or lies outside the folder that the tool takes to the machines.
+    """
+    recipe = load_recipe(path, sets)
+    if tool in SENT:
+        path, sent = Path(path).resolve(), Path.cwd()
+        if not path.is_relative_to(sent):
+            raise RecipeError(
+                f"{tool} takes the current folder to the machines, and the recipe lies outside it",
+                where=str(path),
+                mend="go to a folder that holds the recipe and its data, and launch it from there",
+            )
+        path = path.relative_to(sent)
+    overrides = [part for word in sets for part in ("--set", word)]
+    return TOOLS[tool](recipe, shlex.join([str(path), *overrides, "--resume"]))
 
 
-def _torchrun(recipe: Recipe, path: str, meeting: str, nodes: str) -> str:
+def _torchrun(recipe: Recipe, run: str, meeting: str, nodes: str) -> str:
     words = f"--nnodes={nodes} --nproc_per_node={recipe.launch.nproc_per_node or 1} {meeting}"
-    return f"env {PATIENCE}={WARNING_SECONDS} torchrun {words} -m tunesmith.cli run {shlex.quote(path)} --resume"
+    return f"env {PATIENCE}={WARNING_SECONDS} torchrun {words} -m tunesmith.cli run {run}"
 
 
-def _slurm(recipe: Recipe, path: str) -> str:
+def _slurm(recipe: Recipe, run: str) -> str:
     launch = recipe.launch
     gpus = f"{launch.accelerator}:" if launch.accelerator else ""
     asked = [
@@ -90,13 +107,13 @@ def _slurm(recipe: Recipe, path: str) -> str:
             "set -euo pipefail",
             'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
             # What srun starts gets the signal, the batch shell does not.
-            "srun " + _torchrun(recipe, path, meeting, '"$SLURM_JOB_NUM_NODES"'),
+            "srun " + _torchrun(recipe, run, meeting, '"$SLURM_JOB_NUM_NODES"'),
             "",
         ]
     )
 
 
-def _sky(recipe: Recipe, path: str) -> str:
+def _sky(recipe: Recipe, run: str) -> str:
     launch = recipe.launch
     if launch.accelerator is None:
         raise RecipeError(
@@ -111,19 +128,20 @@ def _sky(recipe: Recipe, path: str) -> str:
         "num_nodes": launch.nodes,
         "resources": {"accelerators": f"{launch.accelerator}:{launch.nproc_per_node or 1}"},
         "setup": INSTALL,
-        "run": limit + _torchrun(recipe, path, meeting, '"$SKYPILOT_NUM_NODES"'),
+        "run": limit + _torchrun(recipe, run, meeting, '"$SKYPILOT_NUM_NODES"'),
     }
     return yaml.safe_dump(task, sort_keys=False, width=10_000)
 
 
-def _dstack(recipe: Recipe, path: str) -> str:
+def _dstack(recipe: Recipe, run: str) -> str:
     launch, count = recipe.launch, recipe.launch.nproc_per_node or 1
     meeting = f'--node_rank="$DSTACK_NODE_RANK" --master_addr="$DSTACK_MASTER_NODE_IP" --master_port={PORT}'
     task = {
         "type": "task",
         "name": recipe.name.lower().replace(".", "-").replace("_", "-"),
         "nodes": launch.nodes,
-        "commands": [INSTALL, _torchrun(recipe, path, meeting, '"$DSTACK_NODES_NUM"')],
+        "files": [f".:{FOLDER}"],
+        "commands": [f"cd {FOLDER}", INSTALL, _torchrun(recipe, run, meeting, '"$DSTACK_NODES_NUM"')],
         "resources": {"gpu": f"{launch.accelerator}:{count}" if launch.accelerator else count},
         **({"max_duration": f"{launch.hours}h"} if launch.hours else {}),
     }

@@ -22,8 +22,9 @@ LAUNCH = {"nodes": 2, "nproc_per_node": 8, "accelerator": "H100", "hours": 12, "
 
 
 @pytest.fixture
-def recipe(tmp_path):
-    """A recipe for two machines of eight GPUs."""
+def recipe(tmp_path, monkeypatch):
+    """A recipe for two machines of eight GPUs, in the current folder."""
+    monkeypatch.chdir(tmp_path)
     return write_project(tmp_path, "owner/model", launch=LAUNCH)
 
 
@@ -61,16 +62,50 @@ def test_the_skypilot_task_has_the_fields_and_variables_that_skypilot_gives(reci
 def test_the_dstack_task_has_the_fields_and_variables_that_dstack_gives(recipe):
     task = yaml.safe_load(call("launch", recipe, "--print", "dstack").out)
     assert (task["type"], task["nodes"], task["resources"], task["max_duration"]) == ("task", 2, {"gpu": "H100:8"}, "12h")
+    assert task["files"] == [".:/tunesmith"]
+    assert task["commands"][:2] == ["cd /tunesmith", "pip install tunesmith"]
     words = torchrun(task["commands"][-1])
     assert {"--nnodes=$DSTACK_NODES_NUM", "--node_rank=$DSTACK_NODE_RANK", "--master_addr=$DSTACK_MASTER_NODE_IP"} <= set(words)
 
 
 def test_no_kind_of_gpu_is_asked_for_that_the_recipe_does_not_name(recipe):
     unnamed = ["launch.accelerator=null"]
-    assert yaml.safe_load(cluster_file(load_recipe(recipe, unnamed), str(recipe), "dstack"))["resources"] == {"gpu": 8}
-    assert "--gpus-per-node=8\n" in cluster_file(load_recipe(recipe, unnamed), str(recipe), "slurm")
+    assert yaml.safe_load(cluster_file(recipe, "dstack", unnamed))["resources"] == {"gpu": 8}
+    assert "--gpus-per-node=8\n" in cluster_file(recipe, "slurm", unnamed)
     with pytest.raises(RecipeError, match=r"launch\.accelerator[\s\S]*kind of GPU"):
-        cluster_file(load_recipe(recipe, unnamed), str(recipe), "sky")
+        cluster_file(recipe, "sky", unnamed)
+
+
+def command(tool: str, text: str) -> str:
+    """The line of a file that starts torchrun."""
+    if tool == "slurm":
+        return text.splitlines()[-1]
+    task = yaml.safe_load(text)
+    return task["run"] if tool == "sky" else task["commands"][-1]
+
+
+@pytest.mark.parametrize("tool", ["slurm", "sky", "dstack"])
+def test_what_is_set_is_set_on_the_machines_too(recipe, tool):
+    sets = ["seed=7", "task.description='it''s $HOME, isn''t it'"]
+    words = torchrun(command(tool, cluster_file(recipe, tool, sets)))
+    assert words[words.index("run") + 1 :] == [
+        str(recipe) if tool == "slurm" else "tiny.yaml",
+        "--set",
+        sets[0],
+        "--set",
+        sets[1],
+        "--resume",
+    ]
+    assert f"--set {sets[0]} --set" in call("launch", recipe, "--print", tool, "--set", sets[0], "--set", sets[1]).out
+
+
+@pytest.mark.parametrize("tool", ["sky", "dstack"])
+def test_a_recipe_outside_the_folder_that_is_sent_is_refused(recipe, tool, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(RecipeError, match="the recipe lies outside it"):
+        cluster_file("../tiny.yaml", tool)
+    assert "../tiny.yaml" in cluster_file("../tiny.yaml", "slurm")
 
 
 def test_several_machines_several_processes_and_deepspeed_are_refused_where_they_cannot_be_had(recipe):
@@ -82,7 +117,7 @@ def test_several_machines_several_processes_and_deepspeed_are_refused_where_they
     with pytest.raises(RecipeError, match=r"zero3 of DeepSpeed is not supported"):
         load_recipe(recipe, ["launch.strategy=zero3"])
     with pytest.raises(KeyError):
-        cluster_file(load_recipe(recipe), str(recipe), "kubernetes")
+        cluster_file(recipe, "kubernetes")
 
 
 def test_processes_started_here_have_as_long_for_a_checkpoint_when_they_are_told_to_stop(monkeypatch):
