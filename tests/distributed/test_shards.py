@@ -6,12 +6,15 @@ import os
 import signal
 
 import pytest
+from safetensors.torch import load_file
+from tests.distributed import processes
 from tests.distributed.processes import stage_of, together, train, trained, values
 from tests.distributed.work import WORK, furthest, stage_for
 from tests.toys import tiny_model
 from torch.distributed.tensor import DTensor
 
 from tunesmith.train import stage as stage_module
+from tunesmith.train import updates
 
 
 def sharded_run(kind, path, **settings):
@@ -62,6 +65,37 @@ def test_a_sharded_run_goes_on_unsharded_on_one_process_and_sharded_on_two_to_th
         assert ("state.1.safetensors" in files) == (count == 2)
     assert trained(tmp_path / "run").losses == pytest.approx(unbroken.losses, rel=1e-5)
     assert furthest(tmp_path / "run", unbroken.path) < 1e-4
+
+
+@pytest.fixture(params=[97, 112])
+def vocabulary(request, monkeypatch):
+    """Rows of the embedding, of 32 numbers: half of 97 is no whole blocks of 256, half of 112 is seven. Every matrix gets 8-bit moments."""
+    model = tiny_model("llama")
+    model.resize_token_embeddings(request.param, mean_resizing=False)
+    monkeypatch.setattr(processes, "tiny_model", lambda family: model)
+    monkeypatch.setattr(updates, "SMALLEST", 500)
+    return request.param
+
+
+def test_8_bit_moments_go_on_sharded_bit_for_bit_and_on_another_number_of_processes_if_no_block_is_cut(vocabulary, tmp_path):
+    stage, rows = stage_for("full", optim="adamw_8bit"), WORK["full"][1]
+
+    def part(name, step=5, sharded=True):
+        return lambda: stage_of(stage, tmp_path / name, rows, processes=2, sharded=sharded, report=stopped_at(step))
+
+    values(together(2, part("unbroken"), tmp_path / "said"))
+    for again in (2, 1):
+        together(2, part(f"{again}", 3), tmp_path / "said")
+        tensors = load_file(tmp_path / f"{again}/stages/sft/checkpoints/step-3/state.1.safetensors")
+        assert "first_scale.model.model.embed_tokens.weight" in tensors
+        ended = together(again, part(f"{again}", sharded=again == 2), tmp_path / "said")
+        if again == 1 and vocabulary == 97:
+            assert ended[0].value.startswith("CheckpointError")
+            assert "8-bit moments of `model.lm_head.weight` share scales in blocks of 256" in ended[0].value
+            assert "resume on 2 processes with launch.strategy: fsdp, as it was" in ended[0].value
+        else:
+            values(ended)
+            assert furthest(tmp_path / f"{again}", tmp_path / "unbroken") <= (0 if again == 2 else 1e-5)
 
 
 def stopped_at(step):

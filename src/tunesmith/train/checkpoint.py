@@ -9,9 +9,11 @@ the processes, are the whole, whatever the number of processes that reads them.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from ..rundir import RunDirectory, rank
 from .devices import gather, of_first, together, wait
 from .masters import local
 from .optimiser import Optimiser
+from .updates import MOMENTS_BLOCK
 
 STATE = "state.json"
 RNG, SOURCE = "rng.", "source."
@@ -99,7 +102,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 def load_checkpoint(folder: Path, optimiser: Optimiser, fingerprint: str) -> tuple[Progress, dict[str, torch.Tensor]]:
     """Puts a verified checkpoint's state in place; gives how far it came, and the source's state.
 
-    Raises CheckpointError when it belongs to another recipe or data.
+    Raises CheckpointError when it belongs to another recipe or data, or when 8-bit moments cannot be cut as these processes hold them.
     """
     state = json.loads((folder / STATE).read_text())
     if state.pop("fingerprint") != fingerprint:
@@ -114,6 +117,7 @@ def load_checkpoint(folder: Path, optimiser: Optimiser, fingerprint: str) -> tup
         if torch.cuda.is_available() and f"{RNG}cuda" in own.keys():  # noqa: SIM118 - no mapping
             torch.cuda.set_rng_state(own.get_tensor(f"{RNG}cuda"))
         source = {name.removeprefix(SOURCE): files[0].get_tensor(name) for name in files[0].keys() if name.startswith(SOURCE)}  # noqa: SIM118
+        _require_whole_blocks(files, optimiser, folder)
         optimiser.load(_own(files, optimiser))
     return Progress(**state), source
 
@@ -155,3 +159,23 @@ def _own(files: Sequence[Any], optimiser: Optimiser) -> dict[str, torch.Tensor]:
             begin = sum(each[name] for each in lengths[: rank()])
             held[name] = held[name][begin : begin + len(mine[name])]
     return held
+
+
+def _require_whole_blocks(files: Sequence[Any], optimiser: Optimiser, folder: Path) -> None:
+    """A shard's blocks of 8-bit moments begin with it: joined and cut elsewhere than between blocks, numbers would get others' scales."""
+    held = gather({name: local(parameter).numel() for name, parameter in zip(optimiser.names, optimiser.parameters, strict=True)})
+    for name, parameter in zip(optimiser.names, optimiser.parameters, strict=True):
+        if f"first_scale.{name}" not in files[0].keys():  # noqa: SIM118 - no mapping
+            continue
+        key = f"weight.{name}"
+        before = [math.prod(file.get_slice(key).get_shape()) for file in files if key in file.keys()]  # noqa: SIM118
+        now = [each[name] for each in held] if isinstance(parameter, DTensor) else []
+        cuts = [{end for end in accumulate(sizes) if end < parameter.numel()} for sizes in (before, now)]
+        if cuts[0] != cuts[1] and any(end % MOMENTS_BLOCK for end in cuts[0] | cuts[1]):
+            raise CheckpointError(
+                f"the 8-bit moments of `{name}` share scales in blocks of {MOMENTS_BLOCK}, which these processes cut elsewhere",
+                where=str(folder),
+                mend=f"resume on {len(before)} processes with launch.strategy: fsdp, as it was"
+                if len(before) > 1
+                else "resume without sharding",
+            )

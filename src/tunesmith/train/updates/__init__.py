@@ -11,10 +11,10 @@ from ...recipe import Stage
 from ._rule import Moment, Rule
 from .adafactor import Adafactor
 from .adamw import AdamW
-from .adamw_8bit import SMALLEST, AdamW8bit
+from .adamw_8bit import MOMENTS_BLOCK, SMALLEST, AdamW8bit
 from .muon import Muon
 
-__all__ = ["Choice", "Moment", "Rule", "require_optimiser"]
+__all__ = ["MOMENTS_BLOCK", "Choice", "Moment", "Rule", "require_optimiser"]
 
 PAGED = "paged_adamw_8bit"
 

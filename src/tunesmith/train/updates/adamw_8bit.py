@@ -13,9 +13,9 @@ from torch import Tensor
 from ...recipe import Stage
 from ._rule import Moment
 
-BLOCK = 256  # numbers that share a scale: what the kernel takes
+MOMENTS_BLOCK = 256  # numbers that share a scale: what the kernel takes
 SMALLEST = 4096  # numbers; a smaller tensor's moments are kept in fp32, as bitsandbytes does
-PAGED = 100_000  # numbers; smaller moments are not worth a page
+PAGED_FROM = 100_000  # numbers; smaller moments are not worth a page
 
 
 class AdamW8bit:
@@ -32,12 +32,12 @@ class AdamW8bit:
 
     def remember(self, shape: torch.Size, device: torch.device) -> dict[str, Tensor]:
         """The moments' numbers in 8 bits, and a scale for each block."""
-        blocks = math.ceil(shape.numel() / BLOCK)
+        blocks = math.ceil(shape.numel() / MOMENTS_BLOCK)
         scales = {f"{name}_scale": torch.zeros(blocks, dtype=torch.float32, device=device) for name in ("first", "second")}
         return {name: self._numbers(shape, device) for name in ("first", "second")} | scales
 
     def _numbers(self, shape: torch.Size, device: torch.device) -> Tensor:
-        if not self.paged or shape.numel() < PAGED:
+        if not self.paged or shape.numel() < PAGED_FROM:
             return torch.zeros(shape, dtype=torch.uint8, device=device)
         held = self.functional.get_paged(*shape, dtype=torch.uint8, device=device)
         self.functional.fill(held, 0)
