@@ -222,7 +222,9 @@ def export(
     to: Annotated[str, typer.Option("--to", help="merged: plain weights; adapter: PEFT's layout.")] = "merged",
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The folder; else RUN/export/merged (or adapter).")] = None,
     stage: Annotated[str | None, typer.Option(help="An earlier stage's result in place of the last.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of merged weights: float32, bfloat16 or float16; else the run's.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of merged weights or a whole model's: float32, bfloat16 or float16; else the run's.")
+    ] = None,
     push: Annotated[str | None, typer.Option("--push", metavar="REPO", help="A repository of the hub (HF_ENDPOINT, HF_TOKEN).")] = None,
     public: Annotated[bool, typer.Option("--public", help="Whether a repository made for it can be read by all.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an export that is there.")] = False,

@@ -199,6 +199,29 @@ def test_a_whole_model_is_copied_byte_for_byte(train, tmp_path):
     assert "a whole model already" in done.notes[0]
 
 
+def test_a_whole_model_is_cast_to_the_dtype_that_is_asked_for_and_held_against_its_own(train, tmp_path):
+    run = train({"type": "full"})
+    assert tunesmith.export(run, out=tmp_path / "same", dtype="float32").parity is None  # it is in that dtype
+    done = tunesmith.export(run, out=tmp_path / "cast", dtype="bfloat16")
+    held, left = (load_file(folder / "model.safetensors") for folder in (run / "model", done.path))
+    assert held.keys() == left.keys()
+    assert all(torch.equal(left[name], held[name].bfloat16()) for name in held)
+    assert json.loads((done.path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert 0 < done.parity.kl_mean <= 1e-3
+    assert "The weights are cast (bfloat16)" in (done.path / "README.md").read_text()
+    assert AutoTokenizer.from_pretrained(done.path).chat_template
+
+
+@pytest.mark.parametrize("method", [LORA, {"type": "full"}], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "to, dtype, words", [("merged", "int3", "no dtype is called int3"), ("adapter", "bfloat16", "an adapter leaves in")]
+)
+def test_a_dtype_that_is_none_or_that_an_adapter_is_asked_for_is_refused(train, tmp_path, method, to, dtype, words):
+    with pytest.raises(RecipeError, match=words):
+        tunesmith.export(train(method), to, out=tmp_path / "out", dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_adapter_leaves_with_its_bases_name_and_no_path_of_this_machine(train, tiny, tmp_path):
     run = train(LORA)
     done = tunesmith.export(run, "adapter", out=tmp_path / "adapter")
@@ -215,7 +238,6 @@ def test_an_adapter_leaves_with_its_bases_name_and_no_path_of_this_machine(train
     [
         ({"to": "gguf"}, RecipeError, "nothing is exported to `gguf`"),
         ({"stage": "ppo"}, MissingFile, "stages with a result: sft"),
-        ({"dtype": "int3"}, RecipeError, "no dtype is called int3"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_with_what_can(train, tmp_path, how, error, words):

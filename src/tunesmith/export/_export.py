@@ -1,7 +1,8 @@
 """`export`: a run's result as a folder for other tools, whole or absent.
 
 merged: the adapter's weights added to the base's, in fp32, saved in the run's dtype, read back, and compared with the live model on the
-run's own rows; where the two differ nothing is written. adapter: the result's own folder, without what only tunesmith reads again.
+run's own rows; where the two differ nothing is written. A whole model is copied or, for another dtype, cast and compared so.
+adapter: the result's own folder, without what only tunesmith reads again.
 """
 
 from __future__ import annotations
@@ -63,29 +64,34 @@ def export(
     """Writes a run's result for other tools; `push` names a repository of the hub (HF_ENDPOINT, HF_TOKEN) that gets it too.
 
     run: the run directory. out: the folder; else RUN/export/TO. stage: an earlier stage's result in place of the last. dtype: of merged
-    weights; else the run's. public: whether a repository that is made for it can be read by all. force: replace an export that is there.
+    weights or a whole model's; else the run's. public: whether a repository that is made for it can be read by all. force: replace an
+    export that is there.
 
-    Raises OutputInUse where an export is there, unless force; RecipeError where the method cannot be merged, with the reason; AdapterError
-    where the merged model is not the live one, with nothing written; CheckpointError where the result is not what was saved; StorageFailed.
+    Raises OutputInUse where an export is there, unless force; RecipeError where the method cannot be merged, with the reason, or where
+    `dtype` is none or is asked of an adapter; AdapterError where the written model is not the live one, with nothing written;
+    CheckpointError where the result is not what was saved; StorageFailed.
 
     >>> tunesmith.export("runs/quickstart").path  # doctest: +SKIP
     PosixPath('runs/quickstart/export/merged')
     """
     if to not in get_args(Target):
         raise RecipeError(f"nothing is exported to `{to}`", where="--to", mend=f"one of: {', '.join(get_args(Target))}")
+    if to == "adapter" and dtype is not None:
+        raise RecipeError("an adapter leaves in the dtype that it was trained in", where="--dtype", mend="leave it out, or use --to merged")
     path = Path(run)
     recipe, folder = _recipe_of(path), _result_of(path, stage)
     require_unaltered(folder)
     if push is not None:
         require_token()
     target = Path(out) if out is not None else path / "export" / to
+    chosen = _dtype(dtype, recipe)
     merges = to == "merged" and is_adapter(folder)
     if merges:
         _require_mergeable(folder, recipe)
     with sole_writer(target.parent) if out is None else nullcontext():  # beside a folder of the user's nothing is swept
         _require_free(target, force)
-        if merges:
-            made = _merge(path, recipe, folder, target, stage, _dtype(dtype, recipe), trust_remote_code, report)
+        if merges or (to == "merged" and chosen != _dtype(None, recipe)):
+            made = _merge(path, recipe, folder, target, stage, chosen, trust_remote_code, report)
         else:
             made = _copy(path, recipe, folder, to, target, stage)
     if push is None:
@@ -190,14 +196,17 @@ def _merge(
     trust_remote_code: bool,
     report: Report,
 ) -> Exported:
+    """Merged weights; of a whole model its own, cast."""
     rows = compared_rows(path, stage)
-    report({"event": "exporting", "what": "merge"})
+    report({"event": "exporting", "what": "merge" if is_adapter(folder) else "cast"})
     loaded, live = _live(recipe, folder, trust_remote_code)
     before = hidden_states(live, rows)
     head = live.get_base_model().get_output_embeddings() if hasattr(live, "get_base_model") else live.get_output_embeddings()
     before.keep_head(head)
-    fold_new_tokens(live)
-    merged = live.merge_and_unload(safe_merge=True).to(dtype)
+    if is_adapter(folder):
+        fold_new_tokens(live)
+        live = live.merge_and_unload(safe_merge=True)
+    merged = live.to(dtype)
     merged.config.dtype = dtype
     with atomic_folder(target) as temporary:
         with quiet():
@@ -217,7 +226,11 @@ def _merge(
 
 
 def _live(recipe: Recipe, folder: Path, trust_remote_code: bool) -> tuple[LoadedModel, nn.Module]:
-    """The adapter on its base as it is held in use, computed in fp32: what the merged weights are held against."""
+    """The whole model, or the adapter on its base as it is held in use, computed in fp32: what written weights are held against."""
+    if not is_adapter(folder):
+        section = ModelSection(name=str(folder.resolve()), dtype="float32", trust_remote_code=trust_remote_code)
+        loaded = load_model(section)
+        return loaded, loaded.model
     loaded = load_model(recipe.model.model_copy(update={"trust_remote_code": trust_remote_code}))
     loaded.model, loaded.dtype = loaded.model.float(), torch.float32
     template = load_template(loaded.tokenizer, recipe.model) if _has_template(loaded, recipe) else None

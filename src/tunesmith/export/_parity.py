@@ -96,11 +96,11 @@ def measure(live: States, merged: nn.Module, rows: Sequence[np.ndarray]) -> Pari
 
 
 def require_equal(parity: Parity, where: Path) -> None:
-    """Raises AdapterError where the merged model is not the live one; a number that is not finite is not equal."""
+    """Raises AdapterError where the written model is not the live one; a number that is not finite is not equal."""
     if not parity.kl_mean <= MAX_KL:
         raise AdapterError(
-            f"the merged model is not the live one: KL {parity.kl_mean:.3g} nats a position on {parity.prompts} rows (at most {MAX_KL:g}); "
+            f"the model written is not the live one: KL {parity.kl_mean:.3g} nats a token on {parity.prompts} rows (at most {MAX_KL:g}); "
             "nothing was written",
             where=str(where),
-            mend="merge in a wider dtype (--dtype float32), or use --to adapter",
+            mend="use a wider dtype (--dtype float32), or of an adapter --to adapter",
         )

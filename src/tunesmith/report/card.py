@@ -59,8 +59,10 @@ def export_card(
     adapter, parity = about["to"] == "adapter", about["parity"]
     lines = [_front(recipe, chosen, card["base"]["name"], evaluation, adapter) + _body(recipe, chosen, card["base"], evaluation, adapter)]
     if parity is not None:
+        whole = chosen["method"]["type"] in ("full", "partial")
+        what = "The weights are cast" if whole else "The adapter is merged into the weights"
         lines.append(
-            f"The adapter is merged into the weights ({about['dtype']}). Against the live model, on {parity['prompts']} rows "
+            f"{what} ({about['dtype']}). Against the live model, on {parity['prompts']} rows "
             f"({parity['positions']} positions): KL {parity['kl_mean']:.2g} nats a position, at most {parity['kl_max']:.2g}.\n"
         )
     return "\n".join([*lines, *(f"{note}.\n" for note in notes)])
