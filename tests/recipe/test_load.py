@@ -8,56 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.recipe.helpers import TEXT, refused, values
 
-from tunesmith.errors import MissingFile, RecipeError
+from tunesmith.errors import MissingFile
 from tunesmith.recipe import FullMethod, LoraMethod, Recipe, SFTObjective, dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
-TEXT = """\
-name: mine
-model:
-  name: smollm2-135m-instruct
-data:
-  train: rows.jsonl
-  test: ../held/out.jsonl
-stages:
-  - name: sft
-    objective: sft
-    learning_rate: 2e-4
-  - name: more
-    objective: {type: sft}
-    method: lora
-    start_from: sft
-    learning_rate: 1e-5
-"""
-SECRET = "hf_" + "abcdefghij" * 3
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Writes text as recipes/mine.yaml, and gives its path."""
-
-    def writer(text: str | bytes) -> Path:
-        path = tmp_path / "recipes" / "mine.yaml"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return path
-
-    return writer
-
-
-def values(**changes):
-    return yaml.safe_load(TEXT.replace("e-", ".0e-")) | changes
-
-
-def refused(source, sets=(), kind=RecipeError) -> RecipeError:
-    with pytest.raises(kind) as raised:
-        load_recipe(source, sets)
-    assert raised.value.mend
-    return raised.value
 
 
 @pytest.mark.parametrize(
@@ -280,6 +238,7 @@ def test_a_dumped_recipe_loads_as_the_same_recipe(write):
     assert load_recipe(write(dump_recipe(recipe))) == recipe
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.text() | st.from_regex(r"[-+]?[0-9.]+(e[0-9]+)?|0[xo][0-9]+|y|on|~|null|1:30|=|<<", fullmatch=True), max_size=3))
 def test_any_text_survives_being_dumped_and_loaded(tmp_path_factory, words):
     recipe = load_recipe(values(task={"labels": words, "description": "".join(words)}))
@@ -288,45 +247,13 @@ def test_any_text_survives_being_dumped_and_loaded(tmp_path_factory, words):
     assert load_recipe(path).task == recipe.task
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.floats(min_value=0, exclude_min=True, allow_infinity=False))
 def test_any_number_survives_being_dumped_and_loaded(tmp_path_factory, number):
     recipe = load_recipe(values(), [f"stages.0.learning_rate={number!r}"])
     path = tmp_path_factory.mktemp("dumped") / "recipe.yaml"
     path.write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(path).stages[0].learning_rate == number
-
-
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [
-        ({"task": {"description": f"Answer. {SECRET}"}}, "task.description"),
-        ({"data": {"train": f"https://me:{SECRET}@host/rows.jsonl"}}, "data.train"),
-        ({"task": {"labels": ["a", SECRET]}}, "task.labels.1"),
-        ({"tracking": {"project": SECRET}}, "tracking.project"),
-        ({"seed": SECRET}, "seed"),
-    ],
-)
-def test_a_recipe_that_holds_a_secret_is_refused_by_key_and_the_secret_is_not_repeated(change, key):
-    error = refused(values(**change))
-    assert f"`{key}` holds what looks like a secret" in error.what
-    assert SECRET not in str(error)
-
-
-@pytest.mark.parametrize("word", [f"tracking.project={SECRET}", f"{SECRET}", f"task.{SECRET}=1", f"seed={SECRET}"])
-def test_a_secret_in_an_override_is_refused_and_not_repeated(word):
-    assert "abcdefghij" not in str(refused(values(), [word]))
-
-
-def test_a_value_of_a_secret_environment_variable_is_refused(monkeypatch):
-    monkeypatch.setenv("TRACKER_API_KEY", "swordfish99")
-    assert "`tracking.project`" in refused(values(tracking={"project": "my-swordfish99"})).what
-
-
-def test_a_secret_key_is_refused_without_being_repeated(write):
-    error = refused(write(TEXT + f"{SECRET}: 1\n"))
-    assert "secret" in error.what
-    assert error.where.endswith(":16")
-    assert SECRET not in str(error)
 
 
 @pytest.mark.parametrize("source", ["missing.yaml", "."])
