@@ -95,9 +95,11 @@ def run(
             raise RecipeError(
                 "--gate is for one run, and a sweep is many", where="--gate", mend="leave it out: sweep.json has each verdict"
             )
+        from .sweep import require_all
         from .sweep import sweep as many
 
-        _verb(as_json, lambda display: many(recipe, sweep, sets=set_ or (), out=out, resume=resume, report=display), _sweep_words)
+        swept = _verb(as_json, lambda display: many(recipe, sweep, sets=set_ or (), out=out, resume=resume, report=display), _sweep_words)
+        require_all(swept)  # what is done is printed by now
         return
     _check_recipe(recipe, set_, out, resume)
     from .pipeline import require_pass
@@ -240,6 +242,7 @@ def export(
 
 def _sweep_words(result: Any) -> str:
     lines = [f"{run['name']}: {run['verdict'] or 'NOT MEASURED'}" for run in result.runs]
+    lines += [f"{run['name']}: failed: {run['error']['what']}" for run in result.failed]
     if result.best is None:
         lines.append(f"nothing is chosen: {result.why}")
     else:
@@ -369,7 +372,7 @@ def _print_error(error: TunesmithError, kind: str | None = None) -> None:
     from .progress import print_event, visible
 
     if "--json" in sys.argv:
-        about = {"kind": kind or type(error).__name__, "what": error.what, "where": error.where, "mend": error.mend}
+        about = error.to_json() | ({"kind": kind} if kind else {})
         print_event({"event": "error", **about, "exit_status": error.exit_status})
     else:
         print(visible(f"error: {error}"), file=sys.stderr)

@@ -6,6 +6,8 @@ The exit status of the command line is the error's own: 1 failure while running,
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class TunesmithError(Exception):
     """Base of every named error.
@@ -22,6 +24,10 @@ class TunesmithError(Exception):
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         return f"{place}{self.what}" + (f"\n  mend: {self.mend}" if self.mend else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """The error as plain JSON."""
+        return {"kind": type(self).__name__, "what": self.what, "where": self.where, "mend": self.mend}
 
     def __reduce__(self) -> tuple:
         return _rebuild, (type(self), self.what, self.where, self.mend)
@@ -109,6 +115,10 @@ class HubFailed(TunesmithError):
 
 class PeerLost(TunesmithError):
     """Another of the processes that train together ended; its own error says why."""
+
+
+class RunsFailed(TunesmithError):
+    """Some runs of a sweep failed; the others are whole."""
 
 
 class StorageFailed(TunesmithError):

@@ -110,6 +110,8 @@ def event_words(event: dict[str, Any]) -> str | None:
         return f"  {event['what']}"
     if kind == "sweeping":
         return f"run {event['number']} of {event['of']}: {event['run']}"
+    if kind == "run_failed":
+        return f"run {event['run']} failed: {event['error']}"
     if kind == "resumed":
         return f"resumed {event['stage']} at step {event['step']}"
     if kind == "checkpoint_refused":

@@ -3,11 +3,12 @@
     sweep("recipe.yaml", ["stages.0.learning_rate=1e-4,3e-4", "seed=0,1,2"])   # six runs, runs/NAME-sweep/sweep.json and sweep.html
 
 Settings that differ in more than the seed are ranked by the validation loss of the last stage, its mean over the seeds: the test rows stay
-what they are, unseen by any choice.
+what they are, unseen by any choice. A run that fails ends itself alone.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -19,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import OutputInUse, RecipeError
+from .errors import Interrupted, OutputInUse, RecipeError, RunsFailed, TunesmithError
 from .launch import starts_others
 from .pipeline import run as run_recipe
+from .preparation import require_files
 from .recipe import Recipe, load_recipe
 from .report.sweep import render_sweep
 from .rundir import RunDirectory, make_folder, read_events, world, write_json, write_text
@@ -35,10 +37,12 @@ Report = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class SweepResult:
-    """path: the sweep's folder; runs: one a combination, as in sweep.json; best: the settings chosen, or None with the reason in `why`."""
+    """path: the sweep's folder; runs: one a combination, as in sweep.json; failed: those that ended in an error, with its words; best: the
+    settings chosen, or None with the reason in `why`."""
 
     path: Path
     runs: list[dict[str, Any]]
+    failed: list[dict[str, Any]]
     best: dict[str, Any] | None
     why: str
     page: Path
@@ -56,8 +60,9 @@ def sweep(
     """Runs every combination of the axes and writes sweep.json and sweep.html beside the runs.
 
     axes: `key=value,value,...` each; a value with a comma of its own stands in brackets, braces or quotes. out: the sweep's folder, else
-    runs/NAME-sweep; each run is a folder in it. resume: finished runs are kept, the others go on. Raises RecipeError before anything is
-    run where an axis or a combination is not usable, OutputInUse, and whatever a run raises.
+    runs/NAME-sweep; each run is a folder in it. resume: finished runs are kept, the others go on, failed ones too. Raises RecipeError or
+    MissingFile before anything is run where an axis or a combination is not usable, OutputInUse, Interrupted, and where every run fails
+    what the first one raised.
 
     >>> tunesmith.sweep("recipes/quickstart.yaml", ["seed=0,1"]).best  # doctest: +SKIP
     """
@@ -85,7 +90,7 @@ def sweep(
     words = [[f"{key}={value}" for key, value in combination] for combination in combinations]
     for chosen in words:
         try:
-            load_recipe(recipe, [*sets, *chosen])
+            require_files(load_recipe(recipe, [*sets, *chosen]))
         except RecipeError as error:
             raise RecipeError(error.what, where=_as_swept(error.where, keys), mend=error.mend) from None
     names = [_slug(combination) for combination in combinations]
@@ -93,17 +98,39 @@ def sweep(
         raise RecipeError("two combinations would share a folder", where="--sweep", mend="shorten the values")
     make_folder(folder)
     done: list[dict[str, Any]] = []
-    write_json(folder / RESULT, _summary(grid, done))
+    failed: list[dict[str, Any]] = []
+    errors: list[TunesmithError] = []
+    write_json(folder / RESULT, _summary(grid, done, failed))
     for number, (name, combination, chosen) in enumerate(zip(names, combinations, words, strict=True), 1):
         report({"event": "sweeping", "run": name, "number": number, "of": len(combinations)})
-        if done:
-            _share_tokens(folder / done[0]["name"], folder / name)
-        result = run_recipe(recipe, sets=[*sets, *chosen], out=folder / name, resume=True, report=report)
-        done.append(_account(name, dict(combination), result))
-        write_json(folder / RESULT, _summary(grid, done))
-        write_text(folder / PAGE, render_sweep(first.name, _summary(grid, done)))
-    summary = _summary(grid, done)
-    return SweepResult(folder, done, summary["best"], summary["why"], folder / PAGE)
+        try:
+            if done:
+                _share_tokens(folder / done[0]["name"], folder / name)
+            result = run_recipe(recipe, sets=[*sets, *chosen], out=folder / name, resume=True, report=report)
+            done.append(_account(name, dict(combination), result))
+        except Interrupted:
+            raise
+        except TunesmithError as error:
+            errors.append(copy.copy(error))  # without the traceback, which would hold the run's model
+            failed.append({"name": name, "settings": dict(combination), "error": error.to_json()})
+            report({"event": "run_failed", "run": name, "error": str(error)})
+        summary = _summary(grid, done, failed)
+        write_json(folder / RESULT, summary)
+        write_text(folder / PAGE, render_sweep(first.name, summary))
+    if not done:
+        raise errors[0]
+    return SweepResult(folder, done, failed, summary["best"], summary["why"], folder / PAGE)
+
+
+def require_all(result: SweepResult) -> None:
+    """Raises RunsFailed where a run failed."""
+    if result.failed:
+        names = "; ".join(one["name"] for one in result.failed)
+        raise RunsFailed(
+            f"{len(result.failed)} of {len(result.runs) + len(result.failed)} runs failed: {names}",
+            where=str(result.path / RESULT),
+            mend="each reason stands there; mend it and add --resume: these runs are tried again, the others kept; or sweep without them",
+        )
 
 
 def parse_axis(text: str) -> tuple[str, list[str]]:
@@ -186,18 +213,23 @@ def _account(name: str, settings: dict[str, str], result: Any) -> dict[str, Any]
     }
 
 
-def _summary(grid: Sequence[tuple[str, list[str]]], done: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """sweep.json: the axes, the runs, the settings by their mean over the seeds, and the best of them."""
+def _summary(grid: Sequence[tuple[str, list[str]]], done: Sequence[dict[str, Any]], failed: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """sweep.json: the axes, the runs, those that failed, the settings by their mean over the seeds, and the best of them."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for one in done:
         groups.setdefault(json.dumps(_without_seed(one["settings"])), []).append(one)
     settings = [_group(json.loads(key), runs) for key, runs in groups.items()]
-    best, why = _best(settings)
     axes = {key: values for key, values in grid}
-    return {"axes": axes, "runs": list(done), "settings": settings, "best": best, "why": why}
+    planned = math.prod(map(len, axes.values()))
+    lost = f"; {len(failed)} of {planned} runs failed" if failed else ""
+    best, why = None, f"{len(done)} of {planned} runs are done"
+    if len(done) + len(failed) == planned:
+        swept = math.prod(map(len, _without_seed(axes).values()))
+        best, why = _best(settings, planned // swept, of=swept)
+    return {"axes": axes, "runs": list(done), "failed": list(failed), "settings": settings, "best": best, "why": why + lost}
 
 
-def _without_seed(settings: dict[str, str]) -> dict[str, str]:
+def _without_seed(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key.rpartition(".")[2] != "seed"}
 
 
@@ -221,10 +253,16 @@ def _mean_and_spread(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": mean, "sd": spread}
 
 
-def _best(settings: Sequence[dict[str, Any]]) -> tuple[dict[str, str] | None, str]:
-    """The settings with the lowest mean validation loss, and why they were chosen or none was."""
-    if len(settings) < 2:
+def _best(settings: Sequence[dict[str, Any]], seeds: int, *, of: int) -> tuple[dict[str, str] | None, str]:
+    """The settings with the lowest mean validation loss, of those whose runs with all seeds are done, and why they were chosen or none was.
+
+    seeds: runs of each; of: how many settings were swept.
+    """
+    if of < 2:
         return None, "only the seed differs: there is nothing to choose"
+    settings = [one for one in settings if one["n"] == seeds]
+    if len(settings) < 2:
+        return None, f"all runs are done of {len(settings)} of {of} settings: there is nothing to choose"
     if other := [key for one in settings for key in one["settings"] if CHANGES_THE_LOSS.search(key)]:
         return None, f"NOT MEASURED: with another {other[0]} the validation loss is another measure, and cannot be compared"
     if any(one["validation_loss"] is None for one in settings):

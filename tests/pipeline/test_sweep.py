@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import html
+import json
+import os
+import signal
 import statistics
 
 import pytest
+import yaml
+from tests.cli_tools import call
 from tests.pipeline.helpers import read_json, recipe, stage
 
 import tunesmith
 from tunesmith import sweep as sweep_runs
-from tunesmith.errors import OutputInUse, RecipeError
+from tunesmith.errors import Interrupted, MissingFile, NonFinite, OutputInUse, RecipeError
 from tunesmith.rundir import read_events
-from tunesmith.sweep import parse_axis
+from tunesmith.sweep import _summary, parse_axis
 
 AXES = ["stages.0.learning_rate=1e-2,1e-7", "seed=0,1"]
 QUICK = {"candidates": ["zero_shot", "tuned"], "gates": [{"metric": "exact_match", "better_than": "zero_shot"}]}
@@ -86,12 +92,100 @@ def test_a_sweep_goes_on_where_it_stopped_and_runs_nothing_twice(tiny, tmp_path)
         sweep_runs(whole, ["seed=0,1"], out=tmp_path / "sweep", report=stop)
     with pytest.raises(OutputInUse, match="--resume"):
         sweep_runs(whole, ["seed=0,1"], out=tmp_path / "sweep")
+    begun = read_json(tmp_path / "sweep" / "sweep.json")
+    assert (begun["best"], begun["why"]) == (None, "1 of 2 runs are done")
     steps = []
     done = sweep_runs(whole, ["seed=0,1"], out=tmp_path / "sweep", resume=True, report=lambda e: steps.append(e) if "loss" in e else None)
     assert len(done.runs) == 2
     assert len(steps) == 3  # the second run's three updates; the first was whole
     assert done.best is None
     assert "only the seed differs" in done.why
+
+
+RATES = "stages.0.learning_rate=1e-2,1e30,1e-7"  # the second one's weights are not finite after an update
+TOO_FAST = "0.learning_rate=1e30"
+
+
+@pytest.fixture(scope="module")
+def partly_failed(tiny, tmp_path_factory):
+    """A sweep of three rates, of which one fails; what it reported, and how it was called."""
+    folder = tmp_path_factory.mktemp("failing")
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(given(folder, tiny)))
+    words = ["run", path, "--sweep", RATES, "--out", folder / "sweep"]
+    return call(*words), call(*words, "--resume", "--json"), folder / "sweep"
+
+
+def test_a_run_that_fails_ends_itself_alone_and_is_named_with_its_reason(partly_failed):
+    done, _, folder = partly_failed
+    summary = read_json(folder / "sweep.json")
+    assert [run["name"] for run in summary["runs"]] == ["0.learning_rate=1e-2", "0.learning_rate=1e-7"]
+    (failed,) = summary["failed"]
+    assert (failed["name"], failed["error"]["kind"]) == (TOO_FAST, "NonFinite")
+    assert done.status == 1
+    assert f"run {TOO_FAST} failed: " in done.err
+    assert f"{TOO_FAST}: failed: {failed['error']['what']}" in done.out
+    assert f"1 of 3 runs failed: {TOO_FAST}\n  mend: each reason stands there; mend it and add --resume" in done.err
+    page = (folder / "sweep.html").read_text()
+    assert "The runs that failed" in page
+    assert failed["error"]["what"] in html.unescape(page)
+
+
+def test_the_choice_is_among_the_settings_of_which_no_run_failed(partly_failed):
+    summary = read_json(partly_failed[2] / "sweep.json")
+    assert summary["best"] is not None
+    assert summary["why"].startswith("the lowest validation loss")
+    assert summary["why"].endswith("; 1 of 3 runs failed")
+
+
+def test_a_failed_run_is_tried_again_when_the_sweep_goes_on_and_no_other_is(partly_failed):
+    _, again, _ = partly_failed
+    events = [json.loads(line) for line in again.err.splitlines() if line.startswith("{")]
+    assert again.status == 1
+    assert [event["run"] for event in events if event.get("event") == "run_failed"] == [TOO_FAST]
+    assert sum("loss" in event for event in events) < 3  # none but its own updates
+    assert json.loads(again.out)["failed"][0]["name"] == TOO_FAST
+
+
+def test_where_every_run_fails_the_first_ones_error_ends_the_sweep(tiny, tmp_path):
+    with pytest.raises(NonFinite):
+        sweep_runs(given(tmp_path, tiny), ["stages.0.learning_rate=1e30,1e31"], out=tmp_path / "sweep")
+    assert len(read_json(tmp_path / "sweep" / "sweep.json")["failed"]) == 2
+
+
+def test_a_signal_ends_the_whole_sweep(tiny, tmp_path):
+    def stop(event):
+        if "loss" in event:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        sweep_runs(given(tmp_path, tiny), ["seed=0,1"], out=tmp_path / "sweep", report=stop)
+    assert not read_json(tmp_path / "sweep" / "sweep.json")["failed"]
+
+
+def test_a_missing_file_is_refused_before_anything_is_run(tiny, tmp_path):
+    whole = given(tmp_path, tiny)
+    with pytest.raises(MissingFile):
+        sweep_runs(whole, [f"data.train={whole['data']['train']},{tmp_path / 'no.jsonl'}"], out=tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    "done, failed, why",
+    [
+        (3, 0, "3 of 6 runs are done"),
+        (3, 1, "3 of 6 runs are done; 1 of 6 runs failed"),
+        (5, 1, "the lowest validation loss"),  # two of three settings have both seeds
+        (3, 3, "all runs are done of 1 of 3 settings: there is nothing to choose; 3 of 6 runs failed"),
+    ],
+)
+def test_nothing_is_chosen_before_the_grid_is_whole_and_of_what_is_whole_only(done, failed, why):
+    grid = [parse_axis("stages.0.learning_rate=1e-2,1e-3,1e-4"), parse_axis("seed=0,1")]
+    settings = [{"stages.0.learning_rate": rate, "seed": seed} for rate in grid[0][1] for seed in grid[1][1]]
+    runs = [{"settings": one, "metrics": {}, "validation_loss": -float(k)} for k, one in enumerate(settings)]
+    summary = _summary(grid, runs[:done], runs[done : done + failed])
+    assert summary["why"].startswith(why)
+    assert summary["best"] == ({"stages.0.learning_rate": "1e-3"} if why.startswith("the lowest") else None)
 
 
 def test_nothing_is_chosen_where_no_row_is_held_out(tiny, tmp_path):

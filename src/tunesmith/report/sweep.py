@@ -32,6 +32,7 @@ def render_sweep(title: str, summary: Mapping[str, Any]) -> str:
             settings=[_setting(one, names) for one in summary["settings"]],
             charts=[{"name": _metric(name), "svg": _chart(name, runs)} for name in names if name in METRICS and METRICS[name].share],
             runs=[_run(one) for one in runs],
+            failed=[{"label": one["name"], **one["error"]} for one in summary["failed"]],
             NOT_MEASURED=NOT_MEASURED,
         )
     )
