@@ -64,8 +64,10 @@ def tuned(tmp_path_factory):
     def train_and_ask(job):
         progress = plain_train(job)
         kept.rows = [job.source.source.items[i][0] for i in range(len(PAIRS))]
+        forest = build_forest(kept.rows)
         with torch.no_grad(), job.policy.deterministic():
-            kept.logprobs = [job.policy(build_forest([row])).logprobs.numpy() for row in kept.rows]
+            logprobs_S = job.policy(forest).logprobs.numpy()
+        kept.logprobs = [logprobs_S[forest.row_S == row] for row in range(len(kept.rows))]
         return progress
 
     plain_train = stage_module.train
