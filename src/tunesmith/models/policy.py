@@ -82,6 +82,11 @@ class Policy(nn.Module):
         _train_adapter_dropout(self.model)
         _require_interface(self.causal)
         self.causal.set_attn_implementation(FOREST)
+        if self.causal.config._attn_implementation != FOREST:  # transformers only warns
+            raise ModelError(
+                f"{type(self.causal).__name__} keeps an attention of its own, so rows cannot share a beginning",
+                mend="tune another model family",
+            )
         if fast:
             if self.causal.device.type == "cuda":
                 use_flex(self.causal, self.fast_paths)

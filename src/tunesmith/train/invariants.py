@@ -1,7 +1,7 @@
 """What must hold before the first update; each failure is an InvariantViolated that says what, where and the mend.
 
-Run on the stage's own model and first batch: every row carries loss, answers end, texts begin once, packed rows do not see each
-other, a fresh adapter changes nothing, the fast paths agree with the plain ones, something trains.
+Run on the stage's own model and first batch: every row carries loss, answers end, texts begin once, what is computed is the model's own
+function, packed rows do not see each other, a fresh adapter changes nothing, the fast paths agree with the plain ones, something trains.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..data.batching import Batch
 from ..data.forest import build_forest
 from ..errors import InvariantViolated
+from ..models.adapters import active_adapter
 from ..models.policy import Policy
 from ..objectives import Objective
 
@@ -38,8 +40,11 @@ FAST_GRADIENT = {
 INPUTS = "input embeddings"
 KINDS = (INPUTS, "lora_A", "lora_B")  # what does not share its size of gradients with the rest
 START = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # nats a token; rows in other company round otherwise
+OWN_LOGPROBS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}  # nats a token
+OWN_GRADIENT = {torch.float32: 0.01, torch.bfloat16: 0.5, torch.float16: 0.2}  # relative
 PROBE_B = 0.002
 PROBE_TOKENS = 24
+PROBE_WINDOW = 8  # of sliding attention while it is compared: two short rows are to show it
 
 
 def every_row_carries_loss(rows: Sequence[tuple[np.ndarray, np.ndarray]], names: Sequence[str]) -> None:
@@ -109,6 +114,67 @@ def something_trains(policy: Policy) -> None:
     """The method matched at least one parameter."""
     if not any(p.requires_grad for p in policy.parameters()):
         raise InvariantViolated("no parameter trains", where="method", mend="name target_modules that the model has")
+
+
+def computes_the_models_own(policy: Policy) -> None:
+    """Log-probabilities and gradients, of two rows that share a beginning, are those of the model's own forward, a row at a time.
+
+    Compared are our attention, head and shared beginnings, on the bare base, whose sliding windows are narrow for the while, with
+    transformers' plain attention.
+    """
+    causal, embed, generator = policy.causal, policy.backbone.get_input_embeddings(), np.random.default_rng(0)
+    half = PROBE_TOKENS // 2
+    ids = generator.integers(0, embed.weight.shape[0], 2 * PROBE_TOKENS)
+    weights = np.r_[0, np.ones(PROBE_TOKENS + half - 1)].astype(np.float32)
+    rows = [np.r_[ids[:PROBE_TOKENS], tail] for tail in np.split(ids[PROBE_TOKENS:], 2)]
+    forest, known = build_forest([(row, weights) for row in rows]), np.unique(ids)
+    head = [causal.get_output_embeddings().weight] if causal.get_output_embeddings().weight.requires_grad else []
+    with torch.enable_grad(), policy.deterministic(), active_adapter(policy.model, None), _narrow_windows(causal), policy.plain():
+        table = embed(torch.from_numpy(known).to(causal.device)).detach().requires_grad_()
+
+        def looked_up(tokens: np.ndarray) -> Tensor:
+            return table[torch.from_numpy(np.searchsorted(known, tokens)).to(causal.device)][None]
+
+        found_S = policy(forest, embeddings=looked_up(forest.tokens_T)).logprobs
+        ours = torch.cat([found_S[torch.from_numpy(forest.row_S == row).to(causal.device)] for row in range(len(rows))])
+        gradients = torch.autograd.grad(ours.sum(), [table, *head])
+        causal.set_attn_implementation("eager")  # policy.plain() puts ours back
+        own = torch.cat([_own_logprobs(causal, embed, row, looked_up(row), policy.temperature) for row in rows])
+        own_gradients = torch.autograd.grad(own.sum(), [table, *head])
+    nats = float((ours - own).detach().abs().mean())
+    pairs = zip(gradients, own_gradients, strict=True)
+    apart = max(float((mine.float() - theirs.float()).norm() / theirs.float().norm().clamp_min(1e-12)) for mine, theirs in pairs)
+    if not (nats <= OWN_LOGPROBS[causal.dtype] and apart <= OWN_GRADIENT[causal.dtype]):
+        raise InvariantViolated(
+            f"log-probabilities are {nats:.2g} nats a token from those of the model's own forward, gradients {apart:.2g} of their size",
+            where=type(causal).__name__,
+            mend="this model computes something that training would leave out; tune another, or report it",
+        )
+
+
+def _own_logprobs(causal: PreTrainedModel, embed: torch.nn.Module, row: np.ndarray, embeddings_1TH: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities [T - 1] of a row's tokens by the model as transformers runs it, from the given embeddings of its ids."""
+    ids = torch.from_numpy(row).to(causal.device)[None]
+    hook = embed.register_forward_hook(lambda module, inputs, output: embeddings_1TH)
+    try:
+        logits_TV = causal(input_ids=ids, use_cache=False).logits[0, :-1].float() / temperature
+    finally:
+        hook.remove()
+    return torch.log_softmax(logits_TV, -1).gather(-1, ids[0, 1:, None])[:, 0]
+
+
+@contextmanager
+def _narrow_windows(causal: PreTrainedModel) -> Iterator[None]:
+    """For a while, what is a sliding window of config or layers is PROBE_WINDOW tokens."""
+    sliding = [one for one in (causal.config.get_text_config(), *causal.modules()) if isinstance(getattr(one, "sliding_window", None), int)]
+    widths = [one.sliding_window for one in sliding]
+    for one in sliding:
+        one.sliding_window = PROBE_WINDOW
+    try:
+        yield
+    finally:
+        for one, width in zip(sliding, widths, strict=True):
+            one.sliding_window = width
 
 
 def no_leak(policy: Policy, vocabulary: int) -> None:

@@ -43,6 +43,7 @@ from ..rundir import RunDirectory, atomic_folder, rank, verify_folder, world
 from .account import Account, CountedSource
 from .devices import wait
 from .invariants import (
+    computes_the_models_own,
     every_answer_ends_with_a_stop,
     every_row_carries_loss,
     fast_paths_agree,
@@ -266,6 +267,7 @@ def _check_step_0(stage: Stage, inputs: StageInputs, loaded: LoadedModel, policy
     """What must hold of the model before the first update; gives the fast paths that were taken out."""
     something_trains(policy)
     first = probe_batch(inputs.data)
+    computes_the_models_own(policy)
     with policy.deterministic():
         no_leak(policy, loaded.model.get_input_embeddings().weight.shape[0])
         if starts_unchanged(stage.method) and (inputs.start is None or not is_adapter(inputs.start)):
