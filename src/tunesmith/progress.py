@@ -117,7 +117,7 @@ def event_words(event: dict[str, Any]) -> str | None:
     if kind == "checkpoint_refused":
         return f"checkpoint {event['checkpoint']} refused: {event['reason']}"
     if kind == "fast_paths_dropped":
-        return f"fast paths that do not run here, or disagree with the plain layers, are off: {', '.join(event['paths'])}"
+        return f"some layers are computed plainly, the log says why: {', '.join(event['paths'])}"
     return None
 
 

@@ -248,6 +248,16 @@ def test_a_stage_that_drops_fast_paths_says_so_in_its_log(tmp_path, monkeypatch)
     assert any(event.get("event") == "fast_paths_dropped" for event in told)
 
 
+def test_a_stage_says_in_its_log_which_layers_were_left_plain_from_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(fused, "_agrees", lambda module, forward, width: "RMSNorm" not in type(module).__name__)
+    method = {"type": "lora", "r": 4, "use_dora": True}
+    train_stage(loaded(tiny_model("llama")), make_stage(method=method, max_steps=1), tmp_path / "run", ROWS)
+    (event,) = [event for event in read_events(tmp_path / "run") if event.get("event") == "fast_paths_dropped"]
+    assert event["paths"] == ["lora", "rms_norm"]
+    assert "is not a plain LoRA layer" in event["reasons"]["lora"]
+    assert event["reasons"]["rms_norm"] == "LlamaRMSNorm computes something else"
+
+
 @pytest.mark.parametrize("broken", ["leak", "silent row", "adapter"])
 def test_a_stage_ends_before_its_first_update_when_an_invariant_does_not_hold(tmp_path, monkeypatch, broken):
     rows = ROWS

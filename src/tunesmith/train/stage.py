@@ -20,9 +20,7 @@ from ..data.records import Document
 from ..data.render import stop_tokens
 from ..data.template import ChatTemplate
 from ..errors import CheckpointError, RecipeError
-from ..models.compiled import COMPILED
 from ..models.embeddings import grow_embeddings
-from ..models.flex import FLEX_ATTENTION
 from ..models.load import LoadedModel, hash_weights, load_model, stored_weights
 from ..models.methods import (
     attach,
@@ -177,10 +175,9 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
     _check_rows(stage, inputs, loaded)
 
     def check(policy: Policy) -> None:
-        slow = sorted({*_check_step_0(stage, inputs, loaded, policy), *(policy.fast_paths.refused.keys() & {FLEX_ATTENTION, COMPILED})})
-        if slow:
-            reasons = {path: policy.fast_paths.refused[path] for path in slow}
-            _tell(run, report, {"event": "fast_paths_dropped", "stage": stage.name, "paths": slow, "reasons": reasons})
+        _check_step_0(stage, inputs, loaded, policy)
+        if reasons := policy.fast_paths.refused:
+            _tell(run, report, {"event": "fast_paths_dropped", "stage": stage.name, "paths": sorted(reasons), "reasons": reasons})
         return_freed_memory()
 
     if not starts_unchanged(stage.method) and (inputs.start is None or not is_adapter(inputs.start)):
@@ -263,8 +260,8 @@ def _check_rows(stage: Stage, inputs: StageInputs, loaded: LoadedModel) -> None:
         every_answer_ends_with_a_stop((train[i] for i in whole), names, stop_tokens(inputs.template, tokenizer))
 
 
-def _check_step_0(stage: Stage, inputs: StageInputs, loaded: LoadedModel, policy: Policy) -> list[str]:
-    """What must hold of the model before the first update; gives the fast paths that were taken out."""
+def _check_step_0(stage: Stage, inputs: StageInputs, loaded: LoadedModel, policy: Policy) -> None:
+    """What must hold of the model before the first update; a fast path that does not agree is taken out."""
     something_trains(policy)
     first = probe_batch(inputs.data)
     computes_the_models_own(policy)
@@ -272,7 +269,7 @@ def _check_step_0(stage: Stage, inputs: StageInputs, loaded: LoadedModel, policy
         no_leak(policy, loaded.model.get_input_embeddings().weight.shape[0])
         if starts_unchanged(stage.method) and (inputs.start is None or not is_adapter(inputs.start)):
             fresh_adapter_changes_nothing(policy, first)
-        return fast_paths_agree(policy, SFT(), first)
+        fast_paths_agree(policy, SFT(), first)
 
 
 def _tell(run: RunDirectory, report: Report, event: dict[str, Any]) -> None:
