@@ -68,18 +68,19 @@ def fresh(folder: Path, name: str, seed: int = 0, **how) -> Policy:
 
 
 def trains(folder: Path, name: str, tmp_path: Path, dtype: str) -> list[float]:
-    train_stage(base(folder, name, dtype), stage(name), tmp_path / dtype, ROWS)
+    """Losses of four updates from the same rows, of which the last is the lowest."""
+    train_stage(base(folder, name, dtype), stage(name, per_device_train_batch_size=len(ROWS)), tmp_path / dtype, ROWS)
     found = losses(tmp_path / dtype)
     changed = [event["fraction_changed"] for event in read_events(tmp_path / dtype) if "fraction_changed" in event]
     assert len(found) == 4
     assert all(map(np.isfinite, found))
     assert changed[-1] > 0.5
+    assert found[-1] == min(found) < found[0]
     return found
 
 
 def check_fp32(folder, name, tmp_path):
-    found = trains(folder, name, tmp_path, "float32")
-    assert found[-1] != found[0]
+    trains(folder, name, tmp_path, "float32")
 
 
 def check_bf16(folder, name, tmp_path):
@@ -104,12 +105,9 @@ def check_checkpointing(folder, name, tmp_path):
         assert len(calls) == 2 + (again if checkpointing else 0)
         gradients.append({name: p.grad for name, p in policy.named_parameters() if p.requires_grad})
     plain, recomputed = gradients
-    assert any(g is not None and g.any() for g in plain.values())
     for key, gradient in plain.items():
-        if gradient is None:
-            assert recomputed[key] is None
-        else:
-            torch.testing.assert_close(recomputed[key], gradient, rtol=1e-5, atol=1e-6)
+        assert gradient.any(), key
+        torch.testing.assert_close(recomputed[key], gradient, rtol=1e-5, atol=1e-6)
 
 
 def check_packed(folder, name, tmp_path):
