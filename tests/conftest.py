@@ -11,6 +11,21 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of the tests' own, but for the user's converted models: there the machine is measured in passing, while other tests run."""
+    from tunesmith.models import machine
+    from tunesmith.models.load import cache_folder
+
+    models, folder = cache_folder() / "models", tmp_path_factory.mktemp("cache")
+    models.mkdir(parents=True, exist_ok=True)
+    (folder / "models").symlink_to(models)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_CACHE", str(folder))
+        patch.setattr(machine, "SECONDS", 0.5)
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """The embedded model, in fp32. Do not change it: put adapters on a copy."""

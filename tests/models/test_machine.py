@@ -23,6 +23,7 @@ SPEEDS = Machine(1e11, 5e10, 2e10, 1e10, 4e10, 1e-6, 1e9)
 def measured(tmp_path, monkeypatch) -> list[torch.dtype]:
     """The dtypes that were measured; each has the same speeds."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    monkeypatch.setattr(machine, "SECONDS", 10.0)
     calls: list[torch.dtype] = []
     monkeypatch.setattr(machine, "_measure", lambda dtype, device, folder: calls.append(dtype) or SPEEDS)
     return calls
