@@ -72,7 +72,7 @@ class DataRefused(TunesmithError):
 
 
 class DoesNotFit(TunesmithError):
-    """The plan needs more memory than this machine has."""
+    """The plan, or an update, needs more memory than this machine has."""
 
     exit_status = 4
 

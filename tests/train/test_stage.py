@@ -13,10 +13,11 @@ from tests.toys import Rows, loaded, make_rows, make_stage, model_folder, stage_
 
 from tunesmith.data.records import Conversation, Document, Message, Source
 from tunesmith.data.template import load_template
-from tunesmith.errors import AdapterError, InvariantViolated
+from tunesmith.errors import AdapterError, DoesNotFit, InvariantViolated
 from tunesmith.models.load import load_model
+from tunesmith.models.policy import Policy
 from tunesmith.recipe import FullMethod, LoraMethod, ModelSection
-from tunesmith.rundir import RunDirectory
+from tunesmith.rundir import RunDirectory, read_events
 from tunesmith.train import stage as module
 from tunesmith.train.signals import StopRequest
 from tunesmith.train.stage import derive_stage, run_stage, stage_fingerprint
@@ -38,6 +39,42 @@ def test_freed_memory_is_kept_from_when_model_and_optimiser_stand(tmp_path, monk
         monkeypatch.setattr(module, name, lambda *args, name=name, plain=plain, **kwargs: order.append(name) or plain(*args, **kwargs))
     train_stage(loaded(tiny_model("llama")), make_stage(method="full", max_steps=1), tmp_path / "run", ROWS)
     assert order == ["build_model", "Optimiser", "keep_freed_memory", "train"]
+
+
+def no_memory_on_the_host():
+    torch.empty(1 << 58)
+
+
+def no_memory_on_the_device():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+
+@pytest.mark.parametrize("allocate", [no_memory_on_the_host, no_memory_on_the_device])
+def test_memory_that_runs_out_in_an_update_ends_the_run_named_and_no_update_is_made_smaller(tmp_path, monkeypatch, allocate):
+    stage = make_stage(method="full", max_steps=3, save_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=2, rows=6)
+    base = model_folder(tmp_path / "base")
+
+    def train(name):
+        run = tmp_path / name
+        train_stage(load_model(ModelSection(name=str(base), dtype="float32")), stage, run, ROWS)
+        steps = [(event["step"], event["tokens"]) for event in read_events(run) if "loss" in event]
+        return steps, (run / "stages/sft/model/model.safetensors").read_bytes()
+
+    unbroken = train("unbroken")
+    plain = Policy.forward
+
+    def forward(self, *args, **kwargs):
+        if any(event.get("step") == 2 and "loss" in event for event in read_events(tmp_path / "run")):
+            allocate()
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Policy, "forward", forward)
+    with pytest.raises(DoesNotFit, match="memory ran out") as ended:
+        train("run")
+    assert ended.value.exit_status == 4
+    assert [event["step"] for event in read_events(tmp_path / "run") if "loss" in event] == [1, 2]
+    monkeypatch.setattr(Policy, "forward", plain)
+    assert train("run") == unbroken
 
 
 @pytest.mark.parametrize("part", ["train", "validation"])

@@ -1,14 +1,17 @@
-"""How much memory this process uses, and keeping freed memory for the next step."""
+"""How much memory this process uses, keeping freed memory for the next step, and what is said when there is none."""
 
 from __future__ import annotations
 
 import ctypes
 import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+
+from ..errors import DoesNotFit
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's mallopt parameters
 _NEVER = 2**31 - 1  # bytes
@@ -52,3 +55,19 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 25)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
+
+
+@contextmanager
+def memory_may_run_out(stage: str) -> Iterator[None]:
+    """Raises DoesNotFit in place of a device's or host's own error. Nothing is tried again smaller: the update would change unseen."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise DoesNotFit(
+            f"memory ran out: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            where=f"stages.{stage}",
+            mend="go on with --resume and gradient_checkpointing: true; or begin anew with a smaller per_device_train_batch_size and more "
+            "gradient_accumulation_steps, which is the same update",
+        ) from error

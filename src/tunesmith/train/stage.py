@@ -52,7 +52,7 @@ from .invariants import (
 )
 from .loop import Job, train
 from .loss_scale import LossScale
-from .memory import keep_freed_memory, return_freed_memory
+from .memory import keep_freed_memory, memory_may_run_out, return_freed_memory
 from .offline import judge_reward_model
 from .optimiser import Optimiser
 from .rollouts import steps_per_pass
@@ -205,7 +205,8 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
         keep_freed_memory()
         torch.manual_seed(seed + rank())  # of dropout: no two processes have the same masks
         account.seconds["start"] = time.perf_counter() - began
-        progress = train(job)
+        with memory_may_run_out(stage.name):
+            progress = train(job)
         return_freed_memory()
         if stage.objective.type == "reward":
             judged = judge_reward_model(work.policy, data.validation_items, stage.per_device_train_batch_size)
