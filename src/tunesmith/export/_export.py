@@ -27,7 +27,7 @@ from ..models.methods.tokens import fold_new_tokens
 from ..models.opening import open_result
 from ..models.result import ADAPTER_CONFIG, CARD, is_adapter, is_model, read_adapter_config, read_card, require_unaltered
 from ..recipe import ModelSection, Recipe, load_recipe
-from ..report.card import export_card
+from ..report.card import base_notes, export_card
 from ..rundir import MANIFEST, atomic_folder, sole_writer
 from ..train.stage import add_new_tokens
 from ._hub import push_folder, require_token
@@ -93,7 +93,7 @@ def export(
         if merges or (to == "merged" and chosen != _dtype(None, recipe)):
             made = _merge(path, recipe, folder, target, stage, chosen, trust_remote_code, report)
         else:
-            made = _copy(path, recipe, folder, to, target, stage)
+            made = _copy(path, recipe, folder, to, target, stage, push or target.name)
     if push is None:
         return made
     report({"event": "exporting", "what": f"push to {push}"})
@@ -151,8 +151,9 @@ def _dtype(given: str | None, recipe: Recipe) -> torch.dtype:
     return DTYPES[name]
 
 
-def _copy(path: Path, recipe: Recipe, folder: Path, to: str, target: Path, stage: str | None) -> Exported:
-    """The result's own files; of a whole model also where it was asked to be merged, since there is nothing to add."""
+def _copy(path: Path, recipe: Recipe, folder: Path, to: str, target: Path, stage: str | None, name: str) -> Exported:
+    """The result's own files; of a whole model also where it was asked to be merged, since there is nothing to add. name: by which others
+    load it."""
     notes = [] if to == "adapter" or is_adapter(folder) else ["the result is a whole model already: its weights are copied"]
     if to == "adapter" and not is_adapter(folder):
         raise RecipeError("the result is a whole model, and no adapter", where=str(folder), mend="use --to merged: it is copied")
@@ -160,14 +161,16 @@ def _copy(path: Path, recipe: Recipe, folder: Path, to: str, target: Path, stage
         kind = ADAPTERS[read_adapter_config(folder)["peft_type"]]
         if kind.peft_type == "BOTTLENECK":
             notes.append("PEFT loads an adapter of this type only after `import tunesmith`; tunesmith.load does all")
-    card = read_card(folder)
+    card, adapter = read_card(folder), None
     with atomic_folder(target) as temporary:
         for file in sorted(folder.iterdir()):
             if file.name not in (MANIFEST, CARD, "README.md"):
                 shutil.copyfile(file, temporary / file.name)
         if is_adapter(folder):
             _name_the_base(path, temporary, card)
-        _write_cards(path, recipe, temporary, card, stage, {"to": to, "parity": None}, notes)
+            adapter = (name, temporary)
+            notes += base_notes(recipe.model.model_dump(), card["base"], read_adapter_config(folder))
+        _write_cards(path, recipe, temporary, card, stage, {"to": to, "parity": None}, notes, adapter)
     return Exported(target, None, None, tuple(notes))
 
 
@@ -246,9 +249,16 @@ def _has_template(loaded: LoadedModel, recipe: Recipe) -> bool:
 
 
 def _write_cards(
-    path: Path, recipe: Recipe, folder: Path, card: dict[str, Any], stage: str | None, about: dict[str, Any], notes: list[str]
+    path: Path,
+    recipe: Recipe,
+    folder: Path,
+    card: dict[str, Any],
+    stage: str | None,
+    about: dict[str, Any],
+    notes: list[str],
+    adapter: tuple[str, Path] | None = None,
 ) -> None:
     """tunesmith.json with the origin and the certificate, and README.md."""
     (folder / CARD).write_text(json.dumps({**card, "export": about}, indent=2, sort_keys=True))
-    text = export_card(path, recipe.model_dump(), card, stage=stage, about=about, notes=notes)
+    text = export_card(path, recipe.model_dump(), card, stage=stage, about=about, notes=notes, adapter=adapter)
     (folder / "README.md").write_text(text, encoding="utf-8")

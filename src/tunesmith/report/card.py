@@ -13,8 +13,11 @@ from typing import Any
 import yaml
 
 from ..models.load import ModelIdentity
-from ..models.result import is_adapter
+from ..models.result import is_adapter, read_adapter_config, read_card
 from ..rundir import MANIFEST, atomic_folder, verify_folder, write_text
+from ._loading import base_notes, loading_code
+
+__all__ = ["base_notes", "export_card", "write_card"]
 
 NAMES = {
     "lora": "A LoRA adapter",
@@ -42,22 +45,34 @@ def write_card(run_path: Path, base: ModelIdentity) -> None:
     """Writes the card of a run's tuned model from the run's own files."""
     recipe = yaml.safe_load((run_path / "recipe.yaml").read_text())
     evaluation = _read(run_path / "evaluation.json")
-    adapter = is_adapter(run_path / "model")
-    stage = recipe["stages"][-1]
-    text = _front(recipe, stage, base.name, evaluation, adapter) + _body(recipe, stage, asdict(base), evaluation, adapter)
+    stage, folder, about = recipe["stages"][-1], run_path / "model", asdict(base)
+    adapter = is_adapter(folder)
+    config = read_adapter_config(folder) if adapter else {}
+    code = loading_code("model", recipe["model"], about, config, published=False) if adapter else ""
+    text = _front(recipe, stage, base.name, evaluation, adapter) + _body(recipe, stage, about, evaluation, code)
+    if adapter and read_card(folder)["base"]["sha256"] == base.sha256:  # else another stage's whole model is its base
+        text += _as_paragraphs(base_notes(recipe["model"], about, config))
     write_text(run_path / "README.md", text)
     _add_to_model((run_path / "model").resolve(), text)
 
 
 def export_card(
-    run_path: Path, recipe: dict[str, Any], card: dict[str, Any], *, stage: str | None, about: dict[str, Any], notes: Sequence[str]
+    run_path: Path,
+    recipe: dict[str, Any],
+    card: dict[str, Any],
+    *,
+    stage: str | None,
+    about: dict[str, Any],
+    notes: Sequence[str],
+    adapter: tuple[str, Path] | None = None,
 ) -> str:
-    """The card of an export. card: the result's `tunesmith.json`; about: what was exported, with the merge's certificate; the run's
-    evaluation is of its last stage, so that another stage's card has none."""
+    """The card of an export. card: the result's `tunesmith.json`; about: what was exported, with the merge's certificate; adapter: the name
+    that an adapter gets, and where it lies; the run's evaluation is of its last stage, so that another stage's card has none."""
     evaluation = _read(run_path / "evaluation.json") if stage in (None, recipe["stages"][-1]["name"]) else {}
     chosen = next((one for one in recipe["stages"] if one["name"] == stage), recipe["stages"][-1])
-    adapter, parity = about["to"] == "adapter", about["parity"]
-    lines = [_front(recipe, chosen, card["base"]["name"], evaluation, adapter) + _body(recipe, chosen, card["base"], evaluation, adapter)]
+    base, parity = card["base"], about["parity"]
+    code = loading_code(adapter[0], recipe["model"], base, read_adapter_config(adapter[1]), published=True) if adapter else ""
+    lines = [_front(recipe, chosen, base["name"], evaluation, adapter is not None) + _body(recipe, chosen, base, evaluation, code)]
     if parity is not None:
         whole = chosen["method"]["type"] in ("full", "partial")
         what = "The weights are cast" if whole else "The adapter is merged into the weights"
@@ -65,7 +80,11 @@ def export_card(
             f"{what} ({about['dtype']}). Against the live model, on {parity['prompts']} rows "
             f"({parity['positions']} positions): KL {parity['kl_mean']:.2g} nats a position, at most {parity['kl_max']:.2g}.\n"
         )
-    return "\n".join([*lines, *(f"{note}.\n" for note in notes)])
+    return "\n".join(lines) + _as_paragraphs(notes)
+
+
+def _as_paragraphs(notes: Sequence[str]) -> str:
+    return "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in notes)
 
 
 def _front(recipe: dict[str, Any], stage: dict[str, Any], base: str, evaluation: dict[str, Any], adapter: bool) -> str:
@@ -127,8 +146,9 @@ def _method_words(method: dict[str, Any]) -> str:
     return f"{NAMES.get(method['type'], 'An adapter')}{size}"
 
 
-def _body(recipe: dict[str, Any], stage: dict[str, Any], base: dict[str, Any], evaluation: dict[str, Any], adapter: bool) -> str:
-    what = f"{_method_words(stage['method'])} for" if adapter else "A tuned copy of"
+def _body(recipe: dict[str, Any], stage: dict[str, Any], base: dict[str, Any], evaluation: dict[str, Any], code: str) -> str:
+    """code: how an adapter is loaded; empty where the result is a whole model."""
+    what = f"{_method_words(stage['method'])} for" if code else "A tuned copy of"
     lines = [
         f"{what} {base['name']}, weights sha256 `{base['sha256']}`" + (f", revision `{base['revision']}`" if base["revision"] else "") + "."
     ]
@@ -145,10 +165,6 @@ def _body(recipe: dict[str, Any], stage: dict[str, Any], base: dict[str, Any], e
     if _scores(recipe):
         words = "A reward model: the score of an answer is the `score` head of `heads.safetensors` on the hidden state of its last token."
         lines.append(f"{words} `tunesmith evaluate` measures it on pairs, and a stage of `ppo` names it as `reward_model`.")
-    elif adapter:
-        known = "import tunesmith  # PEFT learns the adapter's type from it\n" if stage["method"]["type"] == "bottleneck" else ""
-        load = f'from peft import PeftModel\nmodel = PeftModel.from_pretrained(base, "model")  # base: {base["name"]}'
-        lines.append(f"```python\n{known}{load}\n```")
-        if recipe["model"].get("rope_scaling"):
-            lines.append(f"The base's config needs the rope_scaling that it was trained with: `{recipe['model']['rope_scaling']}`.")
+    elif code:
+        lines.append(f"```python\n{code}\n```")
     return "\n\n".join(lines) + "\n"
