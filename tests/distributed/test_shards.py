@@ -13,8 +13,10 @@ from tests.distributed.work import WORK, furthest, stage_for
 from tests.toys import tiny_model
 from torch.distributed.tensor import DTensor
 
+from tunesmith.models.policy import Policy
+from tunesmith.rundir import rank
+from tunesmith.train import loop, updates
 from tunesmith.train import stage as stage_module
-from tunesmith.train import updates
 
 
 def sharded_run(kind, path, **settings):
@@ -96,6 +98,22 @@ def test_8_bit_moments_go_on_sharded_bit_for_bit_and_on_another_number_of_proces
         else:
             values(ended)
             assert furthest(tmp_path / f"{again}", tmp_path / "unbroken") <= (0 if again == 2 else 1e-5)
+
+
+@pytest.mark.parametrize("kind, sharded", [("full", False), ("full", True), ("sft", True)])
+def test_a_process_killed_within_an_update_is_named_by_the_one_that_waits_for_its_numbers(kind, sharded, tmp_path, monkeypatch):
+    update = loop._update
+
+    def second_update_is_the_last(job, progress):
+        if rank() == 1 and progress.step == 1:
+            monkeypatch.setattr(Policy, "forward", lambda *given, **named: os.kill(os.getpid(), signal.SIGKILL))
+        update(job, progress)
+
+    monkeypatch.setattr(loop, "_update", second_update_is_the_last)
+    stage, rows = stage_for(kind, save_steps=5), WORK[kind][1]
+    first, second = together(2, lambda: stage_of(stage, tmp_path / "run", rows, processes=2, sharded=sharded), tmp_path / "said")
+    assert second.status == -signal.SIGKILL
+    assert first.value.startswith("PeerLost: rank 0 of 2: another process of this run ended")
 
 
 def stopped_at(step):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -91,3 +92,20 @@ def test_more_mini_batches_than_answers_are_refused(answers):
     load("ppo", {"num_mini_batches": most, **answers}, rollout={"prompts_per_step": 4})
     said = refused("ppo", {"num_mini_batches": most + 1, **answers}, rollout={"prompts_per_step": 4})
     assert f"objective.num_mini_batches: {most} answers cannot be cut into {most + 1} parts" in said
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "muon"])
+def test_what_moves_whole_matrices_is_refused_where_a_sharded_base_trains_and_taken_where_an_adapter_does(optim):
+    def sharded(*methods: str | None) -> Recipe:
+        stages = [{"name": f"stage{i}", "objective": "sft", "optim": optim, "method": method} for i, method in enumerate(methods)]
+        for before, stage in pairwise(stages):
+            stage["start_from"] = before["name"]
+        whole = {"name": "mine", "model": {"name": "tiny"}, "data": {"train": "rows.jsonl"}, "stages": stages}
+        return load_recipe(whole | {"launch": {"strategy": "fsdp"}})
+
+    sharded(None)
+    sharded("lora", None)
+    for methods in (["full"], ["full", None], ["lora", "full"]):
+        with pytest.raises(RecipeError, match=rf"stages\.\d\.optim: {optim} moves whole matrices"):
+            sharded(*methods)
+    load("sft", method="full", optim=optim)

@@ -11,6 +11,7 @@ from ._base import Section
 from .data import DataSection
 from .evaluate import CANDIDATES, EvaluateSection
 from .launch import LaunchSection
+from .method import WHOLE
 from .model import ModelSection
 from .rewards import ModelReward
 from .stage import Stage
@@ -90,6 +91,18 @@ class Recipe(Section):
     def _what_is_sharded_has_whole_numbers(self) -> Recipe:
         if self.model.quantization is not None and self.launch.strategy == "fsdp":
             raise ValueError("launch.strategy: fsdp does not shard a quantised base; take ddp, or leave model.quantization out")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_sharded_is_not_moved_whole(self) -> Recipe:
+        methods: dict[str | None, str | None] = {}  # that of a result in a folder is known when it is read, and looked at then
+        for i, stage in enumerate(self.stages):
+            method = methods[stage.name] = stage.method.type if stage.method else methods.get(stage.start_from)
+            if self.launch.strategy == "fsdp" and method in WHOLE and stage.optim in ("adafactor", "muon"):
+                raise ValueError(
+                    f"stages.{i}.optim: {stage.optim} moves whole matrices, and fsdp shards those of a base that trains ({method}); "
+                    "take adamw_torch_fused or adamw_8bit, or launch.strategy: ddp"
+                )
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import wraps
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -27,7 +26,8 @@ PATIENCE = timedelta(hours=24)  # the others wait while the first prepares the d
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Joins the group that torchrun's environment names, for as long as the context lasts."""
+    """Joins the group that torchrun's environment names, for as long as the context lasts. What torch says in it of a process that is gone
+    is raised as PeerLost."""
     if world() == 1:
         yield
         return
@@ -36,34 +36,15 @@ def process_group() -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         yield
+    except RuntimeError as error:  # of any collective, also of torch's own: gradients, shards
+        if not isinstance(error, dist.DistError) and not any(words in str(error).lower() for words in ("gloo", "by peer")):
+            raise
+        where = f"rank {rank()} of {world()}"
+        raise PeerLost("another process of this run ended", where=where, mend="see its own error; then go on with --resume") from error
     finally:
         dist.destroy_process_group()
 
 
-def _names_a_lost_peer(work: Callable[..., T]) -> Callable[..., T]:
-    """What torch says of a process that is gone, as a TunesmithError."""
-
-    @wraps(work)
-    def call(*args: Any) -> T:
-        try:
-            return work(*args)
-        except dist.DistBackendError as error:
-            raise _lost() from error
-        except RuntimeError as error:  # gloo's own
-            if "gloo" not in str(error).lower() and "connection" not in str(error).lower():
-                raise
-            raise _lost() from error
-
-    return call
-
-
-def _lost() -> PeerLost:
-    return PeerLost(
-        "another process of this run ended", where=f"rank {rank()} of {world()}", mend="see its own error; then go on with --resume"
-    )
-
-
-@_names_a_lost_peer
 def gather(value: Any) -> list[Any]:
     """Every process's value, which is plain JSON, in the order of the ranks."""
     if world() == 1:
@@ -107,7 +88,6 @@ def summed(values: Mapping[str, float]) -> dict[str, float]:
     return total
 
 
-@_names_a_lost_peer
 def sum_in_place(tensors: Iterable[torch.Tensor]) -> None:
     """Adds up tensors that every process holds of the same shapes."""
     if world() > 1:
