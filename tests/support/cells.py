@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.models.methods import KINDS
+from tunesmith.models.methods import METHOD_KINDS
 from tunesmith.recipe import WHOLE
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -38,7 +38,7 @@ CAPABILITIES = {
 
 def reason(method: str, capability: str) -> str | None:
     """Why a cell is grey, or None where a test shows it."""
-    kind = KINDS[METHODS[method]["type"]]
+    kind = METHOD_KINDS[METHODS[method]["type"]]
     if capability == "merge" and METHODS[method]["type"] in WHOLE:
         return "the result is a whole model: there is nothing to merge"
     if capability == "merge":

@@ -23,7 +23,7 @@ from .fused import FastPaths
 
 FLEX = "tunesmith_forest_flex"
 FLEX_ATTENTION = "flex_attention"  # among the fast paths
-BLOCK = 128  # queries, and keys, of which a mask's block says whether any are seen: torch's own default
+MASK_BLOCK = 128  # queries, and keys, of which a mask's block says whether any are seen: torch's own default
 AGREES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative to the largest number
 
 
@@ -69,7 +69,7 @@ def flex_masks(
 
 def _block_mask(rule: Visibility, queries: int, keys: int, window: int | None, device: torch.device) -> BlockMask:
     """torch's `create_block_mask` of the rule, made one block of queries after another: its own would hold queries x keys numbers."""
-    index, size = torch.arange(keys, device=device), BLOCK
+    index, size = torch.arange(keys, device=device), MASK_BLOCK
     counts = []
     for begin in range(0, queries, size):
         seen = rule.seen(torch.arange(begin, min(begin + size, queries), device=device)[:, None], index[None], window)

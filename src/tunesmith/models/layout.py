@@ -27,8 +27,11 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
 
 
 def layers_of(backbone: nn.Module) -> nn.ModuleList:
-    """The backbone's layers, in order."""
-    return next(module for module in backbone.modules() if isinstance(module, nn.ModuleList) and len(module) > 0)
+    """The backbone's layers, in order. Raises ModelError where it has no list of them."""
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 0:
+            return module
+    raise ModelError("the model has no list of layers", where=type(backbone).__name__, mend="tune another model family")
 
 
 def unpackable_reason(config: Any) -> str | None:

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
-from .layout import backbone_of
+from .layout import backbone_of, layers_of
 
 TRACE = "tunesmith_trace"
 
@@ -58,14 +58,6 @@ def _mark(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Te
 AttentionInterface.register(TRACE, _mark)
 
 
-def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The model's decoder layers by name, in order."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 0:
-            return {f"{name}.{i}": layer for i, layer in enumerate(module)}
-    raise ModelError("the model has no list of layers", where=type(model).__name__, mend="use method lora")
-
-
 def sublayers(model: PreTrainedModel) -> list[Sublayers]:
     """Attention and feed-forward of every decoder layer, in order. The model is left as it was, also where it carries adapters.
 
@@ -75,8 +67,8 @@ def sublayers(model: PreTrainedModel) -> list[Sublayers]:
     calls = [(names[call.module], call) for call in _trace(model)]
     width = model.config.get_text_config().hidden_size
     return [
-        _split(prefix, layer, [(name, call) for name, call in calls if name.startswith(f"{prefix}.")], width)
-        for prefix, layer in decoder_layers(model).items()
+        _split(names[layer], layer, [(name, call) for name, call in calls if name.startswith(f"{names[layer]}.")], width)
+        for layer in layers_of(backbone_of(model))
     ]
 
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .updates import Rule
 
-BLOCK = 1 << 17  # bf16 weights updated at once where the rule allows it: 512 KiB a buffer, which stays in cache
+UPDATE_BLOCK = 1 << 17  # bf16 weights updated at once where the rule allows it: 512 KiB a buffer, which stays in cache
 TIE = (1 << 15) - 1  # a master halfway between two bf16 values may be rounded down; its rest then does not fit 16 bits by one and is cut
 
 Piece = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -100,7 +100,7 @@ class Apart:
         """The gradient's squared norm, fp32."""
         if self.gradient is None:
             return torch.zeros((), device=local(self.parameters[0]).device)
-        parts = self.gradient.reshape(-1).split(BLOCK)
+        parts = self.gradient.reshape(-1).split(UPDATE_BLOCK)
         return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]).square().sum()
 
     @property
@@ -119,7 +119,7 @@ class Apart:
             held.copy_(master)
             return
         parts = (held, self.rest, gradient, *self.memory.values())
-        blocks = zip(*(part.view(-1).split(BLOCK) for part in parts), strict=True) if self.rule.joins else [parts]
+        blocks = zip(*(part.view(-1).split(UPDATE_BLOCK) for part in parts), strict=True) if self.rule.joins else [parts]
         for upper, rest, grad, *memory in blocks:
             master = _join(upper, rest)
             yield master, grad.float().mul_(factor), dict(zip(self.memory, memory, strict=True))

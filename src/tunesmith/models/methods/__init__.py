@@ -28,7 +28,7 @@ from .starts import hold_start
 from .targets import target_modules
 from .whole import Full, Partial
 
-KINDS: dict[str, MethodKind] = {
+METHOD_KINDS: dict[str, MethodKind] = {
     "full": Full(),
     "partial": Partial(),
     "lora": Lora(),
@@ -38,11 +38,11 @@ KINDS: dict[str, MethodKind] = {
     "p_tuning": PTuning(),
     "bottleneck": Bottleneck(),
 }
-ADAPTERS: dict[str, AdapterKind] = {kind.peft_type: kind for kind in KINDS.values() if hasattr(kind, "peft_type")}
+ADAPTERS: dict[str, AdapterKind] = {kind.peft_type: kind for kind in METHOD_KINDS.values() if hasattr(kind, "peft_type")}
 
 __all__ = [
     "ADAPTERS",
-    "KINDS",
+    "METHOD_KINDS",
     "add_adapter",
     "attach",
     "continue_adapter",
@@ -60,7 +60,7 @@ __all__ = [
 
 def resolve(model: PreTrainedModel, method: Method) -> Method:
     """The method with every derived setting written out. Raises RecipeError where a name matches nothing of the model."""
-    return KINDS[method.type].resolve(model, method)
+    return METHOD_KINDS[method.type].resolve(model, method)
 
 
 def attach(loaded: LoadedModel, method: Method, *, seed: int, new_tokens: list[int] | None = None) -> nn.Module:
@@ -68,7 +68,7 @@ def attach(loaded: LoadedModel, method: Method, *, seed: int, new_tokens: list[i
 
     new_tokens: ids whose embeddings train besides (a base model's new chat tokens). Raises RecipeError if a target matches nothing.
     """
-    return KINDS[method.type].attach(loaded, resolve(loaded.model, method), seed=seed, new_tokens=new_tokens or [])
+    return METHOD_KINDS[method.type].attach(loaded, resolve(loaded.model, method), seed=seed, new_tokens=new_tokens or [])
 
 
 def continue_adapter(loaded: LoadedModel, method: Method, folder: Path) -> nn.Module:
@@ -81,12 +81,12 @@ def continue_adapter(loaded: LoadedModel, method: Method, folder: Path) -> nn.Mo
 
 def trainable_count(model: PreTrainedModel, method: Method) -> int:
     """How many numbers a resolved method trains in a model, without putting it there."""
-    return KINDS[method.type].trainable(model, method)
+    return METHOD_KINDS[method.type].trainable(model, method)
 
 
 def starts_unchanged(method: Method) -> bool:
     """Whether a fresh one leaves the model's output as it was."""
-    return KINDS[method.type].unchanged
+    return METHOD_KINDS[method.type].unchanged
 
 
 def method_of(start: Path | None) -> Method:

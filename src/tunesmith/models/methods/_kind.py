@@ -15,7 +15,7 @@ Settings = TypeVar("Settings", bound=Method)
 
 
 class MethodKind(Protocol[Settings]):
-    """One method; a line in `KINDS` each."""
+    """One method; a line in `METHOD_KINDS` each."""
 
     unchanged: bool
     """Whether a fresh one leaves the model's output as it was."""
