@@ -254,11 +254,13 @@ def test_a_signal_is_looked_for_between_parts_of_an_evaluation():
     assert looks == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("prompts", [4, 5, 1], ids=["12 answers", "15 answers", "3 answers"])
 @pytest.mark.parametrize("kind", ["online_dpo", "best_of_n"])
-def test_kl_and_entropy_are_of_all_answers_where_some_alone_are_learned_from(kind):
-    answers = [make_source(objective_of(name), policy=make_policy(changed=0.3)) for name in ("grpo", kind)]
+def test_kl_and_entropy_are_of_all_answers_where_some_alone_are_learned_from(kind, prompts):
+    rollout = {"prompts_per_step": prompts}
+    answers = [make_source(objective_of(name), policy=make_policy(changed=0.3), rollout=rollout) for name in ("grpo", kind)]
     every, some = (source.window(0).metrics for source in answers)
-    assert len(answers[1].rollouts.ids) < len(answers[0].rollouts.ids) == 12
+    assert len(answers[1].rollouts.ids) < len(answers[0].rollouts.ids) == 3 * prompts
     for name in ("kl", "entropy", "mismatch", "length"):
         assert some[name] == pytest.approx(every[name], rel=1e-4)
 

@@ -303,9 +303,10 @@ class RolloutSource:
         """The rollouts in as many parts of like size as a pass has updates, each in forward passes of the stage's batch size."""
         if rollouts.idle:
             return [[] for _ in range(self.shaping.parts)]
-        together = self.shaping.together
-        size = max(together, self.stage.per_device_train_batch_size // together * together)
-        cuts = [len(rollouts.ids) // together * k // self.shaping.parts * together for k in range(self.shaping.parts + 1)]
+        unit, count = self.shaping.together, len(rollouts.ids)
+        size = max(unit, self.stage.per_device_train_batch_size // unit * unit)
+        cuts = [count // unit * k // self.shaping.parts * unit for k in range(self.shaping.parts)]
+        cuts.append(count)  # one over is only among answers that are not chosen yet, and still looked at
         return [[self._batch(rollouts, range(a, min(a + size, end))) for a in range(begin, end, size)] for begin, end in pairwise(cuts)]
 
     def _batch(self, rollouts: Rollouts, rows: range) -> Batch:
