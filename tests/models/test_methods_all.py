@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.fresh import in_new_process
 from tests.models.method_cases import ADAPTER_CASES, METHOD_CASES, method
-from tests.toys import batch_of, loaded, make_items, make_rows, make_stage, model_folder, tiny_model, train_stage
+from tests.toys import batch_of, loaded, make_items, make_rows, make_stage, model_folder, stage_inputs, tiny_model, train_stage
 from torch import nn
 
 from tunesmith.data.template import load_template
@@ -30,8 +30,9 @@ from tunesmith.models.methods import (
 )
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import WHOLE, ModelSection
-from tunesmith.rundir import read_events
-from tunesmith.train.stage import add_new_tokens
+from tunesmith.rundir import RunDirectory, read_events
+from tunesmith.train.signals import StopRequest
+from tunesmith.train.stage import add_new_tokens, run_stage
 
 IDS = torch.tensor([[5, 9, 40, 77, 12, 258, 257, 33]])  # 257 and 258 are chatml's, new to the base
 PAIRS = make_items(5)
@@ -203,6 +204,22 @@ def test_dpo_starts_at_ln_2_from_a_trained_adapter_and_from_a_fresh_one(tmp_path
         losses = [event["loss"] for event in read_events(tmp_path / run) if "loss" in event]
         assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
         assert abs(losses[-1] - math.log(2)) > 1e-4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@each({name: ADAPTER_CASES[name] for name in ("lora", "ia3", "prefix", "prompt", "p_tuning", "houlsby")})
+def test_where_scores_alone_are_learned_new_tokens_train_in_the_embeddings_and_not_in_a_head_of_its_own(tmp_path, name, tied):
+    origin = load_model(ModelSection(name=str(model_folder(tmp_path / "base", tied=tied)), dtype="float32"))
+    stage = make_stage(objective="reward", method=method(ADAPTER_CASES[name]), max_steps=3, rows=len(PAIRS), warmup_steps=0)
+    new = sorted({int(ids[0]) for ids, _ in PAIRS.rows})  # they stand in the rows
+    before = [layer.weight[new].detach().clone() for layer in (origin.model.get_input_embeddings(), origin.model.get_output_embeddings())]
+    inputs = stage_inputs(origin, PAIRS, tmp_path / "stores", new_tokens=new)
+    with RunDirectory.open(tmp_path / "run", resume=False) as run:
+        model = run_stage(stage, inputs, run, stop=StopRequest(), report=lambda event: None)
+    causal = model.get_base_model()
+    after = [layer.weight[new] for layer in (causal.get_input_embeddings(), causal.get_output_embeddings())]
+    moved = [(one != other).any(1).all().item() for one, other in zip(before, after, strict=True)]
+    assert moved == [True, tied]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -210,7 +210,7 @@ def fresh_adapter_changes_nothing(policy: Policy, batch: Any) -> None:
         return
     with torch.no_grad():
         tuned = policy(batch.forest).logprobs
-        with policy.model.disable_adapter():
+        with policy.using(None):
             base = policy(batch.forest).logprobs
     difference = float((tuned - base).abs().mean())
     if not difference <= (1e-5 if policy.causal.dtype == torch.float32 else 2e-2):

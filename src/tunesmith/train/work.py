@@ -159,10 +159,11 @@ def _policy(stage: Stage, inputs: WorkInputs, objective: Objective) -> Policy:
 
 
 def _freeze_unused_head(policy: Policy) -> None:
-    """Where no token's probability is asked for, a language head of its own, not tied to the embeddings, has nothing to learn from."""
-    head = policy.causal.get_output_embeddings()
-    if head.weight is not policy.causal.get_input_embeddings().weight:
-        for parameter in head.parameters(recurse=False):  # what wraps it, for new tokens, may be shared with the embeddings
+    """Where no token's probability is asked for, what a language head does not share with the embeddings has nothing to learn from: its
+    weights, where they are not tied, and its own rows of new tokens, which PEFT keeps in what it wraps the head with."""
+    shared = set(policy.causal.get_input_embeddings().parameters())
+    for parameter in policy.causal.get_output_embeddings().parameters():
+        if parameter not in shared:
             parameter.requires_grad_(False)
 
 
