@@ -24,12 +24,13 @@ from tunesmith.models.opening import load
 from tunesmith.models.policy import Policy
 from tunesmith.models.quantised import dense_weight, is_quantised
 from tunesmith.models.result import CARD
+from tunesmith.models.reward import Scored, Separate, Shared, open_reward_model
 from tunesmith.recipe import FullMethod, Ia3Method, LoraMethod, ModelSection, PartialMethod
 from tunesmith.rundir import read_events
 from tunesmith.train.invariants import no_leak
 
 KINDS = ["nf4", "int8"]
-ROWS = make_rows(6)
+ROWS, PAIRS = make_rows(6), make_items(6)
 IDS = torch.tensor([[5, 9, 40, 77, 12, 80, 66, 33]])
 
 
@@ -113,6 +114,21 @@ def test_an_adapter_trains_on_a_quantised_base_and_comes_back_on_it(tmp_path, fo
         with pytest.raises(AdapterError, match=f"held in {kind}, and this one") as caught:
             load_adapter(base(folder, other), result)
         assert f"model.quantization: {kind}" in caught.value.mend
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reward_model_of_a_quantised_base_scores_beside_a_policy_of_any_method(tmp_path, folder, kind):
+    train_stage(base(folder, kind), make_stage(objective="reward", method="lora", max_steps=2), tmp_path / "run", PAIRS)
+    saved, scores = tmp_path / "run" / "stages" / "sft" / "model", []
+    for settings in (LoraMethod(r=4), Ia3Method()):
+        origin = base(folder, kind)
+        model = attach(origin, settings, seed=0)
+        reward = open_reward_model(saved, origin, model, "reward_0")
+        if isinstance(reward, Shared):
+            reward.policy = Policy(model)
+        scores.append((type(reward), reward.scores([Scored((), "", ids) for ids, _ in PAIRS.rows])))
+    assert [found for found, _ in scores] == [Shared, Separate]
+    np.testing.assert_allclose(scores[1][1], scores[0][1], rtol=1e-5, atol=1e-5)
 
 
 def test_an_adapter_of_a_dense_base_is_refused_on_a_quantised_one(tmp_path, folder):

@@ -206,8 +206,10 @@ def _own_base(folder: Path, loaded: LoadedModel, tokens: int) -> LoadedModel:
         if not where or not Path(where).is_dir():
             raise AdapterError(f"the base that it was trained on is not there: {where or 'none is named'}", where=str(folder))
     with _readable(folder):
-        scaling = scaling_of(folder) if is_adapter(folder) else None
-        own = load_model(ModelSection(name=where, dtype=str(loaded.dtype).removeprefix("torch."), rope_scaling=scaling))
+        held = {"name": where, "dtype": str(loaded.dtype).removeprefix("torch.")}
+        if is_adapter(folder):  # its base, as it was held when it was trained
+            held |= {"rope_scaling": scaling_of(folder), "quantization": read_card(folder).get("quantization")}
+        own = load_model(ModelSection(**held))
     grow_embeddings(own.model, tokens)
     return own
 
