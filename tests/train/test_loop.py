@@ -236,12 +236,16 @@ def test_a_sources_state_is_in_the_checkpoint_and_taken_up_by_the_resumed_run(tm
     assert [line["made"] for line in lines if line["step"] > 4] == [5, 6]
 
 
+@pytest.mark.parametrize(
+    "evaluate", [None, lambda between: WindowResult(1.0, {}, {})], ids=["without evaluation", "with an evaluation after it"]
+)
 @pytest.mark.parametrize("save_steps", [3, 9])
-def test_a_source_that_says_stop_ends_the_stage_before_the_update_with_a_checkpoint_and_for_good(tmp_path, save_steps):
-    stage = make_stage(max_steps=9, save_steps=save_steps)
+def test_a_source_that_says_stop_ends_the_stage_before_the_update_with_a_checkpoint_and_for_good(tmp_path, save_steps, evaluate):
+    stage = make_stage(max_steps=9, save_steps=save_steps, early_stopping_patience=5)
     for _ in range(2):
         with RunDirectory.open(tmp_path / "run", resume=True) as run:
-            progress = train(make_job(Policy(tiny_model("llama")), stage, run, ROWS, source=growing(enough=3)))
+            job = make_job(Policy(tiny_model("llama")), stage, run, ROWS, source=growing(enough=3), evaluate=evaluate)
+            progress = train(job)
             assert (progress.step, progress.stopped_early) == (3, True)
             stopped = [event for event in run.events() if event.get("event") == "stopped"]
             assert [path.name for path in run.checkpoints("sft")] == ["step-3"]

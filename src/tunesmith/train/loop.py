@@ -259,7 +259,7 @@ def _evaluate(job: Job, progress: Progress) -> None:
     else:
         progress.evaluations_without_gain += 1
     patience = job.stage.early_stopping_patience
-    progress.stopped_early = patience is not None and progress.evaluations_without_gain >= patience
+    progress.stopped_early |= patience is not None and progress.evaluations_without_gain >= patience  # the source may have said stop
     measured = {f"eval_{name}": value for name, value in result.metrics.items()}
     samples = {"samples": result.samples} if result.samples else {}
     _log(job, {"event": "evaluated", "step": progress.step, "eval_loss": result.loss, **measured, **samples})
