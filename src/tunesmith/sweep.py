@@ -29,7 +29,8 @@ from .report.sweep import render_sweep
 from .rundir import RunDirectory, make_folder, read_events, world, write_json, write_text
 
 MAX_RUNS = 1000  # more is a mistake in the words
-CHANGES_THE_LOSS = re.compile(r"(^|\.)(objective|data|model|task)(\.|$)")  # settings under which the loss is another measure
+# Settings under which the loss is another measure: of what samples, the held-out answers are sampled under them.
+CHANGES_THE_LOSS = re.compile(r"(^|\.)((objective|data|model|task)(\.|$)|rollout(\.(temperature|top_p|top_k|max_new_tokens))?$)")
 OWN = ("name", "output", "output.dir")  # settings that would name a run or its folder
 RESULT, PAGE = "sweep.json", "sweep.html"
 Report = Callable[[dict[str, Any]], None]

@@ -249,6 +249,18 @@ def test_nothing_is_chosen_where_the_setting_changes_what_the_loss_is(tiny, tmp_
     assert done.why.startswith("NOT MEASURED: with another data.validation")
 
 
+@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "max_new_tokens", "prompts_per_step", "importance_cap", ""])
+def test_nothing_is_chosen_where_held_out_answers_are_sampled_under_other_settings(name):
+    key = f"stages.0.rollout.{name}".rstrip(".")
+    runs = [{"settings": {key: value}, "validation_loss": -float(value), "metrics": {}} for value in ("1", "2")]
+    summary = _summary([(key, ["1", "2"])], runs, [])
+    if name in ("prompts_per_step", "importance_cap"):  # how much is learned from, and how
+        assert summary["best"] == {key: "2"}
+    else:
+        assert summary["best"] is None
+        assert summary["why"].startswith(f"NOT MEASURED: with another {key}")
+
+
 def test_a_sweep_of_a_recipe_for_several_processes_is_refused_before_anything_is_run(tiny, tmp_path):
     with pytest.raises(RecipeError, match="in one process"):
         sweep_runs(given(tmp_path, tiny, launch={"nproc_per_node": 2}), ["seed=0,1"], out=tmp_path / "sweep")
