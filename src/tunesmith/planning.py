@@ -24,7 +24,7 @@ from .fitting import (
 )
 from .generate.engine import BATCH_TOKENS, LOGIT_ELEMENTS
 from .models.costs import MethodCost, method_cost
-from .models.footprint import Footprint, generation_bytes
+from .models.footprint import MOMENTS, Footprint, generation_bytes
 from .models.load import slow_arithmetic
 from .models.machine import Machine, measure_machine
 from .models.roofline import (
@@ -50,7 +50,7 @@ from .train.work import learns_from_answers
 UNMODELLED = ("classical", "shorter")  # candidates that take next to no time
 SAMPLED_ROWS = 32  # looked at to know what all rows begin with
 CHECKS = 10  # forward passes over the probed rows that take as long as what is checked before the first update
-STATE_BYTES = 12  # of a trained number in a checkpoint: master and two moments
+MASTER_BYTES = 4  # of a trained number in a checkpoint, beside its moments
 
 
 def make_plan(session: Session, *, evaluates: bool = True) -> dict[str, Any]:
@@ -135,7 +135,8 @@ def _stage_phases(session: Session, shape: Shape, machine: Machine, stage: Stage
     """What a stage computes: its updates, and what comes before and between them. A phase's name is that of the run's own account."""
     name, steps = stage.name, stage.max_steps
     train = train_phase(shape, machine, stage, cost, update.work.times(steps))
-    save = storage_phase(f"save {name}", machine, STATE_BYTES * cost.trainable * math.ceil(steps / stage.save_steps))
+    state = (MASTER_BYTES + MOMENTS[stage.optim]) * cost.trainable
+    save = storage_phase(f"save {name}", machine, state * math.ceil(steps / stage.save_steps))
     start = forward_phase(f"start {name}", shape, machine, probe_work(session, stage, cost).times(CHECKS))
     if learns_from_answers(stage):
         return [start, _sampling(session, shape, machine, stage, update), train, save]

@@ -106,6 +106,15 @@ def test_under_fsdp_a_process_holds_its_share_of_gradients_and_moments_and_the_b
     assert sharded["weights"] == alone["weights"]
 
 
+def test_a_checkpoint_takes_the_masters_and_what_the_update_rule_keeps_of_them():
+    def saved(optim: str) -> float:
+        plan = planned([make_stage(name="s", method=LORA, rows=12, optim=optim)], LONG)
+        return next(phase["bytes"] for phase in plan["phases"] if phase["name"] == "save s")
+
+    full = saved("adamw_torch_fused")
+    assert [saved(optim) / full for optim in ("muon", "adamw_8bit", "adafactor")] == pytest.approx([8 / 12, 6 / 12, 4 / 12])
+
+
 def test_processes_on_one_machine_share_its_memory(monkeypatch):
     stage = make_stage(method=LORA, rows=12)
     monkeypatch.setattr(fitting, "held_bytes", lambda: 7)
