@@ -26,14 +26,10 @@ from ..recipe import Stage
 from ..rundir import atomic_folder, rank, verify_folder, world
 from ..score.preferences import item_accuracy, reward_model_json
 from .devices import in_order, of_first
-from .window import Between, WindowResult, evaluate_loss
+from .window import Between, WindowResult, evaluate_loss, nothing
 
 SUMS, KEY = "sums.safetensors", "key.json"
 ITEM_COLUMNS = ("margin", "label")
-
-
-def _nothing() -> None:
-    """What is done between forward passes where nothing is asked for."""
 
 
 def compares_with_reference(stage: Stage) -> bool:
@@ -42,7 +38,7 @@ def compares_with_reference(stage: Stage) -> bool:
     return objective.type == "kto" or getattr(objective, "reference", "none") != "none"
 
 
-def row_sums(policy: Policy, batches: Iterable[Batch], between: Between = _nothing) -> np.ndarray:
+def row_sums(policy: Policy, batches: Iterable[Batch], between: Between = nothing) -> np.ndarray:
     """The log-probability of each row's supervised tokens, in nats, float64 [rows], rows in the batches' order; without gradients.
 
     batches: this process's share; what is returned is of all of them.
@@ -165,11 +161,11 @@ class KTOSource(DatasetSource):
         """As in a data set, with the column kto_z0."""
         return Window(self._with_z0(self.chosen(step)))
 
-    def once(self, between: Between = _nothing) -> Iterator[Batch]:
+    def once(self, between: Between = nothing) -> Iterator[Batch]:
         """Every item once, with the estimate over all of them. between: called before each forward pass of the estimate."""
         return iter(self._with_z0(np.arange(len(self.items)), between))
 
-    def _with_z0(self, chosen: np.ndarray, between: Between = _nothing) -> list[Batch]:
+    def _with_z0(self, chosen: np.ndarray, between: Between = nothing) -> list[Batch]:
         sums = row_sums(self.policy, _chunks(self.others, self.batch_size, chosen.tolist(), self.share), between)
         column = {"kto_z0": np.array([kto_z0(sums, self.mismatched[chosen])])}
         return [replace(batch, columns={**batch.columns, **column}) for batch in self._batches(chosen)]

@@ -17,7 +17,7 @@ Between = Callable[[], None]
 LOSS, TERM, METRIC, DIVISOR = "loss", "term ", "metric ", "divisor "  # what the processes tell one another of a window
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """What is done between batches where nothing is asked for."""
 
 
@@ -43,7 +43,7 @@ def window_divisors(objective: Objective, batches: Sequence[Any]) -> dict[str, f
 
 
 def run_window(
-    policy: Policy, objective: Objective, batches: Sequence[Any], *, backward: bool = True, scale: float = 1.0, between: Between = _nothing
+    policy: Policy, objective: Objective, batches: Sequence[Any], *, backward: bool = True, scale: float = 1.0, between: Between = nothing
 ) -> WindowResult:
     """Runs a window, calling `between` before each batch; a term whose divisor is 0 gives nothing.
 
@@ -76,7 +76,7 @@ def run_window(
     return WindowResult(found.get(LOSS, 0.0), terms, metrics)
 
 
-def evaluate_loss(policy: Policy, objective: Objective, batches: Iterable[Any], *, between: Between = _nothing) -> WindowResult:
+def evaluate_loss(policy: Policy, objective: Objective, batches: Iterable[Any], *, between: Between = nothing) -> WindowResult:
     """The loss over held-out batches as one window, without dropout: it does not depend on how the rows are batched.
 
     between: called before each batch; what it raises ends the evaluation.
