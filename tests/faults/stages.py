@@ -70,7 +70,8 @@ class Stages:
         self, path: Path, work: str, *, report: Callable[[dict[str, Any]], object] = id, stop: StopRequest | None = None, **settings: Any
     ) -> str:
         """Trains to the end, going on from what is there; gives the hash of the result's weights, heads among them."""
-        chosen = {"method": LORA, "save_steps": 1, "eval_steps": 3, "max_steps": STEPS, "warmup_steps": 0} | WORKS[work] | settings
+        method = LORA if work in ("sft", "reward") else LORA | {"lora_dropout": 0.0}  # the others refuse it
+        chosen = {"method": method, "save_steps": 1, "eval_steps": 3, "max_steps": STEPS, "warmup_steps": 0} | WORKS[work] | settings
         objective = dict(chosen.pop("objective"))
         if objective["type"] == "ppo":
             objective["reward_model"] = self.scored_by

@@ -135,8 +135,10 @@ def compared(tmp_path: Path, start: str, *, lora_dropout: float = 0.0, **changed
     """A stage of three updates of DPO from a start; its logged updates."""
     folder = saved_adapter(tmp_path / "start", lora_dropout=lora_dropout) if start == "trained adapter" else None
     method = FullMethod() if start == "full" else LoraMethod(r=4, lora_dropout=lora_dropout)
-    stage = make_stage(objective="dpo", method=method, max_steps=3, rows=len(PAIRS), **changed)
+    stage = make_stage(objective="dpo", method=method, max_steps=3, rows=len(PAIRS), start_from=folder and str(folder), **changed)
     train_stage(loaded(tiny_model("llama")), stage, tmp_path / "run", PAIRS, start=folder)
+    notes = [event["note"] for event in read_events(tmp_path / "run") if event.get("event") == "note"]
+    assert any(f"lora_dropout of {lora_dropout} is off" in note for note in notes) == (lora_dropout > 0)
     return [event for event in read_events(tmp_path / "run") if "loss" in event]
 
 
@@ -179,7 +181,8 @@ def test_a_policy_that_is_not_the_one_that_sampled_is_named():
 @pytest.mark.parametrize("objective", COMPARING)
 def test_two_forwards_of_an_objective_that_compares_are_identical_though_the_adapter_has_dropout(tmp_path, objective):
     base = loaded(tiny_model("llama"))
-    stage = make_stage(objective={"type": objective}, method=LoraMethod(r=4, lora_dropout=0.5), rows=len(PAIRS))
+    method = LoraMethod(r=4, lora_dropout=0.5)
+    stage = make_stage(objective={"type": objective}, method=method, start_from="an adapter", rows=len(PAIRS))
     inputs = stage_inputs(base, PAIRS, tmp_path / "stores")
     model = adapted(lora_dropout=0.5)
     given = WorkInputs(base, model, inputs.data, None, [], None, "key", 0, lambda policy: None)

@@ -109,3 +109,14 @@ def test_what_moves_whole_matrices_is_refused_where_a_sharded_base_trains_and_ta
         with pytest.raises(RecipeError, match=rf"stages\.\d\.optim: {optim} moves whole matrices"):
             sharded(*methods)
     load("sft", method="full", optim=optim)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "ranking", "ppo", "grpo", "online_dpo", "sft", "reward", "best_of_n"])
+def test_dropout_is_refused_where_it_would_be_off_and_an_adapter_that_has_it_may_be_named(kind):
+    method = {"type": "lora", "lora_dropout": 0.1}
+    if kind in ("sft", "reward", "best_of_n"):
+        load(kind, method=method)
+    else:
+        assert f"method.lora_dropout: {kind} compares log-probabilities" in refused(kind, method=method)
+        load(kind, method=method | {"lora_dropout": 0.0})
+        load(kind, method=method, start_from="earlier")

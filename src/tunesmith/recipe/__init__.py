@@ -45,11 +45,12 @@ from .rewards import (
     UnitTestReward,
 )
 from .rollout import RolloutSection, WatchSection
-from .stage import Stage
+from .stage import COMPARING, Stage
 from .task import TaskSection
 from .tracking import OutputSection, TrackingSection
 
 __all__ = [
+    "COMPARING",
     "WHOLE",
     "BottleneckMethod",
     "Ia3Method",

@@ -49,7 +49,8 @@ class LoraMethod(Section):
     lora_alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale numerator; derived as 2r."""
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Dropout on the adapter's input; above 0 the fused path is off."""
+    """Dropout on the adapter's input; above 0 the fused path is off. It is on in sft, reward and best_of_n: the others compare
+    log-probabilities without it, and refuse it where they start from the base."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) in place of alpha / r (arXiv:2312.03732)."""
     use_dora: bool = False

@@ -13,6 +13,8 @@ from .objective import Objective
 from .rollout import RolloutSection, WatchSection
 
 Positive = Annotated[int, Field(ge=1)]
+COMPARING = {"dpo", "simpo", "orpo", "cpo", "kto", "ranking", "ppo", "grpo", "rloo", "online_dpo"}
+"""Objectives that compare log-probabilities, which dropout would make noisy: adapters' own is off."""
 
 
 def _or_its_name(section: Any) -> Any:
@@ -91,6 +93,15 @@ class Stage(Section):
             start = self.start_from or "the base"
             raise ValueError(
                 f"objective.reference: {named} is not what the stage starts from ({start}); write start, or start_from: {named}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dropout_is_asked_for_where_it_is_on(self) -> Stage:
+        dropout = getattr(self.method, "lora_dropout", 0.0)
+        if dropout and self.objective.type in COMPARING and self.start_from is None:  # else it may say what the start's adapter has
+            raise ValueError(
+                f"method.lora_dropout: {self.objective.type} compares log-probabilities, without dropout; leave lora_dropout out"
             )
         return self
 

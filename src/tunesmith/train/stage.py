@@ -36,7 +36,7 @@ from ..models.offload import require_device
 from ..models.policy import Policy
 from ..models.result import CARD, is_adapter
 from ..objectives import SFT
-from ..recipe import WHOLE, ModelSection, Stage
+from ..recipe import COMPARING, WHOLE, ModelSection, Stage
 from ..rundir import RunDirectory, atomic_folder, rank, verify_folder, world
 from .account import Account, CountedSource
 from .devices import wait
@@ -63,6 +63,7 @@ from .work import WorkInputs, learns_from_answers, probe_batch, stage_work
 
 Report = Callable[[dict[str, Any]], None]
 STARTS_AWAY = "{} tuning starts away from the base: fresh learned tokens change what it says, and the first losses show it"
+NO_DROPOUT = "{} compares log-probabilities: the adapter's lora_dropout of {} is off in this stage"
 ROWS = 8  # of an update, where the recipe names no batch
 EVALUATIONS = 5  # in a stage that samples, where the recipe names no steps between them
 # They change no weight, which is shown on a CPU; rows are hashed themselves.
@@ -182,6 +183,9 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
 
     if not starts_unchanged(stage.method) and (inputs.start is None or not is_adapter(inputs.start)):
         _tell(run, report, {"event": "note", "stage": stage.name, "note": STARTS_AWAY.format(stage.method.type)})
+    if stage.objective.type in COMPARING and getattr(stage.method, "lora_dropout", 0):
+        note = NO_DROPOUT.format(stage.objective.type, stage.method.lora_dropout)
+        _tell(run, report, {"event": "note", "stage": stage.name, "note": note})
     sharded = inputs.sharded and world() > 1
     given = WorkInputs(loaded, model, data, inputs.start, stops, inputs.gold, fingerprint, seed, check, inputs.processes, sharded)
     with stage_work(stage, given, run) as work:

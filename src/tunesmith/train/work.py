@@ -26,8 +26,8 @@ from ..models.policy import Policy
 from ..models.result import is_adapter
 from ..models.virtual import learns_tokens
 from ..objectives import OBJECTIVES, Objective
+from ..recipe import COMPARING, Stage
 from ..recipe import Objective as ObjectiveSettings
-from ..recipe import Stage
 from ..rundir import RunDirectory
 from .loop import Source
 from .offline import evaluate_rows, make_source
@@ -38,8 +38,6 @@ from .shaping import SHAPINGS
 from .sharding import shard
 from .window import Between, WindowResult
 
-COMPARING = {"dpo", "simpo", "orpo", "cpo", "kto", "ranking", "ppo", "grpo", "rloo", "online_dpo"}
-"""Objectives that compare log-probabilities, which dropout would make noisy: adapters' own is off."""
 PROBE_ROWS = 2  # the first rows of training, on which what must hold at step 0 is tried: plain layers take several times the memory
 
 
