@@ -386,7 +386,7 @@ def _signals_end_the_verb() -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(f"stopped by {signal.Signals(number).name}", mend="run the same command again, with --resume if a run had begun")
+        raise Interrupted(f"stopped by {signal.Signals(number).name}", mend="run the same command again (a run goes on with --resume)")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

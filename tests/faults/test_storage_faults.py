@@ -149,7 +149,7 @@ def test_without_its_defence_a_property_no_longer_holds(defence, tmp_path, monke
 
 @pytest.mark.parametrize(
     ("error", "needed"),
-    [(errno.ENOSPC, "free at least|free some space"), (errno.EROFS, "make .* writable"), (errno.EIO, "check the disk")],
+    [(errno.ENOSPC, "free more than|free some space"), (errno.EROFS, "make .* writable"), (errno.EIO, "check the disk")],
     ids=["disk full", "read-only", "input/output error"],
 )
 def test_a_disk_error_at_any_call_names_what_is_needed_and_leaves_the_older_checkpoint(error, needed, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from tests.gguf_file import write_gguf
 from tests.toys import model_folder
 from transformers import AutoModelForCausalLM
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, StorageFailed
 from tunesmith.models import load
 from tunesmith.models.load import Embedded, load_model
 from tunesmith.recipe import ModelSection
@@ -250,6 +251,20 @@ def test_a_gguf_file_is_converted_once_into_the_cache_weight_for_weight(gguf_fil
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_gguf)
     second = load_model(section(gguf_file))
     assert second.identity == first.identity
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("call", ["mkdir", "TemporaryFile"])
+def test_a_cache_that_cannot_be_written_is_named_before_anything_is_converted(gguf_file, tmp_path, monkeypatch, number, call):
+    def refuse(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(*((Path, "mkdir") if call == "mkdir" else (load.tempfile, "TemporaryFile")), refuse)
+    monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", None)
+    with pytest.raises(StorageFailed, match=os.strerror(number)) as caught:
+        load_model(section(gguf_file))
+    assert (caught.value.where, caught.value.exit_status) == (str(tmp_path / "cache"), 1)
+    assert "TUNESMITH_CACHE" in caught.value.mend
 
 
 def test_another_gguf_file_of_the_same_name_is_converted_anew(gguf_file, tmp_path):

@@ -118,8 +118,8 @@ def test_a_full_disk_is_told_with_the_bytes_that_are_needed(tmp_path, monkeypatc
     monkeypatch.setattr(storage, "write", full)
     with pytest.raises(StorageFailed) as failure:
         write_bytes(tmp_path / "f", bytes(2_500_000))
-    assert "free at least 2.5 MB on the file system of " + str(tmp_path) in failure.value.mend
-    assert "--resume" in failure.value.mend
+    assert "free more than 2.5 MB on the file system of " + str(tmp_path) in failure.value.mend
+    assert "run the same command again (a run goes on with --resume)" in failure.value.mend  # other verbs have no such option
     assert "No space left on device" in failure.value.what
     assert names(tmp_path) == []
 
@@ -176,7 +176,7 @@ def test_a_full_disk_that_a_library_reports_in_its_own_type_is_a_storage_failure
     error = LibraryError("Error while serializing: I/O error: No space left on device (os error 28)")
     with pytest.raises(StorageFailed, match="No space left") as failure:
         fill_and_raise(tmp_path / "f", bytes(3000), error)
-    assert "free at least 3.0 kB" in failure.value.mend
+    assert "free more than 3.0 kB" in failure.value.mend
     assert names(tmp_path) == []
 
 

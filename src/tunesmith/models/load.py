@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,9 +23,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import ModelError, TunesmithError
+from ..errors import ModelError, StorageFailed, TunesmithError
 from ..recipe import ModelSection
-from ..rundir import atomic_folder
+from ..rundir import atomic_folder, storage_failures
 from .positions import scale_positions
 from .quantised import compute_densely, quantization_config
 
@@ -217,17 +218,35 @@ def _converted(gguf: Path) -> Path:
     folder = cache_folder() / "models" / f"{gguf.stem}-{digest[:16]}"
     if folder.is_dir():
         return folder
-    with _explained(str(gguf)), quiet():
+    with _cache_failures(), _explained(str(gguf)), quiet():
+        _require_writable(folder.parent)
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.hf_quantizer, model.is_quantized, model.config._name_or_path = None, False, gguf.stem
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as temporary:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
     return folder
+
+
+def _require_writable(folder: Path) -> None:
+    """Before a conversion, which takes its time. Raises StorageFailed."""
+    with storage_failures(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
+@contextmanager
+def _cache_failures() -> Iterator[None]:
+    """A disk that refuses is the cache's, and no fault of the model's file."""
+    try:
+        yield
+    except StorageFailed as error:
+        mend = "make the cache writable and give it room, or set TUNESMITH_CACHE to another folder"
+        raise StorageFailed(error.what, where=str(cache_folder()), mend=mend) from error
 
 
 def load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:

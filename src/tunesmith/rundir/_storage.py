@@ -79,7 +79,7 @@ storage = Storage()
 
 @contextlib.contextmanager
 def storage_failures(where: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn every OSError of the block, which only changes the disk, into StorageFailed about `where`; needed: bytes to be written."""
+    """Turn every OSError of the block, which only changes the disk, into StorageFailed about `where`; needed: bytes that have to fit, or more."""
     try:
         yield
     except OSError as error:
@@ -344,16 +344,17 @@ def _storage_failed(number: int | None, where: Path, needed: int | None) -> Stor
     while not os.path.isdir(folder) and folder != folder.parent:
         folder = folder.parent
     reason = os.strerror(number) if number else "it could not be written"
-    mend = "give another folder with --out"
+    mend = "write to another folder"
     if number in (errno.ENOSPC, errno.EDQUOT):
-        size = f"at least {_in_units(needed)}" if needed else "some space"
+        size = f"more than {_in_units(needed)}" if needed else "some space"
         with contextlib.suppress(OSError):
             reason += f" ({_in_units(shutil.disk_usage(folder).free)} free)"
-        mend = f"free {size} on the file system of {folder}, then go on with --resume; or {mend}"
+        mend = f"free {size} on the file system of {folder}, or {mend}"
     elif number in (errno.EROFS, errno.EACCES, errno.EPERM):
-        mend = f"make {folder} writable, then go on with --resume; or {mend}"
+        mend = f"make {folder} writable, or {mend}"
     elif number == errno.EIO:
-        mend = f"check the disk that holds {folder} (the kernel's log names the fault); or {mend}"
+        mend = f"check the disk that holds {folder} (the kernel's log names the fault), or {mend}"
+    mend += "; then run the same command again (a run goes on with --resume)"
     return StorageFailed(f"the disk refused a write: {reason}; what was there before is intact", where=str(where), mend=mend)
 
 
