@@ -302,6 +302,15 @@ def test_what_data_hold_cannot_steer_the_terminal(tmp_path):
     assert not CONTROL.search(done.out + done.err)
 
 
+def test_rows_of_empty_answers_are_not_to_be_mapped_to_the_columns_that_they_have(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a question", "completion": ""}\n' * 8)
+    refused = call("data", "check", file)
+    assert refused.status == 3
+    assert "--columns" not in refused.err
+    assert "mend: mend the rows" in refused.err
+
+
 @pytest.mark.parametrize("words", [["fly"], ["run"], ["run", "a.yaml", "--fast"], ["chat", "x", "--temperature", "-1"]])
 def test_a_usage_error_exits_2(words):
     done = call(*words)

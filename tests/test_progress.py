@@ -8,7 +8,8 @@ import json
 from rich.console import Console
 from rich.text import Text
 
-from tunesmith.progress import Display, as_json_text, duration, event_words, example_text, example_words, visible
+from tunesmith.progress import Display, as_json_text, cost_words, duration, event_words, example_text, example_words, visible
+from tunesmith.report._words import cost
 
 
 def step(number, total=3):
@@ -101,3 +102,14 @@ def test_durations_are_in_the_unit_a_person_would_use():
 def test_a_step_that_teaches_nothing_and_a_note_are_said():
     assert "step 3: nothing to learn from" in event_words({"event": "nothing_learned", "step": 3, "stage": "grpo"})
     assert event_words({"event": "note", "note": "gold.py:checks raised"}) == "note: gold.py:checks raised"
+
+
+def test_a_cost_that_would_be_rounded_to_nought_is_less_than_a_hundredth():
+    assert [cost_words(cost) for cost in (0, 0.0004, 0.0099, 0.01, 1234.5)] == [
+        "0.00",
+        "less than 0.01",
+        "less than 0.01",
+        "0.01",
+        "1,234.50",
+    ]
+    assert [cost(value) for value in (None, 0.0004, 0.01)] == ["NOT MEASURED", "less than 0.01", "0.01"]

@@ -135,13 +135,18 @@ def plan_words(plan: dict[str, Any]) -> str:
         )
     lines += [f"note: {note}" for note in plan.get("notes", [])]
     memory = plan["peak_memory_bytes"] / 1e9
-    cost = "" if plan.get("cost") is None else f", at a cost of {plan['cost']:.2f}"
+    cost = "" if plan.get("cost") is None else f", at a cost of {cost_words(plan['cost'])}"
     lines.append(f"plan: about {duration(plan['seconds'])}, {memory:.1f} GB of memory, bound by {plan['bound_by']}{cost}")
     if plan.get("memory"):
         lines.append("  memory: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan["memory"].items() if size) + " GB")
     lines += [f"  {phase['name']}: {duration(phase['seconds'])}, bound by {phase['bound_by']}" for phase in plan.get("phases", [])]
     lines += [f"warning: {warning}" for warning in plan.get("warnings", [])]
     return "\n".join(lines)
+
+
+def cost_words(cost: float) -> str:
+    """A cost in the price's unit, with two digits, of which nought would say that it is free."""
+    return f"{cost:,.2f}" if cost >= 0.01 or cost == 0 else "less than 0.01"
 
 
 def duration(seconds: float) -> str:

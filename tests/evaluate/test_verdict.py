@@ -199,6 +199,14 @@ def test_a_recommended_candidate_that_fails_a_gate_is_said_to():
     assert "but it fails a gate (tuned not worse than zero_shot" in found["reason"]
 
 
+def test_with_nothing_to_compare_or_nothing_right_nothing_is_recommended():
+    alone = recommend(results(matches("tuned", 60)), [], [], BOOTSTRAP)
+    assert alone["candidate"] is None
+    assert "tuned alone was measured (exact_match 0.600 on 100 items)" in alone["reason"]
+    wrong = recommend(results(matches("few_shot", 0), matches("tuned", 0)), [], [], BOOTSTRAP)
+    assert wrong == {"candidate": None, "reason": "no candidate got anything right: exact_match 0.000 on 100 items for each."}
+
+
 def test_without_scores_nothing_is_recommended():
     assert recommend({}, [], [], BOOTSTRAP)["candidate"] is None
 

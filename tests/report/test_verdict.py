@@ -109,3 +109,9 @@ def test_the_recommendation_is_an_order_in_words(run_path):
     got = view(run_path)
     assert got["recommendation"] == "Use the base model with 4 examples in the prompt."
     assert got["reason"].text == "Few-shot asks for less in exact match"
+
+
+def test_why_nothing_is_recommended_is_said(run_path):
+    reason = "NOT MEASURED: tuned alone was measured (exact_match 0.600 on 100 items); there is nothing to compare."
+    change(run_path, recommendation={"candidate": None, "reason": reason})
+    assert "alone was measured" in view(run_path)["unadvised"]

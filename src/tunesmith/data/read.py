@@ -320,6 +320,8 @@ def _mend_unusable(reading: _Reading, source: str) -> str:
     """What to do with a file of which no row is usable: its encoding, its header, or the formats and how columns are mapped to them."""
     if _mostly_not_utf8(reading):
         return TO_UTF8
+    if {"prompt", "completion"} <= set(reading.keys):
+        return "mend the rows: their columns are prompt and completion already"
     formats = ", ".join(f"{name} ({', '.join(keys)})" for name, keys in REQUIRED.items())
     mend = f"give rows in one of the formats {formats}, or map them by data.columns"
     keys = list(reading.keys)

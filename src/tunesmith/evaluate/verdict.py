@@ -152,7 +152,7 @@ def recommend(
 
     Measured by the metric of the first gate on the task, else exact_match, else what tells answers apart without a reference. stages: the
     candidates that are stages' results, in order; they cost more than an untuned model and less than the tuned one. candidate is None where
-    nothing was measured, or on fewer items than can show anything.
+    nothing was measured, on fewer items than can show anything, where there is nothing to compare, and where nothing was right.
     """
     metric = next((gate.metric for gate in gates if gate.task == "task"), None) or _first_measured(results)
     able = [
@@ -168,12 +168,17 @@ def recommend(
     if n < least:
         words = f"n = {n} items cannot show anything at {bootstrap.confidence:.0%}; at least {least} are needed"
         return {"candidate": None, "reason": f"{NOT_MEASURED}: {words}."}
+    found = f"{metric} {values[best.candidate]:.3f} on {n} items"
+    if len(able) == 1:
+        return {"candidate": None, "reason": f"{NOT_MEASURED}: {best.candidate} alone was measured ({found}); there is nothing to compare."}
+    if not any(values.values()):
+        return {"candidate": None, "reason": f"no candidate got anything right: {found} for each."}
     reason = f"{best.candidate} has the best {metric}: {values[best.candidate]:.3f} on {n} items"
     chosen = best
     for scored in able[: able.index(best)]:
-        found = paired_difference(best, scored, metric, bootstrap)
-        words = _difference_words(best.candidate, scored.candidate, metric, found, bootstrap)
-        if not _shown_better(found, metric, bootstrap.confidence):
+        against = paired_difference(best, scored, metric, bootstrap)
+        words = _difference_words(best.candidate, scored.candidate, metric, against, bootstrap)
+        if not _shown_better(against, metric, bootstrap.confidence):
             chosen = scored
             reason += f"; but {scored.candidate} asks for less and is not shown to be worse: {values[scored.candidate]:.3f}, {words}"
             break

@@ -127,7 +127,7 @@ def costs_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
             _planned("Time", compared.get("seconds"), words.duration),
             *_planned_phases(predicted, compared, limits),
             _planned("Tokens", compared.get("tokens"), words.count),
-            *([_planned("Cost", compared["cost"], _price)] if "cost" in compared else []),
+            *([_planned("Cost", compared["cost"], words.cost)] if "cost" in compared else []),
         ],
         "memory": [
             (capital(text(name, limits.names)), words.size(number(size)))
@@ -224,10 +224,6 @@ def _planned(label: str, row: dict[str, Any] | None, say: Any) -> dict[str, str]
     before, after, error = (number(mapping(row).get(key)) for key in ("predicted", "measured", "error"))
     off = words.NOT_MEASURED if error is None else f"{100 * error:+.0f}%"
     return {"label": label, "predicted": say(before), "measured": say(after), "error": off}
-
-
-def _price(cost: float | None) -> str:
-    return words.NOT_MEASURED if cost is None else f"{cost:,.2f}"
 
 
 def _planned_phases(predicted: dict[str, Any], compared: dict[str, dict[str, Any]], limits: Limits) -> list[dict[str, str]]:

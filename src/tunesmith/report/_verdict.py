@@ -32,8 +32,15 @@ def verdict_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
         "gates_left_out": max(0, len(gates) - limits.entries),
         "recommendation": words.advice(str(recommendation["candidate"]), examples_chosen(run)) if recommendation.get("candidate") else None,
         "reason": words.excerpt(words.humane(recommendation.get("reason")), limits.text),
+        "unadvised": _unadvised(recommendation, limits),
         "notes": notes,
     }
+
+
+def _unadvised(recommendation: dict[str, Any], limits: Limits) -> str:
+    """Why no candidate is recommended."""
+    why = words.humane(recommendation.get("reason")).removeprefix(f"{words.NOT_MEASURED}: ")
+    return f"No candidate is recommended: {text(why, limits.text)}" if why else "No candidate is recommended, since none was evaluated."
 
 
 def _gate(gate: dict[str, Any], limits: Limits) -> dict[str, Any]:

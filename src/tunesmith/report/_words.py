@@ -227,6 +227,13 @@ def span(metric: str, low: float | None, high: float | None) -> str:
     return f"{plain(low)} to {plain(high)}"
 
 
+def cost(value: float | None) -> str:
+    """A cost in the price's unit, with two digits, of which nought would say that it is free."""
+    if value is None:
+        return NOT_MEASURED
+    return f"{value:,.2f}" if value >= 0.01 or value == 0 else "less than 0.01"
+
+
 def duration(seconds: float | None) -> str:
     """A time: 0.4 s, 34 s, 6.3 min, 2.1 h."""
     if seconds is None:

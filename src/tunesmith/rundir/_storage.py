@@ -79,7 +79,7 @@ storage = Storage()
 
 @contextlib.contextmanager
 def storage_failures(where: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn every OSError of the block, which only changes the disk, into StorageFailed about `where`; needed: bytes that have to fit, or more."""
+    """Turn every OSError of the block, which only changes the disk, into StorageFailed about `where`; needed: bytes, at least."""
     try:
         yield
     except OSError as error:
