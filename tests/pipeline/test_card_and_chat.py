@@ -85,7 +85,7 @@ def test_chat_begins_with_the_training_rows_system_message_and_goes_on_until_res
     assert other.messages[0].content == "Be brief."
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method", [*METHODS.values(), {"type": "prefix", "num_virtual_tokens": 3}], ids=[*METHODS, "prefix"])
 def test_no_warning_of_one_library_about_another_reaches_a_caller_from_python(tiny, method, tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -8,6 +8,7 @@ Run it under `attention_implementation(model, attention.NAME)`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
@@ -143,7 +144,8 @@ class Engine:
             cache.next_step()
             step_BH = self.forward(cache, input_ids=self._tensor([ids[:1], ids[-2:-1]]))
             ours_3V = self.logits(torch.stack([rows_NH[n - p - 1], rows_NH[-1], step_BH[1]])).float()
-        with attention_implementation(self.model, plain_attention):
+        with attention_implementation(self.model, plain_attention), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)  # PEFT's own word for a prefix
             plain_3V = self.tuned(input_ids=self._tensor([ids]), use_cache=False).logits[0, [-1, -3, -2]].float()
         plain_3V, ours_3V = (x - x.mean(dim=-1, keepdim=True) for x in (plain_3V, ours_3V))
         return float(((ours_3V - plain_3V).norm(dim=-1) / plain_3V.norm(dim=-1).clamp_min(1e-12)).max())
