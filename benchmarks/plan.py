@@ -3,7 +3,8 @@
     python benchmarks/plan.py --write benchmarks/results/plan.md        # on an idle machine
 
 Each run is the quickstart's data on SmolLM2-135M for a few updates, in a fresh process. First the machine's speed is measured anew.
-Memory is the process's peak, libraries and loading included; time is that of the phases that the plan predicts, reading left out.
+Memory is the process's peak, libraries and loading included; time is that of the phases that the plan predicts, reading left out. One run
+is evaluated as well.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SHAPES: dict[str, tuple[str, list[str]]] = {  # what is run (a method, or a reci
     "full, accumulation 4 x 2 rows": ("full", ["stages.0.per_device_train_batch_size=2", "stages.0.gradient_accumulation_steps=4"]),
     "lora, 32 rows": ("lora", ["stages.0.per_device_train_batch_size=32", "stages.0.max_steps=3"]),
     "lora, rows 8 times as long": ("lora", ["stages.0.per_device_train_batch_size=2"]),
+    "lora, evaluated": ("lora", ["evaluate.candidates=[zero_shot,few_shot,tuned]", "evaluate.few_shot_sets=1"]),
     "sft, dpo": ("dpo.yaml", ["stages.0.max_steps=4", "stages.1.max_steps=4"]),
     "sft, grpo": ("grpo.yaml", ["stages.0.max_steps=4", "stages.1.max_steps=4"]),
 }
@@ -58,7 +60,8 @@ def main() -> None:
     for name in wanted.only:
         what, sets = runs[name]
         with tempfile.TemporaryDirectory() as folder:
-            spec = {"system": name, "what": what, "sets": [*sets, *wanted.sets], "out": folder, "long": "long" in name}
+            about = {"long": "long" in name, "evaluates": "evaluated" in name}
+            spec = {"system": name, "what": what, "sets": [*sets, *wanted.sets], "out": folder, **about}
             found[name] = run_child(__file__, spec, threads=wanted.threads)
         say(" | ".join(_cells(name, found[name])))
     text = page(found, machine(wanted.threads), shlex.join(["python", "benchmarks/plan.py", *sys.argv[1:]]))
@@ -106,7 +109,7 @@ def _measure_machine() -> dict[str, Any]:
 
 
 def _run(spec: dict[str, Any]) -> dict[str, Any]:
-    """In a child: the training, and what its plan.json compares."""
+    """In a child: the training, or the whole run, and what its plan.json compares."""
     import tunesmith
 
     out = Path(spec["out"])
@@ -114,11 +117,13 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["what"] in METHODS:
         words = {"method": spec["what"], "task": "quickstart", "seed": 0, "rate": USUAL_RATES[0], "steps": STEPS}
         recipe = recipe_of(words)
-        recipe["data"] = {"train": recipe["data"]["train"], "validation": 0.0}  # only training is looked at
-        recipe["evaluate"] = {"candidates": []}
+        if not spec["evaluates"]:
+            recipe["data"] = {"train": recipe["data"]["train"], "validation": 0.0}
+            recipe["evaluate"] = {"candidates": []}
         if spec["long"]:
             recipe["data"]["train"] = str(_joined(Path(recipe["data"]["train"]), out / "long.jsonl"))
-    plan = tunesmith.train(recipe, out=out / "run", sets=spec["sets"]).plan
+    verb = tunesmith.run if spec["evaluates"] else tunesmith.train
+    plan = verb(recipe, out=out / "run", sets=spec["sets"]).plan
     rows = {row["name"]: (row["predicted"], row["measured"]) for row in plan["compared"] if row["error"] is not None}
     totals = {"peak_memory_bytes", "seconds", "tokens", "cost", *READ}
     phases = [pair for name, pair in rows.items() if name not in totals]
