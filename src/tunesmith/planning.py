@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -49,8 +49,9 @@ from .train.work import learns_from_answers
 
 UNMODELLED = ("classical", "shorter")  # candidates that take next to no time
 SAMPLED_ROWS = 32  # looked at to know what all rows begin with
-CHECKS = 10  # forward passes over the probed rows that take as long as what is checked before the first update
-MASTER_BYTES = 4  # of a trained number in a checkpoint, beside its moments
+CHECKS = 15  # forward passes over the probed rows that take as long as what is checked before the first update
+MASTER_BYTES = 4  # of a trained number in a checkpoint, beside its moments; and about as many in the result
+FOLDER_SECONDS = 0.5  # what a checkpoint, and the result, take to be written whatever they hold
 
 
 def make_plan(session: Session, *, evaluates: bool = True) -> dict[str, Any]:
@@ -135,8 +136,9 @@ def _stage_phases(session: Session, shape: Shape, machine: Machine, stage: Stage
     """What a stage computes: its updates, and what comes before and between them. A phase's name is that of the run's own account."""
     name, steps = stage.name, stage.max_steps
     train = train_phase(shape, machine, stage, cost, update.work.times(steps))
-    state = (MASTER_BYTES + MOMENTS[stage.optim]) * cost.trainable
-    save = storage_phase(f"save {name}", machine, state * math.ceil(steps / stage.save_steps))
+    checkpoints, state = math.ceil(steps / stage.save_steps), (MASTER_BYTES + MOMENTS[stage.optim]) * cost.trainable
+    save = storage_phase(f"save {name}", machine, checkpoints * state + MASTER_BYTES * cost.trainable)
+    save = replace(save, seconds=save.seconds + FOLDER_SECONDS * (checkpoints + 1))
     start = forward_phase(f"start {name}", shape, machine, probe_work(session, stage, cost).times(CHECKS))
     if learns_from_answers(stage):
         return [start, _sampling(session, shape, machine, stage, update), train, save]

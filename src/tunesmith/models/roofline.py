@@ -22,6 +22,7 @@ PASSES_HIDDEN, PASSES_INNER = (
     40,
 )  # times a token's hidden (inner) vector is read or written outside matrix products, one layer, one training step
 FORWARD_SHARE = 0.35  # of those passes, what a forward alone takes
+BESIDE = 1.15  # what training takes over the sum of its parts; 135M on two cores in fp32, LoRA 1.33 and full 1.07
 TRAIN_CALLS, FORWARD_CALLS = 260, 80  # operations of one layer on one batch, with their backward or alone
 DECODE_CALLS = 90  # of one layer in one decoding step
 FEW_QUERIES = 3.0  # times what attention's speed says: one query a row is small products, with scores and weights written out
@@ -112,7 +113,8 @@ def train_phase(shape: Shape, machine: Machine, stage: Stage, cost: MethodCost, 
     moved = work.batches * shape.weights * (passes + cost.weight_passes)
     moved += stage.max_steps * cost.trainable * MASTER_BYTES * OPTIMISER_PASSES[stage.optim]
     calls = work.batches * shape.layers * (TRAIN_CALLS + again * FORWARD_CALLS)
-    return _phase(f"train {stage.name}", machine, flops, attention, near, moved, calls)
+    found = _phase(f"train {stage.name}", machine, flops, attention, near, moved, calls)
+    return replace(found, seconds=BESIDE * found.seconds)
 
 
 def forward_phase(name: str, shape: Shape, machine: Machine, work: Tokens) -> Phase:
