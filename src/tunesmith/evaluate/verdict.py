@@ -169,7 +169,7 @@ def recommend(
         words = f"n = {n} items cannot show anything at {bootstrap.confidence:.0%}; at least {least} are needed"
         return {"candidate": None, "reason": f"{NOT_MEASURED}: {words}."}
     found = f"{metric} {values[best.candidate]:.3f} on {n} items"
-    if len(able) == 1:
+    if sum(task == "task" and metric in scored.statistics for (task, _), scored in results.items()) == 1:
         return {"candidate": None, "reason": f"{NOT_MEASURED}: {best.candidate} alone was measured ({found}); there is nothing to compare."}
     if not any(values.values()):
         return {"candidate": None, "reason": f"no candidate got anything right: {found} for each."}
