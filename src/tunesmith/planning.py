@@ -28,6 +28,7 @@ from .models.footprint import MOMENTS, Footprint, generation_bytes
 from .models.load import slow_arithmetic
 from .models.machine import Machine, measure_machine
 from .models.roofline import (
+    MASTER_BYTES,
     Phase,
     Shape,
     Tokens,
@@ -50,7 +51,6 @@ from .train.work import learns_from_answers
 UNMODELLED = ("classical", "shorter")  # candidates that take next to no time
 SAMPLED_ROWS = 32  # looked at to know what all rows begin with
 CHECKS = 15  # forward passes over the probed rows that take as long as what is checked before the first update
-MASTER_BYTES = 4  # of a trained number in a checkpoint, beside its moments; and about as many in the result
 FOLDER_SECONDS = 0.5  # what a checkpoint, and the result, take to be written whatever they hold
 
 
@@ -137,7 +137,7 @@ def _stage_phases(session: Session, shape: Shape, machine: Machine, stage: Stage
     name, steps = stage.name, stage.max_steps
     train = train_phase(shape, machine, stage, cost, update.work.times(steps))
     checkpoints, state = math.ceil(steps / stage.save_steps), (MASTER_BYTES + MOMENTS[stage.optim]) * cost.trainable
-    save = storage_phase(f"save {name}", machine, checkpoints * state + MASTER_BYTES * cost.trainable)
+    save = storage_phase(f"save {name}", machine, checkpoints * state + MASTER_BYTES * cost.trainable)  # the result's weights, last
     save = replace(save, seconds=save.seconds + FOLDER_SECONDS * (checkpoints + 1))
     start = forward_phase(f"start {name}", shape, machine, probe_work(session, stage, cost).times(CHECKS))
     if learns_from_answers(stage):

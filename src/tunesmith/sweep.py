@@ -15,7 +15,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,19 +67,8 @@ def sweep(
 
     >>> tunesmith.sweep("recipes/quickstart.yaml", ["seed=0,1"]).best  # doctest: +SKIP
     """
-    grid = [parse_axis(axis) for axis in axes]
-    keys = [key for key, _ in grid]
-    if twice := [key for key in dict(grid) if keys.count(key) > 1]:
-        raise RecipeError(f"`{twice[0]}` is swept twice", where="--sweep", mend=f"put its values together: --sweep {twice[0]}=A,B")
-    if own := [key for key in keys if key in OWN]:
-        raise RecipeError(
-            f"a sweep names its runs and their folders itself, not by `{own[0]}`",
-            where="--sweep",
-            mend="leave it out; --out DIR is the sweep's folder",
-        )
+    grid = _grid(axes)
     combinations = list(itertools.product(*([(key, value) for value in values] for key, values in grid)))
-    if len(combinations) > MAX_RUNS:
-        raise RecipeError(f"{len(combinations)} runs", where="--sweep", mend=f"at most {MAX_RUNS}: leave values out")
     first = load_recipe(recipe, sets)
     if world() > 1 or starts_others(first.launch):
         raise RecipeError("a sweep runs in one process, and this recipe takes several", where="launch", mend="sweep with launch left out")
@@ -93,7 +82,7 @@ def sweep(
         try:
             require_files(load_recipe(recipe, [*sets, *chosen]))
         except RecipeError as error:
-            raise RecipeError(error.what, where=_as_swept(error.where, keys), mend=error.mend) from None
+            raise RecipeError(error.what, where=_as_swept(error.where, dict(grid)), mend=error.mend) from None
     names = [_slug(combination) for combination in combinations]
     if len(set(names)) < len(names):
         raise RecipeError("two combinations would share a folder", where="--sweep", mend="shorten the values")
@@ -134,6 +123,23 @@ def require_all(result: SweepResult) -> None:
         )
 
 
+def _grid(axes: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """The keys and their values. Raises RecipeError where a key stands twice or would name the runs, and of too many combinations."""
+    grid = [parse_axis(axis) for axis in axes]
+    keys = [key for key, _ in grid]
+    if twice := [key for key in dict(grid) if keys.count(key) > 1]:
+        raise RecipeError(f"`{twice[0]}` is swept twice", where="--sweep", mend=f"put its values together: --sweep {twice[0]}=A,B")
+    if own := [key for key in keys if key in OWN]:
+        raise RecipeError(
+            f"a sweep names its runs and their folders itself, not by `{own[0]}`",
+            where="--sweep",
+            mend="leave it out; --out DIR is the sweep's folder",
+        )
+    if (count := math.prod(len(values) for _, values in grid)) > MAX_RUNS:
+        raise RecipeError(f"{count} runs", where="--sweep", mend=f"at most {MAX_RUNS}: leave values out")
+    return grid
+
+
 def parse_axis(text: str) -> tuple[str, list[str]]:
     """`key=a,b` as the key and its values, in YAML as for --set. Raises RecipeError.
 
@@ -149,7 +155,7 @@ def parse_axis(text: str) -> tuple[str, list[str]]:
     return key, values
 
 
-def _as_swept(where: str | None, keys: Sequence[str]) -> str | None:
+def _as_swept(where: str | None, keys: Collection[str]) -> str | None:
     """The place of an error, as the words that the user wrote: a swept value is set for each run."""
     return next((where.replace("--set", "--sweep", 1) for key in keys if where in (f"--set {key}", f"--set {key}:1")), where)
 

@@ -311,16 +311,23 @@ def test_a_sum_of_log_ratios_and_their_mean_can_prefer_different_answers():
 
 
 def test_the_shorter_answer_is_never_recommended():
-    bench = compared([pair(f"question {n}", "good", "a bad answer", n) for n in range(8)])
+    records = [pair(f"question {n}", "good", "a bad answer", n) for n in range(8)]
+    bench = compared([*records, pair("question 8", "fine", "a good answer", 8)])  # of which the base is right
     result = bench.run(candidates=["zero_shot"])
     assert values(result, "shorter") == {"preference_accuracy": 1.0}
-    assert result.evaluation["recommendation"]["candidate"] is None  # and of what may be, none got anything right
+    assert values(result, "zero_shot")["preference_accuracy"] == pytest.approx(1 / 9)
+    assert result.evaluation["recommendation"]["candidate"] == "zero_shot"
 
 
 def test_a_reward_model_that_compares_best_is_not_recommended_since_it_writes_nothing():
-    result = compared(PAIRS).run(candidates=["zero_shot", "reward"])
-    assert values(result, "reward")["preference_accuracy"] > values(result, "zero_shot")["preference_accuracy"]
-    assert result.evaluation["recommendation"]["candidate"] is None  # and of what may be, none got anything right
+    result = compared([*PAIRS, pair("question 8", "a fine answer", "good", 8)]).run(candidates=["zero_shot", "reward"])
+    assert values(result, "reward")["preference_accuracy"] > values(result, "zero_shot")["preference_accuracy"] > 0
+    assert result.evaluation["recommendation"]["candidate"] == "zero_shot"
+
+
+def test_a_base_that_is_wrong_of_every_pair_is_not_recommended_though_nothing_else_may_be():
+    advice = compared(PAIRS).run(candidates=["zero_shot", "reward"]).evaluation["recommendation"]
+    assert advice == {"candidate": None, "reason": "no candidate got anything right: preference_accuracy 0.000 on 8 items for each."}
 
 
 def test_a_result_that_is_compared_by_its_own_log_probability_needs_no_start():

@@ -27,7 +27,7 @@ TRAIN_CALLS, FORWARD_CALLS = 260, 80  # operations of one layer on one batch, wi
 DECODE_CALLS = 90  # of one layer in one decoding step
 FEW_QUERIES = 3.0  # times what attention's speed says: one query a row is small products, with scores and weights written out
 OPTIMISER_PASSES = {"adamw_torch_fused": 10, "adamw_8bit": 8, "paged_adamw_8bit": 8, "adafactor": 12, "muon": 14}
-MASTER_BYTES = 4  # a trained number's, which each of those passes reads or writes
+MASTER_BYTES = 4  # a trained number's, which each of those passes reads or writes, and a checkpoint holds beside its moments
 RECOMPUTED: dict[bool | str, float] = {False: 0.0, "selective": 0.5, True: 1.0}  # share of the layers that checkpointing computes twice
 ATTENTION_BACKWARD = 2.5  # times the forward's work
 

@@ -14,6 +14,7 @@ import yaml
 
 from ..models.load import ModelIdentity
 from ..models.result import is_adapter, read_adapter_config, read_card
+from ..recipe import WHOLE
 from ..rundir import MANIFEST, atomic_folder, verify_folder, write_text
 from ._loading import base_notes, loading_code
 
@@ -74,8 +75,7 @@ def export_card(
     code = loading_code(adapter[0], recipe["model"], base, read_adapter_config(adapter[1]), published=True) if adapter else ""
     lines = [_front(recipe, chosen, base["name"], evaluation, adapter is not None) + _body(recipe, chosen, base, evaluation, code)]
     if parity is not None:
-        whole = chosen["method"]["type"] in ("full", "partial")
-        what = "The weights are cast" if whole else "The adapter is merged into the weights"
+        what = "The weights are cast" if chosen["method"]["type"] in WHOLE else "The adapter is merged into the weights"
         lines.append(
             f"{what} ({about['dtype']}). Against the live model, on {parity['prompts']} rows "
             f"({parity['positions']} positions): KL {parity['kl_mean']:.2g} nats a position, at most {parity['kl_max']:.2g}.\n"

@@ -38,7 +38,7 @@ FAST_GRADIENT = {
     torch.float16: 0.1,
 }  # relative; rounding a 135M Llama to bf16 makes 0.05 to 0.1
 INPUTS = "input embeddings"
-KINDS = (INPUTS, "lora_A", "lora_B")  # what does not share its size of gradients with the rest
+GRADIENT_KINDS = (INPUTS, "lora_A", "lora_B")  # what does not share its size of gradients with the rest
 START = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # nats a token; rows in other company round otherwise
 OWN_LOGPROBS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}  # nats a token
 OWN_GRADIENT = {torch.float32: 0.01, torch.bfloat16: 0.5, torch.float16: 0.2}  # relative
@@ -265,7 +265,7 @@ def _differences(ours: dict[str, Tensor | None], plain: dict[str, Tensor | None]
             continue
         reference = torch.zeros_like(ours[name]) if reference is None else reference
         mine = torch.zeros_like(reference) if ours[name] is None else ours[name]
-        kind = next((kind for kind in KINDS if kind in name), "matrix" if reference.dim() >= 2 else "vector")
+        kind = next((kind for kind in GRADIENT_KINDS if kind in name), "matrix" if reference.dim() >= 2 else "vector")
         apart[kind] += float(torch.linalg.vector_norm(mine.float() - reference.float())) ** 2
         whole[kind] += float(torch.linalg.vector_norm(reference.float())) ** 2
     return {kind: math.sqrt(apart[kind] / whole[kind]) if whole[kind] else math.inf if apart[kind] else 0.0 for kind in apart}
