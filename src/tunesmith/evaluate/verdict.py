@@ -169,11 +169,14 @@ def recommend(
         words = f"n = {n} items cannot show anything at {bootstrap.confidence:.0%}; at least {least} are needed"
         return {"candidate": None, "reason": f"{NOT_MEASURED}: {words}."}
     found = f"{metric} {values[best.candidate]:.3f} on {n} items"
-    if sum(task == "task" and metric in scored.statistics for (task, _), scored in results.items()) == 1:
+    measured = [_value(scored, metric) for (task, _), scored in results.items() if task == "task" and metric in scored.statistics]
+    if len(measured) == 1:
         return {"candidate": None, "reason": f"{NOT_MEASURED}: {best.candidate} alone was measured ({found}); there is nothing to compare."}
     if not any(values.values()):
         return {"candidate": None, "reason": f"no candidate got anything right: {found} for each."}
-    reason = f"{best.candidate} has the best {metric}: {values[best.candidate]:.3f} on {n} items"
+    sign = improvement_sign(metric)
+    among = " of those that give whole answers" if max(sign * value for value in measured) > sign * values[best.candidate] else ""
+    reason = f"{best.candidate} has the best {metric}{among}: {values[best.candidate]:.3f} on {n} items"
     chosen = best
     for scored in able[: able.index(best)]:
         against = paired_difference(best, scored, metric, bootstrap)
