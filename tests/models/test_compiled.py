@@ -30,7 +30,7 @@ def flexible(monkeypatch, layers: int = 1) -> Policy:
 
 def test_layers_are_traced_whole_and_not_each_and_learn_what_the_plain_ones_do(backward_on_cpu, monkeypatch):  # noqa: F811
     policy, counter = flexible(monkeypatch, layers=3), CompileCounterWithBackend("aot_eager")
-    compile_layers(policy, policy.fast_paths, backend=counter)
+    compile_layers(policy.backbone, policy.hidden, policy.plain, policy.fast_paths, backend=counter)
     assert policy.fast_paths.used[COMPILED] == 3
     assert {type(layer.forward) for layer in layers_of(policy.backbone)} == {CompiledLayer}
     before = counter.frame_count
@@ -47,7 +47,7 @@ def test_layers_that_the_compiler_does_not_take_stay_plain_and_that_is_said(back
         raise RuntimeError("no compiler here")
 
     policy = flexible(monkeypatch)
-    compile_layers(policy, policy.fast_paths, backend=broken)
+    compile_layers(policy.backbone, policy.hidden, policy.plain, policy.fast_paths, backend=broken)
     assert "no compiler here" in policy.fast_paths.refused[COMPILED]
     assert COMPILED not in policy.fast_paths.used
     policy(BATCH.forest).logprobs.sum().backward()
@@ -58,5 +58,5 @@ def test_layers_that_compute_something_else_stay_plain(backward_on_cpu, monkeypa
         return lambda *given: tuple(torch.tanh(x) if isinstance(x, torch.Tensor) else x for x in graph(*given))
 
     policy = flexible(monkeypatch)
-    compile_layers(policy, policy.fast_paths, backend=wrong)
+    compile_layers(policy.backbone, policy.hidden, policy.plain, policy.fast_paths, backend=wrong)
     assert policy.fast_paths.refused[COMPILED] == "it computes something else"

@@ -96,7 +96,7 @@ class Policy(nn.Module):
             else:
                 fuse_lora(self.model, self.fast_paths)
             if FLEX_ATTENTION in self.fast_paths.used and not sharded:
-                compile_layers(self, self.fast_paths)
+                compile_layers(self.backbone, self.hidden, self.plain, self.fast_paths)
         if gradient_checkpointing:
             recompute_layers(self.backbone, gradient_checkpointing)
 

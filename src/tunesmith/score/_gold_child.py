@@ -28,24 +28,12 @@ def sibling(name: str) -> Any:
     return module
 
 
-def load_checks(file: Path, name: str) -> Callable[[str, str], Any]:
-    """The measure, its file's folder first on sys.path. Raises ValueError where it cannot be called as one."""
-    sys.path.insert(0, str(file.parent))
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise ValueError("the file is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module
-    spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        functions = sorted(key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_"))
-        raise ValueError(f"it has no function {name}; it has {', '.join(functions) or 'none'}")
+def check_call(function: Callable[..., Any], name: str) -> None:
+    """Raises ValueError where the measure cannot be called with a prompt and an answer."""
     try:
         inspect.signature(function).bind("", "")
     except TypeError as error:
         raise ValueError(f"{name}{inspect.signature(function)} cannot take (prompt, answer)") from error
-    return function
 
 
 def measure(function: Callable[[str, str], Any], prompt: str, answer: str, clean: Callable[[Any], float | str]) -> dict[str, Any]:
@@ -77,7 +65,8 @@ def main() -> None:
         replies.flush()
 
     try:
-        function = load_checks(Path(job["file"]), job["function"])
+        function = rewards.find_function(Path(job["file"]), job["function"])
+        check_call(function, job["function"])
     except BaseException as error:  # the user's file can raise any type while it is imported; its name goes to the user
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         tell({"load": f"{kind}{error}"[:LONGEST_MESSAGE]})

@@ -30,7 +30,7 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 Call = Callable[[list[str], list[str], dict[str, list]], Any]
 
 
-class LoadError(Exception):
+class LoadError(ValueError):
     """The job cannot be done at all."""
 
 
@@ -73,7 +73,15 @@ def load_schema(schema: Any, column: str | None) -> Call:
 
 
 def load_function(file: Path, name: str) -> tuple[Call, dict[str, list[str]]]:
-    """The function of that name, its file's folder first on sys.path; raises LoadError where it cannot be called as a reward is."""
+    """The function of that name as a reward; raises LoadError where it cannot be called as one."""
+    function = find_function(file, name)
+    if inspect.iscoroutinefunction(function):
+        raise LoadError(f"{name} is async, and a reward is an ordinary function")
+    return lambda prompts, completions, columns: function(prompts, completions, **columns), check_signature(function, name)
+
+
+def find_function(file: Path, name: str) -> Callable[..., Any]:
+    """What a Python file calls by that name, the file's folder first on sys.path. Raises LoadError where nothing there can be called."""
     sys.path.insert(0, str(file.parent))
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
@@ -85,9 +93,7 @@ def load_function(file: Path, name: str) -> tuple[Call, dict[str, list[str]]]:
     if not callable(function):
         functions = sorted(key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_"))
         raise LoadError(f"it has no function {name}; it has {', '.join(functions) or 'none'}")
-    if inspect.iscoroutinefunction(function):
-        raise LoadError(f"{name} is async, and a reward is an ordinary function")
-    return lambda prompts, completions, columns: function(prompts, completions, **columns), check_signature(function, name)
+    return function
 
 
 def check_signature(function: Callable[..., Any], name: str) -> dict[str, list[str]]:
