@@ -48,30 +48,11 @@ def smollm2_tokenizer():
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(smollm2_tokenizer, tmp_path_factory):
-    """A folder with a Llama of 0.4 million random weights in fp32 and the embedded model's tokenizer and chat template."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def tiny_folder(tmp_path_factory):
+    """A folder with a Llama of 20,000 random weights, a tokenizer of one token a byte, and chatml as its template."""
+    from tests.toys import model_folder
 
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    torch.manual_seed(0)
-    tokenizer = smollm2_tokenizer
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return model_folder(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 def pytest_collection_finish():

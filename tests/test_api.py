@@ -141,12 +141,12 @@ def learned(tiny_folder, tmp_path_factory):
     write_rows(folder / "prompts.jsonl", [{"prompt": f"say {i}", "answer": "a"} for i in range(12)])
     (folder / "schema.json").write_text(json.dumps({"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}))
     (folder / "rewards.py").write_text(
-        "def longer(prompts, completions, **columns):\n    return [float(len(c)) for c in completions]\n"
+        "def letters(prompts, completions, **columns):\n    return [float(len(set(c))) for c in completions]\n"
         "def checks(prompt, answer):\n    return {'long': float(len(answer) > 3)}\n"
     )
-    longer = {"type": "python", "function": str(folder / "rewards.py:longer")}
+    letters = {"type": "python", "function": str(folder / "rewards.py:letters")}
     rewards = [
-        longer,
+        letters,
         {"type": "regex", "pattern": "a"},
         {"type": "exact_answer"},
         {"type": "json_schema", "output_schema": str(folder / "schema.json")},
@@ -161,7 +161,7 @@ def learned(tiny_folder, tmp_path_factory):
     stages = []
     for rows, objectives in by_rows.items():
         for kind in objectives:
-            own = kinds.get(kind) or ({"rewards": [longer]} if rows == "prompts" else {})
+            own = kinds.get(kind) or ({"rewards": [letters]} if rows == "prompts" else {})
             stage = {
                 "name": kind,
                 "objective": {"type": kind, **own},

@@ -6,11 +6,11 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 
 import pytest
 import yaml
 from tests.cli_tools import call, environment, write_project
+from tests.faults.harness import in_child
 from tests.toys import model_folder
 from torch.distributed.launcher import api
 
@@ -135,12 +135,19 @@ def test_processes_started_here_have_as_long_for_a_checkpoint_when_they_are_told
 
 def test_a_recipe_that_asks_for_two_processes_is_run_by_two_and_its_exit_status_is_theirs(tmp_path):
     recipe = write_project(tmp_path, model_folder(tmp_path / "model"), launch={"nproc_per_node": 2})
-    run = [sys.executable, "-m", "tunesmith.cli", "run", str(recipe), "--json", "--gate", "--set", "evaluate.candidates=[zero_shot,tuned]"]
-    run += ["--set", "evaluate.gates=[{metric: exact_match, better_than: zero_shot}]"]
-    done = subprocess.run(run, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 5, done.stderr  # the verdict of two updates is not PASS
+    words = ["run", recipe, "--json", "--gate", "--set", "evaluate.candidates=[zero_shot,tuned]"]
+    words += ["--set", "evaluate.gates=[{metric: exact_match, better_than: zero_shot}]"]
+
+    def command():
+        os.chdir(tmp_path)
+        os.environ.update(environment())
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(tmp_path / name, os.O_CREAT | os.O_WRONLY), stream)
+        return call(*words).status
+
+    assert in_child(command).result == 5, (tmp_path / "err").read_text()  # the verdict of two updates is not PASS
     path = tmp_path / "runs" / "tiny"
-    assert json.loads(done.stdout)["verdict"] in ("FAIL", "NOT MEASURED")
+    assert json.loads((tmp_path / "out").read_text())["verdict"] in ("FAIL", "NOT MEASURED")
     assert yaml.safe_load((path / "recipe.yaml").read_text())["launch"]["processes"] == 2
     steps = [json.loads(line) for line in (path / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in steps if "loss" in event] == [1, 2]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from tests.data.test_hub import COMMIT, Hub
+from tests.cli_tools import call
+from tests.data.test_hub import COMMIT, hub  # noqa: F401
 from tests.pipeline.helpers import LABELS, conversations, read_json, recipe, weights, write_rows
 from tests.toys import model_folder
 
@@ -183,8 +181,7 @@ def test_a_base_model_gets_chatml_whose_new_tokens_train_are_saved_and_answer(me
     assert tunesmith.Chat(result.path).ask(tuned[0]["prompt"][-1]["content"]) == "red"  # what the evaluation asked and got
 
 
-def test_hub_data_sets_are_trained_on_at_the_commit_that_was_read_and_the_saved_recipe_names_it(tiny, tmp_path):
-    hub = Hub()
+def test_hub_data_sets_are_trained_on_at_the_commit_that_was_read_and_the_saved_recipe_names_it(tiny, tmp_path, hub):  # noqa: F811
     lines = {"train.jsonl": pairs(20, 0), "test.jsonl": pairs(6, 1)}
     hub.files[COMMIT] = {
         name: "".join(json.dumps({"prompt": a, "completion": b}) + "\n" for a, b in rows).encode() for name, rows in lines.items()
@@ -192,18 +189,9 @@ def test_hub_data_sets_are_trained_on_at_the_commit_that_was_read_and_the_saved_
     made = recipe(tmp_path, tiny)
     made["data"] = {"train": "acme/tickets", "test": "acme/tickets:test"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made))
-    package = str(Path(tunesmith.__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": package, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-    for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN"):
-        environment.pop(name, None)
-    command = [sys.executable, "-m", "tunesmith.cli", "train", "recipe.yaml", "--out", "run", "--json"]
-    try:
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    finally:
-        hub.server.shutdown()
-        hub.server.server_close()
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["ledger"]["rows_in"] == 20
+    done = call("train", "recipe.yaml", "--out", "run", "--json")
+    assert done.status == 0, done.err
+    assert json.loads(done.out)["ledger"]["rows_in"] == 20
     saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["data"]
     assert (saved["train"], saved["test"]) == (f"acme/tickets@{COMMIT}", f"acme/tickets@{COMMIT}:test")
     sources = read_json(tmp_path / "run" / "manifest.json")["data"]

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
-from tests.faults.harness import in_child, tree
+from tests.cli_tools import call
+from tests.faults.harness import Child, in_child, tree
 from tests.pipeline.helpers import announced, read_json, recipe, stage, weights
 
 import tunesmith
+from tunesmith import progress
 from tunesmith.errors import RecipeError
 from tunesmith.rundir import read_events
 
@@ -156,30 +157,29 @@ def test_a_signal_during_the_evaluation_exits_130_and_the_resumed_run_is_byte_eq
     tunesmith.train(made, out=path)
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(made))
-    code = (  # the command line, slowed down at its third unit so that the signal finds it there
-        "import sys, time\n"
-        "from tunesmith import cli, progress\n"
-        "show, seen = progress.Display.__call__, []\n"
-        "def slow(self, event):\n"
-        "    show(self, event)\n"
-        "    seen.append(event.get('event'))\n"
-        "    time.sleep(30 if seen.count('evaluating') == 3 else 0)\n"
-        "progress.Display.__call__ = slow\n"
-        "cli.main()\n"
-    )
-    words = [sys.executable, "-c", code, "run", str(file), "--out", str(path), "--resume", "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(tunesmith.__file__).parent.parent)}
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        told = []
-        for line in process.stderr:
-            told.append(line)
-            if sum('"evaluating"' in one for one in told) == 3:
-                process.send_signal(signal.SIGTERM)
-                break
-        rest = process.stderr.read()
-    assert process.returncode == 130, "".join(told) + rest
-    assert "SIGTERM" in rest
-    assert "--resume" in rest
+    reached, reach = os.pipe()
+
+    def slow_at_the_third_unit():
+        show, seen = progress.Display.__call__, []
+
+        def slow(self, event):
+            show(self, event)
+            seen.append(event.get("event"))
+            if event.get("event") == "evaluating" and seen.count("evaluating") == 3:
+                os.write(reach, b"!")
+                time.sleep(30)
+
+        progress.Display.__call__ = slow
+        return call("run", file, "--out", path, "--resume", "--json")
+
+    child = Child(slow_at_the_third_unit)
+    os.read(reached, 1)
+    os.kill(child.pid, signal.SIGTERM)
+    status, _, told = child.wait().result
+    assert status == 130, told
+    assert told.count('"evaluating"') == 3
+    assert "SIGTERM" in told.splitlines()[-1]
+    assert "--resume" in told.splitlines()[-1]
     events = []
     tunesmith.run(made, out=path, resume=True, report=events.append)
     assert announced(events) == units[2:]
