@@ -28,7 +28,7 @@ quickstart-rlhf: install
 	$(BIN)/tunesmith run recipes/quickstart-rlhf.yaml --resume
 
 test: dev
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # The whole fault plan: every kill, damaged file and full disk as often as tests/faults/plan.py says. Some 5 minutes on two cores.
 test-faults: dev

@@ -4,6 +4,7 @@ the embedded model is converted once and not in every run of the tests."""
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,14 @@ def cache(tmp_path_factory):
         patch.setenv("TUNESMITH_CACHE", str(folder))
         patch.setattr(machine, "SECONDS", 0.5)
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynced():
+    """Nothing waits for the disk: no test cuts the power. What is asked of it, and when, the storage doubles see all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -56,10 +65,15 @@ def tiny_folder(tmp_path_factory):
 
 
 def pytest_collection_finish():
-    """Takes what is loaded by now out of what the garbage collector looks through for the rest of the run, and has it look less often."""
+    """Has the garbage collector look less often."""
+    gc.set_threshold(10_000, 20, 20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """What earlier modules loaded and left is nothing that the garbage collector looks through again: a run collects between its stages."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 20, 20)
 
 
 def pytest_sessionfinish():

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from types import SimpleNamespace
 
 import pytest
+from tokenizers import Tokenizer
 
 from tunesmith.data.template import load_template
+
+MERGES = 4000
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_tokenizer):
+    """The embedded model's tokenizer with its first merges: of a tenth of the size, so that a copy is made in no time."""
+    own = copy.deepcopy(smollm2_tokenizer)
+    whole = json.loads(own.backend_tokenizer.to_str())
+    model = whole["model"]
+    model["merges"] = model["merges"][:MERGES]
+    least = len(model["vocab"]) - len(json.loads(smollm2_tokenizer.backend_tokenizer.to_str())["model"]["merges"])
+    model["vocab"] = {token: number for token, number in model["vocab"].items() if number < least + MERGES}
+    own._tokenizer = Tokenizer.from_str(json.dumps(whole))
+    return own
 
 
 @pytest.fixture(scope="session")

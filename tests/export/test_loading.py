@@ -52,6 +52,13 @@ def test_the_code_of_a_runs_card_and_of_its_adapters_gives_the_live_model(train,
     same(card_logits(done.path / "README.md", tmp_path, monkeypatch), want)
 
 
+def test_the_code_of_a_whole_models_card_and_of_merged_weights_gives_the_live_model(train, tmp_path, monkeypatch):
+    whole, run = train({"type": "full"}), train(LORA)
+    same(card_logits(whole / "README.md", whole, monkeypatch), live_logits(whole))
+    done = tunesmith.export(run, out=tmp_path / "merged")
+    same(card_logits(done.path / "README.md", tmp_path, monkeypatch), live_logits(run))
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_the_code_of_a_card_holds_the_base_in_the_bits_it_was_trained_on(tiny, tmp_path, monkeypatch, kind):
     given = recipe(tmp_path, tiny, stages=[stage(method=LORA, learning_rate=0.05)])

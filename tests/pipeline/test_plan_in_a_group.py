@@ -48,7 +48,7 @@ def group():
 def test_full_tuning_that_a_control_group_has_no_room_for_is_refused_with_what_fits_in_it(group, tiny_folder, tmp_path):
     config = LlamaConfig.from_pretrained(tiny_folder)
     wide = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 16}
-    config.update(wide | {"head_dim": 64})
+    config.update(wide | {"head_dim": 64, "vocab_size": 49152})
     torch.set_default_dtype(torch.bfloat16)  # half the file
     try:
         model = LlamaForCausalLM(config)

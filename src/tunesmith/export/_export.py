@@ -91,7 +91,7 @@ def export(
     with sole_writer(target.parent) if out is None else nullcontext():  # beside a folder of the user's nothing is swept
         _require_free(target, force)
         if merges or (to == "merged" and chosen != _dtype(None, recipe)):
-            made = _merge(path, recipe, folder, target, stage, chosen, trust_remote_code, report)
+            made = _merge(path, recipe, folder, target, stage, push or target.name, chosen, trust_remote_code, report)
         else:
             made = _copy(path, recipe, folder, to, target, stage, push or target.name)
     if push is None:
@@ -161,16 +161,15 @@ def _copy(path: Path, recipe: Recipe, folder: Path, to: str, target: Path, stage
         kind = ADAPTERS[read_adapter_config(folder)["peft_type"]]
         if kind.peft_type == "BOTTLENECK":
             notes.append("PEFT loads an adapter of this type only after `import tunesmith`; tunesmith.load does all")
-    card, adapter = read_card(folder), None
+    card = read_card(folder)
     with atomic_folder(target) as temporary:
         for file in sorted(folder.iterdir()):
             if file.name not in (MANIFEST, CARD, "README.md"):
                 shutil.copyfile(file, temporary / file.name)
         if is_adapter(folder):
             _name_the_base(path, temporary, card)
-            adapter = (name, temporary)
             notes += base_notes(recipe.model.model_dump(), card["base"], read_adapter_config(folder))
-        _write_cards(path, recipe, temporary, card, stage, {"to": to, "parity": None}, notes, adapter)
+        _write_cards(path, recipe, temporary, card, stage, {"to": to, "parity": None}, notes, name)
     return Exported(target, None, None, tuple(notes))
 
 
@@ -195,6 +194,7 @@ def _merge(
     folder: Path,
     target: Path,
     stage: str | None,
+    name: str,
     dtype: torch.dtype,
     trust_remote_code: bool,
     report: Report,
@@ -224,7 +224,7 @@ def _merge(
         require_equal(parity, folder)
         card = read_card(folder)
         about = {"to": "merged", "dtype": str(dtype).removeprefix("torch."), "parity": asdict(parity)}
-        _write_cards(path, recipe, temporary, card, stage, about, [])
+        _write_cards(path, recipe, temporary, card, stage, about, [], name)
     return Exported(target, parity, None)
 
 
@@ -256,9 +256,9 @@ def _write_cards(
     stage: str | None,
     about: dict[str, Any],
     notes: list[str],
-    adapter: tuple[str, Path] | None = None,
+    name: str,
 ) -> None:
     """tunesmith.json with the origin and the certificate, and README.md."""
     (folder / CARD).write_text(json.dumps({**card, "export": about}, indent=2, sort_keys=True))
-    text = export_card(path, recipe.model_dump(), card, stage=stage, about=about, notes=notes, adapter=adapter)
+    text = export_card(path, recipe.model_dump(), card, stage=stage, about=about, notes=notes, name=name, folder=folder)
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
-"""How a card says that an adapter is loaded: code that runs as it stands, and what has to be known of the base.
+"""How a card says that a model is loaded: code that runs as it stands, and what has to be known of an adapter's base.
 
-Plain PEFT where that gives the model that was trained, and tunesmith.load where it does not.
+Plain transformers and PEFT where that gives the model that was trained, and tunesmith.load where it does not.
 """
 
 from __future__ import annotations
@@ -63,6 +63,13 @@ def loading_code(adapter: str, model: dict[str, Any], base: dict[str, Any], conf
         source += f", dtype={dtype}, quantization_config=bits"
     lines += [f"base = AutoModelForCausalLM.from_pretrained({source})", "model = PeftModel.from_pretrained(base, adapter)"]
     return "\n".join([*imports, "", *lines])
+
+
+def whole_code(folder: str) -> str:
+    """Python that makes `model` of whole weights, and its tokenizer. folder: theirs, or their repository on the hub, OWNER/NAME."""
+    name = json.dumps(folder)
+    lines = [f"model = AutoModelForCausalLM.from_pretrained({name})", f"tokenizer = AutoTokenizer.from_pretrained({name})"]
+    return "\n".join(["from transformers import AutoModelForCausalLM, AutoTokenizer", "", *lines])
 
 
 def _is_beyond_peft(model: dict[str, Any], config: dict[str, Any], published: bool) -> bool:

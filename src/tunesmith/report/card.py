@@ -16,7 +16,7 @@ from ..models.load import ModelIdentity
 from ..models.result import is_adapter, read_adapter_config, read_card
 from ..recipe import WHOLE
 from ..rundir import MANIFEST, atomic_folder, verify_folder, write_text
-from ._loading import base_notes, loading_code
+from ._loading import base_notes, loading_code, whole_code
 
 __all__ = ["base_notes", "export_card", "write_card"]
 
@@ -49,8 +49,8 @@ def write_card(run_path: Path, base: ModelIdentity) -> None:
     stage, folder, about = recipe["stages"][-1], run_path / "model", asdict(base)
     adapter = is_adapter(folder)
     config = read_adapter_config(folder) if adapter else {}
-    code = loading_code("model", recipe["model"], about, config, published=False) if adapter else ""
-    text = _front(recipe, stage, base.name, evaluation, adapter) + _body(recipe, stage, about, evaluation, code)
+    code = loading_code("model", recipe["model"], about, config, published=False) if adapter else whole_code("model")
+    text = _front(recipe, stage, base.name, evaluation, adapter) + _body(recipe, stage, about, evaluation, adapter, code)
     if adapter and read_card(folder)["base"]["sha256"] == base.sha256:  # else another stage's whole model is its base
         text += _as_paragraphs(base_notes(recipe["model"], about, config))
     write_text(run_path / "README.md", text)
@@ -65,15 +65,17 @@ def export_card(
     stage: str | None,
     about: dict[str, Any],
     notes: Sequence[str],
-    adapter: tuple[str, Path] | None = None,
+    name: str,
+    folder: Path,
 ) -> str:
-    """The card of an export. card: the result's `tunesmith.json`; about: what was exported, with the merge's certificate; adapter: the name
-    that an adapter gets, and where it lies; the run's evaluation is of its last stage, so that another stage's card has none."""
+    """The card of an export. card: the result's `tunesmith.json`; about: what was exported, with the merge's certificate; name: by which
+    others load it; folder: where its weights lie now; the run's evaluation is of its last stage, so that another stage's card has none."""
     evaluation = _read(run_path / "evaluation.json") if stage in (None, recipe["stages"][-1]["name"]) else {}
     chosen = next((one for one in recipe["stages"] if one["name"] == stage), recipe["stages"][-1])
     base, parity = card["base"], about["parity"]
-    code = loading_code(adapter[0], recipe["model"], base, read_adapter_config(adapter[1]), published=True) if adapter else ""
-    lines = [_front(recipe, chosen, base["name"], evaluation, adapter is not None) + _body(recipe, chosen, base, evaluation, code)]
+    adapter = is_adapter(folder)
+    code = loading_code(name, recipe["model"], base, read_adapter_config(folder), published=True) if adapter else whole_code(name)
+    lines = [_front(recipe, chosen, base["name"], evaluation, adapter) + _body(recipe, chosen, base, evaluation, adapter, code)]
     if parity is not None:
         what = "The weights are cast" if chosen["method"]["type"] in WHOLE else "The adapter is merged into the weights"
         lines.append(
@@ -146,9 +148,9 @@ def _method_words(method: dict[str, Any]) -> str:
     return f"{NAMES.get(method['type'], 'An adapter')}{size}"
 
 
-def _body(recipe: dict[str, Any], stage: dict[str, Any], base: dict[str, Any], evaluation: dict[str, Any], code: str) -> str:
-    """code: how an adapter is loaded; empty where the result is a whole model."""
-    what = f"{_method_words(stage['method'])} for" if code else "A tuned copy of"
+def _body(recipe: dict[str, Any], stage: dict[str, Any], base: dict[str, Any], evaluation: dict[str, Any], adapter: bool, code: str) -> str:
+    """adapter: whether the weights are one; else they are whole. code: how they are loaded."""
+    what = f"{_method_words(stage['method'])} for" if adapter else "A tuned copy of"
     lines = [
         f"{what} {base['name']}, weights sha256 `{base['sha256']}`" + (f", revision `{base['revision']}`" if base["revision"] else "") + "."
     ]
@@ -165,6 +167,6 @@ def _body(recipe: dict[str, Any], stage: dict[str, Any], base: dict[str, Any], e
     if _scores(recipe):
         words = "A reward model: the score of an answer is the `score` head of `heads.safetensors` on the hidden state of its last token."
         lines.append(f"{words} `tunesmith evaluate` measures it on pairs, and a stage of `ppo` names it as `reward_model`.")
-    elif code:
+    else:
         lines.append(f"```python\n{code}\n```")
     return "\n\n".join(lines) + "\n"
