@@ -64,10 +64,10 @@ def main() -> None:
             spec = {"system": name, "what": what, "sets": [*sets, *wanted.sets], "out": folder, **about}
             found[name] = run_child(__file__, spec, threads=wanted.threads)
         say(" | ".join(_cells(name, found[name])))
-    text = page(found, machine(wanted.threads), shlex.join(["python", "benchmarks/plan.py", *sys.argv[1:]]))
+        text = page(found, machine(wanted.threads), shlex.join(["python", "benchmarks/plan.py", *sys.argv[1:]]))
+        if wanted.write:  # after each, so that a series that is broken off leaves what it measured
+            wanted.write.write_text(text)
     print(text, end="")
-    if wanted.write:
-        wanted.write.write_text(text)
     if wanted.json:
         print(json.dumps(found))
 
