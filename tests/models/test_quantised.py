@@ -60,6 +60,16 @@ def dense_twin(folder: Path, held: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_file_of_the_dense_weights_does_not_stay_in_memory(folder, kind):
+    dense = base(folder, None)
+    assert str(folder) in Path("/proc/self/maps").read_text()
+    del dense
+    held = base(folder, kind)
+    assert is_quantised(held.model)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_base_computes_what_its_bits_stand_for_forwards_and_backwards(folder, kind):
     held = base(folder, kind)
     assert (held.quantization, is_quantised(held.model)) == (kind, True)

@@ -27,7 +27,7 @@ from ..errors import ModelError, StorageFailed, TunesmithError
 from ..recipe import ModelSection
 from ..rundir import atomic_folder, storage_failures
 from .positions import scale_positions
-from .quantised import compute_densely, quantization_config
+from .quantised import compute_densely, leave_the_file, quantization_config
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,7 @@ def load_model(section: ModelSection) -> LoadedModel:
     _require_whole(info, section.name)
     if section.quantization:  # transformers has put it on the device
         compute_densely(model)
+        leave_the_file(model)
     elif torch.cuda.is_available():
         model = model.to("cuda")
     identity = ModelIdentity(name, hash_weights(folder), str(folder), revision)

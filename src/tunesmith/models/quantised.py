@@ -54,6 +54,13 @@ def compute_densely(model: PreTrainedModel) -> None:
             module.forward = types.MethodType(_forward, module)
 
 
+def leave_the_file(model: PreTrainedModel) -> None:
+    """Copies what stayed dense out of the weights' mapped file: one tensor of it keeps all its pages, the dense base's, in memory."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
 def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """A linear layer's weight [N, K] in a dtype, or its own: as it is, turned where it lies turned, or what its bits stand for."""
     weight = layer.weight.data
