@@ -27,6 +27,7 @@ quickstart: install
 quickstart-rlhf: install
 	$(BIN)/tunesmith run recipes/quickstart-rlhf.yaml --resume
 
+# In the order of their names: in xdist's, by their number of tests, long files of few tests would run last, and alone.
 test: dev
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 

@@ -29,7 +29,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def unsynced():
-    """Nothing waits for the disk: no test cuts the power. What is asked of it, and when, the storage doubles see all the same."""
+    """Nothing waits for the disk: no test cuts this machine's power. What a cut would lose, the storage doubles know from the calls."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield

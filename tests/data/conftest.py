@@ -16,13 +16,13 @@ MERGES = 4000
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2_tokenizer):
-    """The embedded model's tokenizer with its first merges: of a tenth of the size, so that a copy is made in no time."""
+    """The embedded model's tokenizer with its first merges, whose tokens are the vocabulary's last: a tenth of it, which is soon copied."""
     own = copy.deepcopy(smollm2_tokenizer)
     whole = json.loads(own.backend_tokenizer.to_str())
     model = whole["model"]
+    size = len(model["vocab"]) - len(model["merges"]) + MERGES
     model["merges"] = model["merges"][:MERGES]
-    least = len(model["vocab"]) - len(json.loads(smollm2_tokenizer.backend_tokenizer.to_str())["model"]["merges"])
-    model["vocab"] = {token: number for token, number in model["vocab"].items() if number < least + MERGES}
+    model["vocab"] = {token: number for token, number in model["vocab"].items() if number < size}
     own._tokenizer = Tokenizer.from_str(json.dumps(whole))
     return own
 

@@ -30,7 +30,8 @@ PAIRS = {
     "goat": "maa", "bird": "tweet", "bear": "growl", "donkey": "hee-haw",
 }  # fmt: skip
 STEPS = 50
-SYSTEM = {"role": "system", "content": "Imitate."}  # a sixth of the tokens of the template's own
+LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+UPPER = [f"layers.{layer}.{name}" for layer in range(20, 30) for name in LINEAR]  # below them the backward pass has nothing to do
 
 
 def question(animal: str) -> str:
@@ -41,20 +42,8 @@ def question(animal: str) -> str:
 def tuned(tmp_path_factory):
     """SmolLM2-135M-Instruct taught 20 short answers by heart; with what the trainer's own policy says of them at the end."""
     folder = tmp_path_factory.mktemp("tuned")
-    rows = [{"messages": [SYSTEM, {"role": "user", "content": question(a)}, {"role": "assistant", "content": s}]} for a, s in PAIRS.items()]
+    rows = [{"messages": [{"role": "user", "content": question(a)}, {"role": "assistant", "content": s}]} for a, s in PAIRS.items()]
     train = write_rows(folder / "train.jsonl", rows)
-    linear = (
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-    )
-    upper = [
-        f"layers.{layer}.{name}" for layer in range(20, 30) for name in linear
-    ]  # below them nothing has a gradient: two thirds of the time
     recipe = {
         "name": "sounds",
         "model": {"name": "smollm2-135m-instruct"},
@@ -63,7 +52,7 @@ def tuned(tmp_path_factory):
             {
                 "name": "sft",
                 "objective": "sft",
-                "method": {"type": "lora", "r": 8, "target_modules": upper},
+                "method": {"type": "lora", "r": 8, "target_modules": UPPER},
                 "learning_rate": 2e-3,
                 "max_steps": STEPS,
                 "per_device_train_batch_size": 4,
@@ -149,7 +138,7 @@ def test_plain_peft_and_transformers_load_the_run_and_give_the_same_logits(tuned
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=tuned.base.dtype)
     plain = PeftModel.from_pretrained(base, folder).eval()
     ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(
-        [SYSTEM, {"role": "user", "content": question("cat")}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": question("cat")}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )["input_ids"]
     assert ids[0].tolist() == tuned.prompts[0]
     with torch.no_grad():

@@ -48,6 +48,19 @@ class Exported:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What is exported, and where to. result: its folder; stage: None for the run's last; name: by which others will load it."""
+
+    run: Path
+    recipe: Recipe
+    result: Path
+    stage: str | None
+    target: Path
+    name: str
+    trust_remote_code: bool
+
+
 def export(
     run: str | Path,
     to: Target | str = "merged",
@@ -88,12 +101,10 @@ def export(
     merges = to == "merged" and is_adapter(folder)
     if merges:
         _require_mergeable(folder, recipe)
+    job = _Job(path, recipe, folder, stage, target, push or target.name, trust_remote_code)
     with sole_writer(target.parent) if out is None else nullcontext():  # beside a folder of the user's nothing is swept
         _require_free(target, force)
-        if merges or (to == "merged" and chosen != _dtype(None, recipe)):
-            made = _merge(path, recipe, folder, target, stage, push or target.name, chosen, trust_remote_code, report)
-        else:
-            made = _copy(path, recipe, folder, to, target, stage, push or target.name)
+        made = _merge(job, chosen, report) if merges or (to == "merged" and chosen != _dtype(None, recipe)) else _copy(job, to)
     if push is None:
         return made
     report({"event": "exporting", "what": f"push to {push}"})
@@ -151,9 +162,9 @@ def _dtype(given: str | None, recipe: Recipe) -> torch.dtype:
     return DTYPES[name]
 
 
-def _copy(path: Path, recipe: Recipe, folder: Path, to: str, target: Path, stage: str | None, name: str) -> Exported:
-    """The result's own files; of a whole model also where it was asked to be merged, since there is nothing to add. name: by which others
-    load it."""
+def _copy(job: _Job, to: str) -> Exported:
+    """The result's own files; of a whole model also where it was asked to be merged, since there is nothing to add."""
+    folder = job.result
     notes = [] if to == "adapter" or is_adapter(folder) else ["the result is a whole model already: its weights are copied"]
     if to == "adapter" and not is_adapter(folder):
         raise RecipeError("the result is a whole model, and no adapter", where=str(folder), mend="use --to merged: it is copied")
@@ -162,15 +173,15 @@ def _copy(path: Path, recipe: Recipe, folder: Path, to: str, target: Path, stage
         if kind.peft_type == "BOTTLENECK":
             notes.append("PEFT loads an adapter of this type only after `import tunesmith`; tunesmith.load does all")
     card = read_card(folder)
-    with atomic_folder(target) as temporary:
+    with atomic_folder(job.target) as temporary:
         for file in sorted(folder.iterdir()):
             if file.name not in (MANIFEST, CARD, "README.md"):
                 shutil.copyfile(file, temporary / file.name)
         if is_adapter(folder):
-            _name_the_base(path, temporary, card)
-            notes += base_notes(recipe.model.model_dump(), card["base"], read_adapter_config(folder))
-        _write_cards(path, recipe, temporary, card, stage, {"to": to, "parity": None}, notes, name)
-    return Exported(target, None, None, tuple(notes))
+            _name_the_base(job.run, temporary, card)
+            notes += base_notes(job.recipe.model.model_dump(), card["base"], read_adapter_config(folder))
+        _write_cards(job, temporary, {"to": to, "parity": None}, notes)
+    return Exported(job.target, None, None, tuple(notes))
 
 
 def _name_the_base(run: Path, folder: Path, card: dict[str, Any]) -> None:
@@ -188,21 +199,12 @@ def _name_the_base(run: Path, folder: Path, card: dict[str, Any]) -> None:
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
-def _merge(
-    path: Path,
-    recipe: Recipe,
-    folder: Path,
-    target: Path,
-    stage: str | None,
-    name: str,
-    dtype: torch.dtype,
-    trust_remote_code: bool,
-    report: Report,
-) -> Exported:
+def _merge(job: _Job, dtype: torch.dtype, report: Report) -> Exported:
     """Merged weights; of a whole model its own, cast."""
-    rows = compared_rows(path, stage)
+    folder = job.result
+    rows = compared_rows(job.run, job.stage)
     report({"event": "exporting", "what": "merge" if is_adapter(folder) else "cast"})
-    loaded, live = _live(recipe, folder, trust_remote_code)
+    loaded, live = _live(job.recipe, folder, job.trust_remote_code)
     before = hidden_states(live, rows)
     head = live.get_base_model().get_output_embeddings() if hasattr(live, "get_base_model") else live.get_output_embeddings()
     before.keep_head(head)
@@ -211,7 +213,7 @@ def _merge(
         live = live.merge_and_unload(safe_merge=True)
     merged = live.to(dtype)
     merged.config.dtype = dtype
-    with atomic_folder(target) as temporary:
+    with atomic_folder(job.target) as temporary:
         with quiet():
             merged.save_pretrained(temporary)
         loaded.tokenizer.save_pretrained(temporary)
@@ -219,13 +221,12 @@ def _merge(
             shutil.copyfile(folder / HEADS, temporary / HEADS)
         del merged, live
         report({"event": "exporting", "what": "compare"})
-        again = load_model(ModelSection(name=str(temporary), dtype="float32", trust_remote_code=trust_remote_code)).model
+        again = load_model(ModelSection(name=str(temporary), dtype="float32", trust_remote_code=job.trust_remote_code)).model
         parity = measure(before, again, rows)
         require_equal(parity, folder)
-        card = read_card(folder)
         about = {"to": "merged", "dtype": str(dtype).removeprefix("torch."), "parity": asdict(parity)}
-        _write_cards(path, recipe, temporary, card, stage, about, [], name)
-    return Exported(target, parity, None)
+        _write_cards(job, temporary, about, [])
+    return Exported(job.target, parity, None)
 
 
 def _live(recipe: Recipe, folder: Path, trust_remote_code: bool) -> tuple[LoadedModel, nn.Module]:
@@ -248,17 +249,9 @@ def _has_template(loaded: LoadedModel, recipe: Recipe) -> bool:
     return bool(loaded.tokenizer.chat_template) or recipe.model.chat_template is not None
 
 
-def _write_cards(
-    path: Path,
-    recipe: Recipe,
-    folder: Path,
-    card: dict[str, Any],
-    stage: str | None,
-    about: dict[str, Any],
-    notes: list[str],
-    name: str,
-) -> None:
-    """tunesmith.json with the origin and the certificate, and README.md."""
+def _write_cards(job: _Job, folder: Path, about: dict[str, Any], notes: list[str]) -> None:
+    """tunesmith.json with the origin and the certificate, and README.md, into the folder that is being made."""
+    card = read_card(job.result)
     (folder / CARD).write_text(json.dumps({**card, "export": about}, indent=2, sort_keys=True))
-    text = export_card(path, recipe.model_dump(), card, stage=stage, about=about, notes=notes, name=name, folder=folder)
+    text = export_card(job.run, job.recipe.model_dump(), card, stage=job.stage, about=about, notes=notes, name=job.name, folder=folder)
     (folder / "README.md").write_text(text, encoding="utf-8")

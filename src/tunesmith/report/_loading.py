@@ -67,9 +67,12 @@ def loading_code(adapter: str, model: dict[str, Any], base: dict[str, Any], conf
 
 def whole_code(folder: str) -> str:
     """Python that makes `model` of whole weights, and its tokenizer. folder: theirs, or their repository on the hub, OWNER/NAME."""
-    name = json.dumps(folder)
-    lines = [f"model = AutoModelForCausalLM.from_pretrained({name})", f"tokenizer = AutoTokenizer.from_pretrained({name})"]
-    return "\n".join(["from transformers import AutoModelForCausalLM, AutoTokenizer", "", *lines])
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"weights = {json.dumps(folder)}  # where config.json is\n"
+        "model = AutoModelForCausalLM.from_pretrained(weights)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(weights)"
+    )
 
 
 def _is_beyond_peft(model: dict[str, Any], config: dict[str, Any], published: bool) -> bool:
