@@ -122,7 +122,7 @@ def _rates(done: Mapping[str, Any], methods: Mapping[str, Any], rates: Mapping[s
         best = min(found, key=lambda pair: pair[1])[0]
         said = {rate: f"{rate:g}: {loss:.4f}" if math.isfinite(loss) else f"{rate:g}: not finite" for rate, loss in found}
         rows.append([name, ", ".join(words + (" (best)" if rate == best else "") for rate, words in said.items())])
-    return "## The sweep of learning rates\n\nValidation loss after 60 updates of the quickstart's task, one seed.\n\n" + table(
+    return "## The sweep of learning rates\n\nValidation loss after one epoch of the quickstart's task, one seed.\n\n" + table(
         ["method", "rate: loss"], rows
     )
 

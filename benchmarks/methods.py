@@ -50,7 +50,7 @@ RATES = {
 USUAL_RATES = [2e-4, 5e-4, 1.5e-3]
 SEEDS = (0, 1, 2)
 BEYOND, FURTHER = 2, 3.0  # rates tried beyond a grid whose end is best, at most, and how many times further each is
-SWEEP_STEPS = 60  # updates of a run that only chooses the rate
+SWEEP_EPOCHS = 1  # of a run that only chooses the rate
 BANKING_ROWS, BANKING_TEST = 1000, 500
 TASKS = ("quickstart", "banking77")
 
@@ -105,7 +105,7 @@ def _jobs(wanted: argparse.Namespace, done: dict[str, Any]) -> list[dict[str, An
     """What is not done yet, of the phases whose earlier ones are: the sweep first, then the runs, then the latencies."""
     jobs = []
     for name in wanted.only:
-        sweep = [_job(wanted, "quickstart", name, 0, rate, steps=SWEEP_STEPS) for rate in rates_of(done, name)]
+        sweep = [_job(wanted, "quickstart", name, 0, rate, epochs=SWEEP_EPOCHS) for rate in rates_of(done, name)]
         missing = [job for job in sweep if job["key"] not in done]
         if "sweep" in wanted.phases and missing:
             jobs += missing
@@ -123,10 +123,10 @@ def _jobs(wanted: argparse.Namespace, done: dict[str, Any]) -> list[dict[str, An
     return [job for job in jobs if job["key"] not in done]
 
 
-def _job(wanted: argparse.Namespace, task: str, name: str, seed: int, rate: float, *, steps: int | None = None) -> dict[str, Any]:
-    key = f"{task} {name} seed={seed}" if steps is None else f"sweep {name} rate={rate:g}"
+def _job(wanted: argparse.Namespace, task: str, name: str, seed: int, rate: float, *, epochs: int | None = None) -> dict[str, Any]:
+    key = f"{task} {name} seed={seed}" if epochs is None else f"sweep {name} rate={rate:g}"
     out = str(Path(wanted.out) / key.replace(" ", "-"))
-    words = {"task": task, "method": name, "seed": seed, "rate": rate, "steps": steps, "banking": wanted.banking, "sets": wanted.sets}
+    words = {"task": task, "method": name, "seed": seed, "rate": rate, "epochs": epochs, "banking": wanted.banking, "sets": wanted.sets}
     return {"system": key, "key": key, "out": out, **words}
 
 
@@ -157,7 +157,7 @@ def _losses(done: dict[str, Any], name: str, rates: list[float]) -> list[float |
 
 def recipe_of(spec: dict[str, Any]) -> dict[str, Any]:
     """A job's recipe. Settings of both tasks were fixed before any test row was read."""
-    name, task, steps = spec["method"], spec["task"], spec["steps"]
+    name, task, epochs = spec["method"], spec["task"], spec["epochs"]
     stage = {"name": "sft", "objective": "sft", "method": METHODS[name], "learning_rate": spec["rate"], "num_train_epochs": 2}
     general = str(ROOT / "recipes" / "helpdesk" / "general.jsonl")
     candidates = ["tuned", "zero_shot"] if (name, spec["seed"]) == ("lora", 0) else ["tuned"]
@@ -184,8 +184,8 @@ def recipe_of(spec: dict[str, Any]) -> dict[str, Any]:
         files = {part: str(folder / f"{part}.csv") for part in ("train", "test")}
         whole["data"] = {**files, "columns": columns, "test_overlap": "drop"}
         stage |= {"num_train_epochs": 3, "per_device_train_batch_size": 16}
-    if steps:
-        stage["max_steps"] = steps
+    if epochs:
+        stage["num_train_epochs"] = epochs
         whole["evaluate"] = {"candidates": ["tuned"]}
     return whole
 
@@ -216,9 +216,9 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
 
     recipe, out = recipe_of(spec), Path(spec["out"])
     try:
-        result = (tunesmith.train if spec["steps"] else tunesmith.run)(recipe, out=out, sets=spec["sets"], resume=True)
+        result = (tunesmith.train if spec["epochs"] else tunesmith.run)(recipe, out=out, sets=spec["sets"], resume=True)
     except NonFinite as error:
-        if not spec["steps"]:
+        if not spec["epochs"]:
             raise
         return {"validation_loss": None, "rate": spec["rate"], "reason": str(error)}
     events = read_events(out)

@@ -64,7 +64,7 @@ def test_what_is_done_is_not_done_again(methods, monkeypatch):
 
 def test_every_methods_recipe_is_one_that_the_loader_takes(methods, tmp_path):
     for name in methods.METHODS:
-        spec = {"task": "quickstart", "method": name, "seed": 1, "rate": 1e-3, "steps": None, "banking": None, "out": str(tmp_path / "x")}
+        spec = {"task": "quickstart", "method": name, "seed": 1, "rate": 1e-3, "epochs": None, "banking": None, "out": str(tmp_path / "x")}
         recipe = load_recipe(methods.recipe_of(spec))
         assert recipe.stages[0].method.type == methods.METHODS[name]["type"]
 
