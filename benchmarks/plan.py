@@ -115,7 +115,7 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     out = Path(spec["out"])
     recipe: Any = ROOT / "recipes" / spec["what"]
     if spec["what"] in METHODS:
-        words = {"method": spec["what"], "task": "quickstart", "seed": 0, "rate": USUAL_RATES[0], "steps": STEPS}
+        words = {"method": spec["what"], "task": "quickstart", "seed": 0, "rate": USUAL_RATES[0], "epochs": 1}
         recipe = recipe_of(words)
         if not spec["evaluates"]:
             recipe["data"] = {"train": recipe["data"]["train"], "validation": 0.0}
