@@ -188,6 +188,12 @@ def test_plan_says_what_would_happen_and_leaves_nothing(project, monkeypatch):
     assert re.search(r"^plan: about .*, .* GB of memory, bound by ", done.out, re.MULTILINE)
 
 
+def test_the_plan_of_several_processes_says_that_its_memory_is_each_ones(project):
+    _, recipe, _ = project
+    done = call("plan", recipe, "--set", "launch.nproc_per_node=2")
+    assert re.search(r"^plan: about .*, .* GB of memory in each of 2 processes, bound by ", done.out, re.MULTILINE)
+
+
 def test_plan_in_json_gives_the_example_with_its_mask(project):
     _, recipe, _ = project
     plan = json.loads(call("plan", recipe, "--json").out)

@@ -78,6 +78,7 @@ def make_plan(session: Session, *, evaluates: bool = True) -> dict[str, Any]:
     phases += _evaluation(session, shape, machine) if evaluates else []
     seconds = sum(phase.seconds for phase in phases)
     return {
+        "processes": session.recipe.launch.processes,
         "peak_memory_bytes": peak,
         "memory": largest,
         "seconds": seconds,

@@ -136,7 +136,8 @@ def plan_words(plan: dict[str, Any]) -> str:
     lines += [f"note: {note}" for note in plan.get("notes", [])]
     memory = plan["peak_memory_bytes"] / 1e9
     cost = "" if plan.get("cost") is None else f", at a cost of {cost_words(plan['cost'])}"
-    lines.append(f"plan: about {duration(plan['seconds'])}, {memory:.1f} GB of memory, bound by {plan['bound_by']}{cost}")
+    each = f" in each of {plan['processes']} processes" if plan["processes"] > 1 else ""
+    lines.append(f"plan: about {duration(plan['seconds'])}, {memory:.1f} GB of memory{each}, bound by {plan['bound_by']}{cost}")
     if plan.get("memory"):
         lines.append("  memory: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan["memory"].items() if size) + " GB")
     lines += [f"  {phase['name']}: {duration(phase['seconds'])}, bound by {phase['bound_by']}" for phase in plan.get("phases", [])]
