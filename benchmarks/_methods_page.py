@@ -14,15 +14,24 @@ METRIC = {"quickstart": "exact_match", "banking77": "exact_match"}
 STATE_BYTES, GRADIENT_BYTES = 12, 4  # a trained number: fp32 master and two moments; its gradient
 MERGED_COST = 0.05  # a merged model is as fast as the base if its time is within this share
 MISSING = "not measured"
+COMMAND = "python benchmarks/methods.py --banking banking77 --write docs/methods"
+LEFT = "NOT MEASURED: the series has not come to this. It takes hours on two cores and goes on where it was stopped."
 
 
 def write_page(target: Path, done: Mapping[str, Any], methods: Mapping[str, Any], rates: Mapping[str, list[float]]) -> None:
     """Writes TARGET-table.md, which docs/methods.md includes by its own words around it, and TARGET.svg."""
     target.parent.mkdir(parents=True, exist_ok=True)
     known = [name for name in methods if _runs(done, "quickstart", name) or _runs(done, "banking77", name)]
-    parts = [_costs(done, known), _scores(done, known), _rates(done, methods, rates), _claims(done, known)]
-    target.with_name(f"{target.name}-measured.md").write_text("\n\n".join(["# Methods, measured", *parts]) + "\n")
-    target.with_suffix(".svg").write_text(_picture(done, known))
+    sections = {
+        "What each costs": _costs(done, known),
+        "What each reaches, and what it forgets": _scores(done, known),
+        "The sweep of learning rates": _rates(done, methods, rates),
+        "Does it hold what the field says?": _claims(done, known),
+    }
+    parts = [f"# Methods, measured\n\n    {COMMAND}", *(f"## {title}\n\n{text or LEFT}" for title, text in sections.items())]
+    target.with_name(f"{target.name}-measured.md").write_text("\n\n".join(parts) + "\n")
+    if known:
+        target.with_suffix(".svg").write_text(_picture(done, known))
 
 
 def _runs(done: Mapping[str, Any], task: str, name: str) -> list[dict[str, Any]]:
@@ -75,6 +84,8 @@ def _costs(done: Mapping[str, Any], known: list[str]) -> str:
                 served,
             ]
         )
+    if not rows:
+        return ""
     header = [
         "method",
         "trained (share)",
@@ -85,7 +96,7 @@ def _costs(done: Mapping[str, Any], known: list[str]) -> str:
         "time a token, over the base",
     ]
     where = sorted({run["machine"] for name in known for run in _runs(done, "quickstart", name)})
-    return f"## What each costs\n\nOn the quickstart's task; {'; '.join(where)}.\n\n" + table(header, rows)
+    return f"On the quickstart's task; {'; '.join(where)}.\n\n" + table(header, rows)
 
 
 def _scores(done: Mapping[str, Any], known: list[str]) -> str:
@@ -109,27 +120,29 @@ def _scores(done: Mapping[str, Any], known: list[str]) -> str:
         rows.append(cells)
     header = ["method", *(cell for task in tasks for cell in (f"{task}: exact match", "perplexity on general text, over the base's"))]
     words = "Mean over the seeds ± its standard deviation; in brackets the means of the runs' 95% intervals over the test items."
-    return f"## What each reaches, and what it forgets\n\n{words}\n\n" + table(header, rows)
+    return f"{words}\n\n" + table(header, rows) if rows else ""
 
 
 def _rates(done: Mapping[str, Any], methods: Mapping[str, Any], rates: Mapping[str, list[float]]) -> str:
-    rows = []
+    rows, where = [], set()
     for name in methods:
-        tried = [(rate, done.get(f"sweep {name} rate={rate:g}")) for rate in rates[name]]
-        found = [(rate, math.inf if run["validation_loss"] is None else run["validation_loss"]) for rate, run in tried if run]
-        if not found:
-            continue
-        best = min(found, key=lambda pair: pair[1])[0]
-        said = {rate: f"{rate:g}: {loss:.4f}" if math.isfinite(loss) else f"{rate:g}: not finite" for rate, loss in found}
-        rows.append([name, ", ".join(words + (" (best)" if rate == best else "") for rate, words in said.items())])
-    return "## The sweep of learning rates\n\nValidation loss after one epoch of the quickstart's task, one seed.\n\n" + table(
-        ["method", "rate: loss"], rows
-    )
+        tried = {rate: done[key] for rate in rates[name] if (key := f"sweep {name} rate={rate:g}") in done}
+        losses = {rate: math.inf if run["validation_loss"] is None else run["validation_loss"] for rate, run in tried.items()}
+        best = min(losses, key=losses.__getitem__) if len(losses) == len(rates[name]) else None
+        said = [
+            (f"{rate:g}: {loss:.4f}" if math.isfinite(loss) else f"{rate:g}: not finite") + (" (best)" if rate == best else "")
+            for rate, loss in losses.items()
+        ]
+        said += [f"{rate:g}: {MISSING}" for rate in rates[name] if rate not in losses]
+        rows.append([name, ", ".join(said)])
+        where |= {run["machine"] for run in tried.values()}
+    words = f"Validation loss after one epoch of the quickstart's task, one seed; {'; '.join(sorted(where))}."
+    return f"{words}\n\n" + table(["method", "rate: loss"], rows) if where else ""
 
 
 def _claims(done: Mapping[str, Any], known: list[str]) -> str:
     """What is said of methods, each with this benchmark's figure."""
-    lines = ["## Does it hold what the field says?", ""]
+    lines = []
     full = next(iter(_runs(done, "quickstart", "full")), None)
     if full:
         shares = {

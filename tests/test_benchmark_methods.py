@@ -89,7 +89,7 @@ def run(trainable: int, accuracy: float, memory: float) -> dict:
 def test_the_page_says_of_each_claim_whether_it_holds_with_the_figures(methods, tmp_path):
     done = {f"quickstart lora seed={seed}": run(20_000, 0.5 + 0.1 * seed, 2e9) for seed in (0, 1, 2)}
     done |= {"quickstart full seed=0": run(1_000_000, 0.5, 4e9), "latency lora": {"base": 10.0, "live": 15.0, "merged": 12.0}}
-    done |= {f"sweep lora rate={rate}": {"validation_loss": loss} for rate, loss in (("0.0001", 0.25), ("0.1", None))}
+    done |= {f"sweep lora rate={rate}": {"validation_loss": loss, "machine": "1 core"} for rate, loss in (("0.0001", 0.25), ("0.1", None))}
     methods.write_page(tmp_path / "methods", done, methods.METHODS, {name: [1e-4, 0.1] for name in methods.METHODS})
     page = (tmp_path / "methods-measured.md").read_text()
     assert "holds (50 to 50 times)" in page
@@ -100,5 +100,16 @@ def test_the_page_says_of_each_claim_whether_it_holds_with_the_figures(methods, 
     assert "0.600 ± 0.100 [0.550, 0.650] (3 seeds, n = 165)" in page
     assert "| 1.50 |" in page  # perplexity 12 over the base's 8
     assert "On the quickstart's task; 2 cores; 4 cores." in page  # where the costs were measured
-    assert "banking77" not in page
+    assert "banking77: exact match" not in page
     assert "lora" in (tmp_path / "methods.svg").read_text()
+
+
+def test_what_the_series_has_not_come_to_reads_not_measured_and_no_rate_is_the_best_of_half_a_grid(methods, tmp_path):
+    done = {f"sweep lora rate={rate}": {"validation_loss": loss, "machine": "1 core"} for rate, loss in (("0.0001", 0.25), ("0.1", 0.5))}
+    grids = {name: [1e-4, 0.1] for name in methods.METHODS} | {"lora": [1e-4, 1e-3, 0.1]}
+    methods.write_page(tmp_path / "methods", done, methods.METHODS, grids)
+    page = (tmp_path / "methods-measured.md").read_text()
+    assert page.count("NOT MEASURED") == 3  # costs, scores, claims
+    assert "| lora | 0.0001: 0.2500, 0.1: 0.5000, 0.001: not measured |" in page
+    assert "| full | 0.0001: not measured, 0.1: not measured |" in page
+    assert not (tmp_path / "methods.svg").exists()
