@@ -68,7 +68,8 @@ def make_rows(count: int, *, seed: int = 0, vocabulary: int = VOCABULARY, shared
 def make_stage(**settings: Any) -> Stage:
     """A stage with quick settings, every open one derived for 12 rows."""
     rows = settings.pop("rows", 12)
-    given = {"name": "sft", "objective": "sft", "learning_rate": 1e-2, "per_device_train_batch_size": 2, "warmup_steps": 1} | settings
+    given = {"name": "sft", "objective": "sft", "learning_rate": 1e-2, "per_device_train_batch_size": 2} | settings
+    given.setdefault("warmup_steps", 0 if given.get("max_steps") == 1 else 1)
     return derive_stage(Stage(**given), rows)
 
 

@@ -25,6 +25,7 @@ from .models.result import is_adapter, read_card
 from .models.roofline import Shape, Tokens, model_shape
 from .models.room import available_memory
 from .recipe import WHOLE, LoraMethod, Stage
+from .rundir import rank
 from .session import Session
 from .train.memory import held_bytes, peak_memory_bytes
 from .train.samplers import ROLLOUT_BATCH
@@ -40,7 +41,8 @@ FITTED = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradien
 def fit_stages(session: Session) -> list[Stage]:
     """The session's derived stages, with settings that the recipe leaves open such that they fit, where any do.
 
-    A resumed run keeps what it began with. Nothing is raised here: the plan says what does not fit.
+    A resumed run keeps what it began with, and of several processes each what the first, which goes ahead, has written: they deal out the
+    same rows only if their batches are as large. Nothing is raised here: the plan says what does not fit.
     """
     shape, room = model_shape(session.loaded), (1 - KEPT_FREE) * memory_room(session)
     earlier = _earlier_stages(session)
@@ -62,9 +64,9 @@ def memory_room(session: Session) -> int:
 
 
 def _earlier_stages(session: Session) -> dict[str, dict[str, Any]]:
-    """The stages of the run that is resumed, by name, as its own recipe says."""
+    """The stages of the run that is resumed, or that the first process has prepared, by name, as its own recipe says."""
     path = session.run.path / "recipe.yaml"
-    if not session.run.resumed or not path.is_file():
+    if not (session.run.resumed or rank() > 0) or not path.is_file():
         return {}
     return {stage["name"]: stage for stage in yaml.safe_load(path.read_text())["stages"]}
 

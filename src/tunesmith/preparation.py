@@ -64,6 +64,7 @@ def prepare(session: Session) -> None:
         _require_room(session, stage)
         _require_same_result(session, stage)
         _require_rewards(session, stage)
+        _require_held_out(session, stage)
     session.data.write_account(session.run)
     for name, data in session.stage_data.items():
         data.write_account(session.run, f"data/{name}")
@@ -105,6 +106,17 @@ def _require_rewards(session: Session, stage: Stage) -> None:
         with make_rewards(programs) as rewards:
             rows = [set(record.columns) for record in session.data_of(stage).records if isinstance(record, PromptOnly)]
             rewards.check_columns({"messages", *set.intersection(*rows)})
+
+
+def _require_held_out(session: Session, stage: Stage) -> None:
+    """What a stage is to choose by, its loss on held-out rows, must be there. Raises RecipeError."""
+    asked = [name for name in ("early_stopping_patience", "load_best_model_at_end") if getattr(stage, name)]
+    if asked and session.data_of(stage).validation_items is None:
+        raise RecipeError(
+            f"{asked[0]} needs held-out rows, and none were held out: rows that share their prompt stay on one side",
+            where=f"stages.{stage.name}.{asked[0]}",
+            mend="name a file of other rows in data.validation, or leave it out",
+        )
 
 
 def fresh_base(session: Session) -> LoadedModel:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import nullcontext
 
 import pytest
-from tests.distributed.processes import stage_of, together, train, trained
+from tests.cli_tools import write_project
+from tests.distributed.processes import stage_of, together, train, trained, values
 from tests.distributed.work import WORK, furthest, stage_for
+from tests.toys import model_folder
 
+import tunesmith
+from tunesmith import fitting, pipeline, preparation
 from tunesmith.data.batching import DatasetSource, Share, deal
 from tunesmith.rundir import rank
 
@@ -38,6 +43,25 @@ def test_every_row_is_learned_from_once_an_epoch_whatever_the_number_of_processe
             seen += [item for batches in windows for batch in batches if batch.counts for item in batch.items]
         assert sorted(seen) == list(range(len(ROWS)))
     assert deal([], Share(0, 2)) == []
+
+
+def test_processes_with_unequal_room_make_their_batches_as_large_as_the_first_does(tmp_path, monkeypatch):
+    recipe, chosen, plain = write_project(tmp_path, model_folder(tmp_path / "model")), [], preparation.fit_stages
+
+    def fitted(session):
+        stages = plain(session)
+        chosen.extend((stage.per_device_train_batch_size, stage.gradient_accumulation_steps) for stage in stages)
+        return stages
+
+    def work():
+        tunesmith.train(recipe, out=tmp_path / "run", sets=["launch.nproc_per_node=2", "stages.0.max_steps=1"])
+        return chosen
+
+    monkeypatch.setattr(pipeline, "process_group", nullcontext)  # they are in one
+    monkeypatch.setattr(preparation, "fit_stages", fitted)
+    monkeypatch.setattr(fitting, "stage_memory", lambda session, shape, stage: stage.per_device_train_batch_size)
+    monkeypatch.setattr(fitting, "memory_room", lambda session: 100 if rank() == 0 else 5)
+    assert values(together(2, work, tmp_path / "said")) == [[[8, 1]], [[8, 1]]]
 
 
 def killed_at(step: int, number: int, how: signal.Signals):

@@ -161,3 +161,12 @@ def test_that_no_stage_trains_on_the_recipes_rows_is_said(tiny, tmp_path):
     own = write_rows(tmp_path / "own.jsonl", conversations(6, seed=7))
     plan = tunesmith.plan(recipe(tmp_path, tiny, stages=[stage(data={"train": str(own)})]))
     assert any("no stage trains on the rows of data.train" in note for note in plan["notes"])
+
+
+@pytest.mark.parametrize("asked, how", [("load_best_model_at_end", True), ("early_stopping_patience", 1)])
+def test_a_choice_by_held_out_rows_is_refused_where_the_share_holds_none_out(tiny, tmp_path, asked, how):
+    pairs = [{"prompt": "p", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(12)]  # of one prompt, which stays on one side
+    made = recipe(tmp_path, tiny, stages=[stage(objective="dpo", **{asked: how})])
+    made["data"] = {"train": str(write_rows(tmp_path / "pairs.jsonl", pairs)), "validation": 0.2}
+    with pytest.raises(RecipeError, match=f"{asked} needs held-out rows, and none were held out"):
+        tunesmith.train(made, out=tmp_path / "run")

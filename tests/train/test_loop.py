@@ -172,6 +172,19 @@ def test_a_stage_whose_updates_all_had_no_gradient_ends_with_an_error(tmp_path):
         train(make_job(policy, make_stage(max_steps=3, warmup_steps=0), run, ROWS, objective=Silent()))
 
 
+def test_a_stage_whose_only_gradient_came_at_a_rate_of_0_ends_with_an_error(tmp_path):
+    class Silent(SFT):
+        def terms(self, outputs: Any, batch: Any) -> Any:
+            terms = super().terms(outputs, batch)
+            return terms if not lines() else {name: term._replace(sum=term.sum * 0) for name, term in terms.items()}
+
+    policy = Policy(attach(loaded(tiny_model("llama")), LoraMethod(r=4), seed=0))
+    with RunDirectory.open(tmp_path / "run", resume=False) as run:
+        lines = lambda: [event for event in run.events() if "loss" in event]  # noqa: E731
+        with pytest.raises(InvariantViolated, match="nothing was learned: none of 3 updates had a gradient and a learning rate above 0"):
+            train(make_job(policy, make_stage(max_steps=3, warmup_steps=1), run, ROWS, objective=Silent()))
+
+
 def test_training_learns_what_there_is_to_learn(tmp_path):
     policy = Policy(tiny_model("llama"))
     with RunDirectory.open(tmp_path / "run", resume=False) as run:

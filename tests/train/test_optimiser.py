@@ -6,14 +6,17 @@ import copy
 
 import pytest
 import torch
-from tests.toys import batch_of, make_rows, make_stage, tiny_model
+from tests.toys import batch_of, loaded, make_rows, make_stage, tiny_model
 from transformers import get_scheduler
 
 from tunesmith.errors import CheckpointError
+from tunesmith.models.methods import attach
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import SFT
+from tunesmith.recipe import Ia3Method
 from tunesmith.train.optimiser import Optimiser
 from tunesmith.train.schedule import learning_rate
+from tunesmith.train.updates.adamw import AdamW
 from tunesmith.train.window import run_window
 
 HF_NAMES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -144,6 +147,17 @@ def test_gradients_of_bf16_weights_add_up_in_fp32_over_a_window():
     run_window(policy, SFT(), [batch_of(rows)])
     assert {unit.gradient.dtype for unit in optimiser._apart} == {torch.bfloat16}
     assert all(p.grad is None for p in policy.parameters())
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
+def test_weight_decay_leaves_ia3s_scales_at_1_and_muon_leaves_them_to_adamw(optim):
+    policy = Policy(attach(loaded(tiny_model("llama")), Ia3Method(), seed=0))
+    optimiser = Optimiser(policy.named_parameters(), make_stage(optim=optim, weight_decay=0.5))
+    assert {type(unit.rule) for unit, *_ in optimiser._units} == {AdamW}
+    for _ in range(3):
+        optimiser.zero_grad()
+        optimiser.step(0.1, 1.0)
+    assert all(torch.equal(master, torch.ones_like(master)) for master in optimiser.masters)
 
 
 def test_a_state_saved_and_loaded_makes_the_same_next_update_bit_for_bit():

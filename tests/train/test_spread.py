@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -117,6 +118,16 @@ def test_a_fresh_adapter_whose_first_iteration_is_without_spread_is_not_taken_fo
 def test_a_start_that_is_not_the_reference_ends_the_stage_though_it_is_what_sampled(tmp_path):
     policy = make_policy(changed=0.3)
     source = make_source(objective_of("grpo", kl_coef=0.1), policy=policy, max_steps=2)
+    with RunDirectory.open(tmp_path / "run", resume=False) as run:
+        job = make_job(policy, source.stage, run, [], objective=OBJECTIVES["grpo"](source.stage.objective), source=source)
+        with pytest.raises(InvariantViolated, match="nats a token away from the reference, not at it"):
+            train(job)
+
+
+def test_the_start_is_compared_before_the_first_update_also_where_windows_without_one_came_before(tmp_path):
+    source = make_source(objective_of("grpo", kl_coef=0.1), policy=(policy := make_policy(changed=0.3)), max_steps=3)
+    plain = source.window
+    source.window = lambda step: replace(plain(step), batches=[]) if step == 0 else plain(step)
     with RunDirectory.open(tmp_path / "run", resume=False) as run:
         job = make_job(policy, source.stage, run, [], objective=OBJECTIVES["grpo"](source.stage.objective), source=source)
         with pytest.raises(InvariantViolated, match="nats a token away from the reference, not at it"):

@@ -13,8 +13,9 @@ from tests.toys import Rows, loaded, make_rows, make_stage, model_folder, stage_
 
 from tunesmith.data.records import Conversation, Document, Message, Source
 from tunesmith.data.template import load_template
-from tunesmith.errors import AdapterError, DoesNotFit, InvariantViolated
+from tunesmith.errors import AdapterError, DoesNotFit, InvariantViolated, RecipeError
 from tunesmith.models.load import load_model
+from tunesmith.models.methods import attach
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import FullMethod, LoraMethod, ModelSection
 from tunesmith.rundir import RunDirectory, read_events
@@ -94,6 +95,23 @@ def test_a_run_may_go_on_with_other_settings_that_change_no_weight(tmp_path, set
     stages = make_stage(), make_stage(**setting), make_stage(learning_rate=0.5)
     plain, other, changed = (stage_fingerprint(stage, base, data, None, None, 0, tmp_path) for stage in stages)
     assert plain == other != changed
+
+
+@pytest.mark.parametrize("warmup", [3, 5])
+def test_a_warm_up_that_outlasts_the_updates_is_refused(warmup):
+    with pytest.raises(RecipeError, match=f"rises for {warmup} updates, and the stage has 3") as caught:
+        make_stage(max_steps=3, warmup_steps=warmup)
+    assert caught.value.where == "stages.sft.warmup_steps"
+    assert make_stage(max_steps=3, warmup_steps=2).warmup_steps == 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_rows_and_the_heads_are_tables_and_what_lies_between_is_not(tmp_path, tied):
+    base = load_model(ModelSection(name=str(model_folder(tmp_path / "base", tied=tied)), dtype="float32"))
+    policy = Policy(attach(base, LoraMethod(r=2), seed=0, new_tokens=[5, 6]))
+    trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert trained & module._tables(policy) == {name for name in trained if "lora" not in name}
+    assert any("embed_tokens" in name for name in trained & module._tables(policy))
 
 
 def chat_stage(tmp_path, weights: list[float], *, record: str = "conversation", limit: int = 99, start: tuple[int, ...] = ()) -> None:

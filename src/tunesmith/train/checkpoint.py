@@ -50,7 +50,6 @@ class Progress:
     saw_gradients: bool = False
     learned: bool = False
     """Whether an update with a positive rate and a gradient was made."""
-    had_gradient: bool = False
 
 
 def save_checkpoint(

@@ -86,9 +86,9 @@ def train(job: Job) -> Progress:
             break
         _update(job, progress)
     job.stop.defer(False)
-    if not progress.had_gradient:
+    if not progress.learned:
         raise InvariantViolated(
-            f"nothing was learned: none of {progress.step} updates had a gradient",
+            f"nothing was learned: none of {progress.step} updates had a gradient and a learning rate above 0",
             where=f"stage {job.stage.name}",
             mend="look at the rewards: no answer was better than another of its group; begin with a stage that is right now and then",
         )
@@ -161,7 +161,7 @@ def _update(job: Job, progress: Progress) -> None:
         progress.seconds += time.perf_counter() - began
         _log(job, {"event": "nothing_learned", "step": progress.step, **window.metrics})
         return
-    if step == 0:
+    if not progress.tokens:  # the first update; windows with nothing to learn from may have come before it
         starts_where_it_compares(job.policy, window.batches)
     result, norm = _gradients(job, window, step + 1)
     if norm > 0:
@@ -177,7 +177,6 @@ def _update(job: Job, progress: Progress) -> None:
     progress.step += 1
     progress.seconds += seconds
     progress.tokens += tokens
-    progress.had_gradient = progress.had_gradient or norm > 0
     progress.learned = progress.learned or (rate > 0 and norm > 0)
     if progress.step % stage.logging_steps == 0 or progress.step in (1, stage.max_steps):
         _log(

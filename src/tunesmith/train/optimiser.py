@@ -1,6 +1,7 @@
 """The optimiser of one stage: it holds gradients and fp32 masters, takes the norm, clips, and lets the recipe's update rule move them.
 
-What is kept where is `masters.py`; how a tensor moves is `updates/`. Weight decay applies to tensors of two or more dimensions only.
+What is kept where is `masters.py`; how a tensor moves is `updates/`. Weight decay applies to matrices only, which IA3's scales are not:
+PEFT holds those vectors as one row or one column, and decay would draw them to 0, away from the 1 at which the base is as it was.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .loss_scale import LossScale
 from .masters import Apart, Run
 from .updates import Choice, Moment
 
+SCALES = ".ia3_l."  # PEFT's name of IA3's vectors
 SAMPLE = 200_000  # weights remembered from the start, to say which share has moved
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over the processes that hold the shards."""
@@ -51,7 +53,7 @@ class Optimiser:
         self.updates = torch.zeros(())  # made so far
         choice, scales = Choice(stage), scales or {}
         named = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
-        rules = {name: choice.rule(p.shape, table=name in tables) for name, p in named}
+        rules = {name: choice.rule(p.shape, table=name in tables or SCALES in name) for name, p in named}
         for name, parameter in named:
             if isinstance(parameter, DTensor) and stage.optim in ("adafactor", "muon"):
                 raise RecipeError(
@@ -64,7 +66,7 @@ class Optimiser:
             """What lies side by side: the flat buffer's tensors first, those that one call may move together."""
             name, p = pair
             flat, joins = p.dtype == torch.float32 and not isinstance(p, DTensor), rules[name].joins
-            return not flat, p.dim() < 2, scales.get(name, 1.0), joins, "" if flat and joins else name
+            return not flat, p.dim() < 2 or SCALES in name, scales.get(name, 1.0), joins, "" if flat and joins else name
 
         named.sort(key=group)
         self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]

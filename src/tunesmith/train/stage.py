@@ -75,7 +75,7 @@ def derive_stage(stage: Stage, rows: int, *, start: Path | None = None, processe
 
     The micro-batch, its accumulation and checkpointing are those of a machine with room for them: `fitting` lowers them where it has not.
     rows: training items of an epoch. processes: those whose batches make an update together. Raises RecipeError where its optimiser or
-    its offloading cannot work on this machine.
+    its offloading cannot work on this machine, or where its warm-up outlasts its updates.
     """
     require_optimiser(stage)
     if stage.activation_offload:
@@ -86,6 +86,12 @@ def derive_stage(stage: Stage, rows: int, *, start: Path | None = None, processe
     size = batch * accumulation * processes
     steps_per_epoch = steps_per_pass(stage, rows) if sampled else math.ceil(rows / size)
     total = stage.max_steps or max(1, math.ceil(stage.num_train_epochs * steps_per_epoch))
+    if (stage.warmup_steps or 0) >= total:
+        raise RecipeError(
+            f"the learning rate rises for {stage.warmup_steps} updates, and the stage has {total}: it would end before its rate is reached",
+            where=f"stages.{stage.name}.warmup_steps",
+            mend=f"at most {total - 1}, or leave it out for a twentieth of the updates",
+        )
     between = min(steps_per_epoch, max(1, total // EVALUATIONS)) if sampled else steps_per_epoch
     method = stage.method or method_of(start)
     derived = {
@@ -238,7 +244,8 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
 
 def _tables(policy: Policy) -> set[str]:
     """Names of the weights that stand between tokens, or numbers, and hidden states: embeddings and heads."""
-    modules = [m for m in policy.modules() if isinstance(m, nn.Embedding)] + [policy.causal.get_output_embeddings(), *policy.heads.values()]
+    modules = [m for m in policy.modules() if isinstance(m, nn.Embedding)]
+    modules += [policy.causal.get_input_embeddings(), policy.causal.get_output_embeddings(), *policy.heads.values()]  # new tokens' rows too
     held = {id(parameter) for module in modules for parameter in module.parameters()}
     return {name for name, parameter in policy.named_parameters() if id(parameter) in held}
 

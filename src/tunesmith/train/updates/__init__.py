@@ -34,7 +34,7 @@ class Choice:
             self.main = AdamW8bit(stage, paged=stage.optim == PAGED)
 
     def rule(self, shape: torch.Size, *, table: bool) -> Rule:
-        """The rule of a tensor of this shape. table: whether it is an embedding or a head, which is no map between hidden states."""
+        """The rule of a tensor of this shape. table: whether it is no map between hidden states: an embedding, a head, IA3's scales."""
         if self.optim == "muon" and (table or len(shape) < 2):
             return self.adamw
         if self.optim in ("adamw_8bit", PAGED) and shape.numel() < SMALLEST:
