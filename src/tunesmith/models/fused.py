@@ -1,7 +1,8 @@
 """Fast paths for common layers, each exact up to rounding and each compared with the plain one before it is kept.
 
 - LoRA as one matrix product over K + r (Hu et al. 2021): y = [x, s x A^T] [W, B]^T, accumulated in fp32 and rounded once; a young
-  delta added to y in bf16 would be rounded away. The frozen weight lives in the wide buffer, so it is still held once.
+  delta added to y in bf16 would be rounded away. The frozen weight lives in the wide buffer, so it is still held once; of a quantised
+  base the buffer is made for a moment, in each pass.
 - SwiGLU with a written-out backward; only gate and up are kept, their product is computed again for the layer after it.
 - RMSNorm with a written-out backward that keeps its input only.
 """
@@ -15,8 +16,11 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .quantised import dense_weight, is_held_in_bits
 
 
 @dataclass
@@ -32,16 +36,17 @@ class FastPaths:
 
 
 class _LoraProduct(torch.autograd.Function):
-    """x[..., K], wide[N, K + r or more] = [W, B], A[r, K], B[N, r] -> x W^T + scale (x A^T) B^T; W is frozen."""
+    """x[..., K], wide[N, K + r or more] = [W, B], A[r, K], B[N, r] -> x W^T + scale (x A^T) B^T; W is frozen.
+
+    wide may be the quantised layer that holds W.
+    """
 
     @staticmethod
     def forward(ctx, x, wide, bias, a, b, scale):  # noqa: ANN001
         flat = x.reshape(-1, x.shape[-1])
         small_a = (a * scale).to(x.dtype)
-        wide = wide[:, : flat.shape[1] + len(a)]
-        wide[:, flat.shape[1] :].copy_(b)
         low = flat @ small_a.T
-        y = F.linear(torch.cat([flat, low], 1), wide, bias)
+        y = F.linear(torch.cat([flat, low], 1), _joined(wide, b, flat), bias)
         ctx.save_for_backward(flat, low, small_a, b)
         ctx.wide, ctx.scale, ctx.shape = wide, scale, x.shape
         return y.view(*x.shape[:-1], -1)
@@ -51,13 +56,22 @@ class _LoraProduct(torch.autograd.Function):
         flat, low, small_a, b = ctx.saved_tensors
         inputs = flat.shape[1]
         grad = grad.reshape(-1, grad.shape[-1])
-        ctx.wide[:, inputs:].copy_(b)
-        d_wide = grad @ ctx.wide
+        d_wide = grad @ _joined(ctx.wide, b, flat)
         d_low = d_wide[:, inputs:].contiguous()
         d_x = torch.addmm(d_wide[:, :inputs], d_low, small_a) if ctx.needs_input_grad[0] else None
         d_b = (grad.T @ low).to(b.dtype) if ctx.needs_input_grad[4] else None
         d_a = (d_low.T @ flat).to(b.dtype).mul_(ctx.scale) if ctx.needs_input_grad[3] else None
         return None if d_x is None else d_x.view(ctx.shape), None, None, d_a, d_b, None
+
+
+def _joined(wide: Tensor | nn.Module, b: Tensor, x_TK: Tensor) -> Tensor:
+    """[W, B] in the dtype of x: in the buffer that holds W, or made anew where a quantised layer does."""
+    if isinstance(wide, nn.Module):
+        return torch.cat([dense_weight(wide, x_TK.dtype), b.to(x_TK.dtype)], 1)
+    inputs = x_TK.shape[1]
+    wide = wide[:, : inputs + b.shape[1]]
+    wide[:, inputs:].copy_(b)
+    return wide
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -96,16 +110,17 @@ class _RMSNorm(torch.autograd.Function):
         return d_normed.sub_(normed.mul_(along)).mul_(rstd).to(x.dtype), d_weight, None
 
 
-def _lora_forward(self: LoraLinear, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+def _lora_forward(self: LoraLayer, x: Tensor, *args: object, **kwargs: object) -> Tensor:
     active = [name for name in self.active_adapters if name in self.lora_A]
     if self.disable_adapters or self.merged or len(active) != 1 or args or kwargs:
         return type(self).forward(self, x, *args, **kwargs)
     (name,) = active
     a, b = self.lora_A[name].weight, self.lora_B[name].weight
     base = self.get_base_layer()
+    given = (x, getattr(self, "wide", base), base.bias, a, b, self.scaling[name])
     if x.requires_grad or a.requires_grad or b.requires_grad:
-        return _LoraProduct.apply(x, self.wide, base.bias, a, b, self.scaling[name])
-    return _LoraProduct.forward(_NoContext(), x, self.wide, base.bias, a, b, self.scaling[name])
+        return _LoraProduct.apply(*given)
+    return _LoraProduct.forward(_NoContext(), *given)
 
 
 class _NoContext:
@@ -115,11 +130,11 @@ class _NoContext:
         """Keeps nothing."""
 
 
-def is_plain(layer: LoraLinear) -> bool:
-    """Whether an adapter layer computes x W^T + s (x A^T) B^T and nothing else: no dropout, no DoRA, no bias of its own, a dense base."""
+def is_plain(layer: LoraLayer) -> bool:
+    """Whether an adapter layer computes x W^T + s (x A^T) B^T and nothing else: no dropout, no DoRA, no bias of its own."""
     base = layer.get_base_layer()
     return (
-        type(base) is nn.Linear
+        (type(base) is nn.Linear or is_held_in_bits(base))
         and not base.weight.requires_grad
         and not layer.lora_variant
         and all(isinstance(d, nn.Identity) for d in layer.lora_dropout.values())
@@ -131,18 +146,19 @@ def is_plain(layer: LoraLinear) -> bool:
 def fuse_lora(model: nn.Module, paths: FastPaths) -> None:
     """Gives every plain LoRA layer of the model the one-product forward."""
     for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLinear):
+        if not (isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), nn.Linear | Conv1D)):
             continue
         if not is_plain(layer):
             paths.refused.setdefault("lora", f"{name} is not a plain LoRA layer")
             continue
         base = layer.get_base_layer()
-        rank = max(m.weight.shape[0] for m in layer.lora_A.values())
-        outputs, inputs = base.weight.shape
-        wide = torch.empty(outputs, inputs + rank, dtype=base.weight.dtype, device=base.weight.device)
-        wide[:, :inputs] = base.weight.data
-        layer.wide = wide
-        base.weight.data = wide[:, :inputs]
+        if not is_held_in_bits(base):
+            rank = max(m.weight.shape[0] for m in layer.lora_A.values())
+            outputs, inputs = base.weight.shape
+            wide = torch.empty(outputs, inputs + rank, dtype=base.weight.dtype, device=base.weight.device)
+            wide[:, :inputs] = base.weight.data
+            layer.wide = wide
+            base.weight.data = wide[:, :inputs]
         layer.forward = types.MethodType(_lora_forward, layer)
         paths.count("lora")
 

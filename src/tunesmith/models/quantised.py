@@ -34,6 +34,11 @@ def is_quantised(model: nn.Module) -> bool:
     return getattr(model, "quantization_method", None) is not None
 
 
+def is_held_in_bits(layer: nn.Module) -> bool:
+    """Whether it is a linear layer whose weight is held in 4 or 8 bits."""
+    return isinstance(layer, nn.Linear) and not layer.weight.is_floating_point()
+
+
 def require_dense(model: PreTrainedModel, method: str) -> None:
     """A method that changes the base's own weights needs them dense. Raises RecipeError."""
     if is_quantised(model):
@@ -50,7 +55,7 @@ def compute_densely(model: PreTrainedModel) -> None:
     if head is not None and not head.weight.is_floating_point():
         raise ModelError("the head of this model was quantised", where=model.config.model_type, mend="leave model.quantization out")
     for module in model.modules():
-        if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
+        if is_held_in_bits(module):
             module.forward = types.MethodType(_forward, module)
 
 
@@ -68,7 +73,7 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         weight = weight.T
     elif weight.dtype == torch.int8:
         scale = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
-        weight = weight.to(dtype or torch.float32) * (scale / 127).to(dtype or torch.float32)[:, None]
+        weight = weight.to(dtype or torch.float32).mul_((scale / 127).to(dtype or torch.float32)[:, None])
     elif not weight.is_floating_point():
         from bitsandbytes.functional import dequantize_4bit
 
