@@ -31,6 +31,7 @@ from .rundir import RunDirectory, make_folder, read_events, world, write_json, w
 MAX_RUNS = 1000  # more is a mistake in the words
 # Settings under which the loss is another measure: of what samples, the held-out answers are sampled under them.
 CHANGES_THE_LOSS = re.compile(r"(^|\.)((objective|data|model|task)(\.|$)|rollout(\.(temperature|top_p|top_k|max_new_tokens))?$)")
+ABSOLUTE = ("sft", "reward")  # objectives whose loss hangs on nothing that was trained before: no reference, no reward model
 OWN = ("name", "output", "output.dir")  # settings that would name a run or its folder
 RESULT, PAGE = "sweep.json", "sweep.html"
 Report = Callable[[dict[str, Any]], None]
@@ -90,7 +91,8 @@ def sweep(
     done: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     errors: list[TunesmithError] = []
-    write_json(folder / RESULT, _summary(grid, done, failed))
+    other = _other_measures([key for key, _ in grid], first)
+    write_json(folder / RESULT, _summary(grid, done, failed, other))
     for number, (name, combination, chosen) in enumerate(zip(names, combinations, words, strict=True), 1):
         report({"event": "sweeping", "run": name, "number": number, "of": len(combinations)})
         try:
@@ -104,7 +106,7 @@ def sweep(
             errors.append(copy.copy(error))  # without the traceback, which would hold the run's model
             failed.append({"name": name, "settings": dict(combination), "error": error.to_json()})
             report({"event": "run_failed", "run": name, "error": str(error)})
-        summary = _summary(grid, done, failed)
+        summary = _summary(grid, done, failed, other)
         write_json(folder / RESULT, summary)
         write_text(folder / PAGE, render_sweep(first.name, summary))
     if not done:
@@ -220,8 +222,34 @@ def _account(name: str, settings: dict[str, str], result: Any) -> dict[str, Any]
     }
 
 
-def _summary(grid: Sequence[tuple[str, list[str]]], done: Sequence[dict[str, Any]], failed: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """sweep.json: the axes, the runs, those that failed, the settings by their mean over the seeds, and the best of them."""
+def _other_measures(keys: Sequence[str], recipe: Recipe) -> list[str]:
+    """The swept keys with whose values the last stage's loss is another measure.
+
+    What comes before a stage that is held against a reference, or scored by a reward model, decides what it is held against: of two DPO
+    stages, the one on the worse start may have the lower loss.
+    """
+    last = len(recipe.stages) - 1
+    absolute = recipe.stages[last].objective.type in ABSOLUTE
+
+    def changes(key: str) -> bool:
+        _, number, *setting = [*key.split("."), ""]
+        whole = key.startswith("stages") and not any(setting)  # a stage, or all of them, in place of another
+        before = key.startswith("stages.") and not absolute and (number != str(last) or setting[0] == "start_from")
+        return whole or before or CHANGES_THE_LOSS.search(key) is not None
+
+    return [key for key in _without_seed(dict.fromkeys(keys)) if changes(key)]
+
+
+def _summary(
+    grid: Sequence[tuple[str, list[str]]],
+    done: Sequence[dict[str, Any]],
+    failed: Sequence[dict[str, Any]],
+    other: Sequence[str] = (),
+) -> dict[str, Any]:
+    """sweep.json: the axes, the runs, those that failed, the settings by their mean over the seeds, and the best of them.
+
+    other: keys with whose values the loss is another measure.
+    """
     groups: dict[str, list[dict[str, Any]]] = {}
     for one in done:
         groups.setdefault(json.dumps(_without_seed(one["settings"])), []).append(one)
@@ -232,7 +260,7 @@ def _summary(grid: Sequence[tuple[str, list[str]]], done: Sequence[dict[str, Any
     best, why = None, f"{len(done)} of {planned} runs are done"
     if len(done) + len(failed) == planned:
         swept = math.prod(map(len, _without_seed(axes).values()))
-        best, why = _best(settings, planned // swept, of=swept)
+        best, why = _best(settings, planned // swept, of=swept, other=other)
     return {"axes": axes, "runs": list(done), "failed": list(failed), "settings": settings, "best": best, "why": why + lost}
 
 
@@ -260,7 +288,7 @@ def _mean_and_spread(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": mean, "sd": spread}
 
 
-def _best(settings: Sequence[dict[str, Any]], seeds: int, *, of: int) -> tuple[dict[str, str] | None, str]:
+def _best(settings: Sequence[dict[str, Any]], seeds: int, *, of: int, other: Sequence[str]) -> tuple[dict[str, str] | None, str]:
     """The settings with the lowest mean validation loss, of those whose runs with all seeds are done, and why they were chosen or none was.
 
     seeds: runs of each; of: how many settings were swept.
@@ -270,9 +298,11 @@ def _best(settings: Sequence[dict[str, Any]], seeds: int, *, of: int) -> tuple[d
     settings = [one for one in settings if one["n"] == seeds]
     if len(settings) < 2:
         return None, f"all runs are done of {len(settings)} of {of} settings: there is nothing to choose"
-    if other := [key for one in settings for key in one["settings"] if CHANGES_THE_LOSS.search(key)]:
+    if other:
         return None, f"NOT MEASURED: with another {other[0]} the validation loss is another measure, and cannot be compared"
     if any(one["validation_loss"] is None for one in settings):
         return None, "NOT MEASURED: a run has no validation loss (data.validation is 0), and nothing is chosen on test rows"
-    chosen = min(settings, key=lambda one: one["validation_loss"]["mean"])
+    chosen, *others = sorted(settings, key=lambda one: one["validation_loss"]["mean"])
+    if chosen["validation_loss"]["mean"] == others[0]["validation_loss"]["mean"]:
+        return None, "several settings have the lowest validation loss, which does not tell them apart"
     return chosen["settings"], "the lowest validation loss, its mean over the seeds; the test rows took no part in it"

@@ -17,7 +17,7 @@ import tunesmith
 from tunesmith import sweep as sweep_runs
 from tunesmith.errors import Interrupted, MissingFile, NonFinite, OutputInUse, RecipeError
 from tunesmith.rundir import read_events
-from tunesmith.sweep import _summary, parse_axis
+from tunesmith.sweep import _other_measures, _summary, parse_axis
 
 AXES = ["stages.0.learning_rate=1e-2,1e-7", "seed=0,1"]
 QUICK = {"candidates": ["zero_shot", "tuned"], "gates": [{"metric": "exact_match", "better_than": "zero_shot"}]}
@@ -25,6 +25,11 @@ QUICK = {"candidates": ["zero_shot", "tuned"], "gates": [{"metric": "exact_match
 
 def given(folder, tiny, **changed):
     return recipe(folder, tiny, stages=[stage()], evaluate=QUICK, **changed)
+
+
+def of_stages(*stages):
+    """A recipe, which is not run."""
+    return tunesmith.load_recipe({"name": "x", "model": {"name": "m"}, "data": {"train": "t.jsonl"}, "stages": list(stages)})
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +58,7 @@ def test_every_combination_is_a_whole_run_of_its_own(swept):
 def test_the_rows_are_rendered_once(swept):
     (first, *others) = [swept.path / run["name"] / "data" / "tokens" / "train" / "tokens.int32.bin" for run in swept.runs]
     assert all(other.samefile(first) for other in others)
+    assert not any(event.get("event") == "resumed" for run in swept.runs for event in read_events(swept.path / run["name"]))
 
 
 def test_the_setting_with_the_lowest_validation_loss_over_the_seeds_is_chosen(swept):
@@ -188,6 +194,45 @@ def test_nothing_is_chosen_before_the_grid_is_whole_and_of_what_is_whole_only(do
     assert summary["best"] == ({"stages.0.learning_rate": "1e-3"} if why.startswith("the lowest") else None)
 
 
+@pytest.mark.parametrize(
+    "key, last, other",
+    [
+        ("stages.0.learning_rate", "dpo", True),  # another start is another reference
+        ("stages.0.learning_rate", "sft", False),
+        ("stages.0.learning_rate", "reward", False),
+        ("stages.1.learning_rate", "dpo", False),
+        ("stages.1.start_from", "dpo", True),
+        ("stages.1.start_from", "sft", False),
+        ("stages.1.objective.beta", "dpo", True),
+        ("stages.1", "sft", True),
+        ("stages", "sft", True),
+        ("stages.0.seed", "dpo", False),
+        ("data.train", "sft", True),
+        ("evaluate.few_shot_k", "sft", False),
+    ],
+)
+def test_no_setting_is_chosen_by_losses_that_are_no_common_measure(key, last, other):
+    keys = _other_measures([key], of_stages({"name": "one", "objective": "sft"}, {"name": "two", "objective": last, "start_from": "one"}))
+    assert keys == ([key] if other else [])
+    runs = [{"settings": {key: value}, "metrics": {}, "validation_loss": loss} for value, loss in (("a", 0.5), ("b", 0.4))]
+    summary = _summary([(key, ["a", "b"])], runs, [], keys)
+    if "seed" in key:
+        assert summary["why"] == "only the seed differs: there is nothing to choose"
+    elif other:
+        assert (summary["best"], summary["why"].partition(":")[0]) == (None, "NOT MEASURED")
+        assert f"with another {key} " in summary["why"]
+    else:
+        assert summary["best"] == {key: "b"}
+
+
+def test_equal_losses_choose_nothing():
+    grid = [parse_axis("evaluate.few_shot_k=[1],[2]")]
+    runs = [{"settings": {grid[0][0]: value}, "metrics": {}, "validation_loss": 0.5} for value in grid[0][1]]
+    summary = _summary(grid, runs, [])
+    assert summary["best"] is None
+    assert summary["why"].startswith("several settings have the lowest validation loss")
+
+
 def test_nothing_is_chosen_where_no_row_is_held_out(tiny, tmp_path):
     whole = given(tmp_path, tiny, data={"validation": 0})
     done = sweep_runs(whole, ["stages.0.learning_rate=1e-2,1e-3"], out=tmp_path / "sweep")
@@ -252,13 +297,8 @@ def test_nothing_is_chosen_where_the_setting_changes_what_the_loss_is(tiny, tmp_
 @pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "max_new_tokens", "prompts_per_step", "importance_cap", ""])
 def test_nothing_is_chosen_where_held_out_answers_are_sampled_under_other_settings(name):
     key = f"stages.0.rollout.{name}".rstrip(".")
-    runs = [{"settings": {key: value}, "validation_loss": -float(value), "metrics": {}} for value in ("1", "2")]
-    summary = _summary([(key, ["1", "2"])], runs, [])
-    if name in ("prompts_per_step", "importance_cap"):  # how much is learned from, and how
-        assert summary["best"] == {key: "2"}
-    else:
-        assert summary["best"] is None
-        assert summary["why"].startswith(f"NOT MEASURED: with another {key}")
+    more = name in ("prompts_per_step", "importance_cap")  # how much is learned from, and how
+    assert _other_measures([key], of_stages({"name": "one", "objective": "sft"})) == ([] if more else [key])
 
 
 def test_a_sweep_of_a_recipe_for_several_processes_is_refused_before_anything_is_run(tiny, tmp_path):

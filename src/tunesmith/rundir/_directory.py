@@ -258,8 +258,8 @@ def _holds_run(path: Path) -> bool:
     A folder without a lock is a copy, or somebody's own.
     """
     content = _content(path)
-    if {LOCK, EVENTS} <= content <= _PREPARATION:
-        return b'"step"' in bytes_of(path / EVENTS)
+    if LOCK in content and content <= _PREPARATION:
+        return EVENTS in content and b'"step"' in bytes_of(path / EVENTS)
     return bool(content - {LOCK})
 
 
