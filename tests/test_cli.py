@@ -275,6 +275,7 @@ def test_data_check_tells_what_is_wrong_with_a_file(tmp_path):
     assert done.status == 0
     assert f"{train}:12: " in done.out
     assert "dropped, duplicate: 1" in done.out
+    assert "a run without data.test_overlap: drop is refused" in done.out
     result = json.loads(call("data", "check", train, "--test", test, "--json").out)
     assert result["rows_in"] == 12
     assert [bad["line"] for bad in result["rejected"]] == [12]

@@ -97,6 +97,7 @@ def test_json_has_no_numbers_that_json_does_not_know():
 
 def test_durations_are_in_the_unit_a_person_would_use():
     assert (duration(3.21), duration(89), duration(120)) == ("3.2 s", "89.0 s", "2.0 minutes")
+    assert (duration(3 * 3600), duration(12e9)) == ("3.0 hours", "138888.9 days")
 
 
 def test_a_step_that_teaches_nothing_and_a_note_are_said():

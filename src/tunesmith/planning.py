@@ -238,7 +238,7 @@ def _scored(session: Session, shape: Shape, machine: Machine, what: str, task: T
 
 def _evaluation_footprint(session: Session, shape: Shape, trained: Footprint) -> Footprint:
     """The parts of the evaluation's peak: what training held is given back by then, libraries apart."""
-    kept = {"weights": shape.weights, "rollouts": _evaluation_bytes(session, shape), "libraries": trained["libraries"]}
+    kept = {"weights": shape.weights, "answers": _evaluation_bytes(session, shape), "libraries": trained["libraries"]}
     return dict.fromkeys(trained, 0) | kept
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import sys
 import time
@@ -152,7 +153,9 @@ def cost_words(cost: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds in the unit a person would use."""
-    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} minutes"
+    units = (("s", 1, 90), ("minutes", 60, 90), ("hours", 3600, 48), ("days", 86400, math.inf))
+    unit, size, _ = next(one for one in units if seconds < one[1] * one[2])
+    return f"{seconds / size:.1f} {unit}"
 
 
 def visible(text: str) -> str:

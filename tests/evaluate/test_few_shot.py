@@ -56,7 +56,10 @@ def test_an_example_that_would_not_fit_is_skipped_with_a_note_and_another_takes_
 def test_a_context_that_holds_nothing_ends_the_search_and_says_so(task):
     (drawn,) = draw(desk_rows(400), task, [4], sets=1, fits=lambda examples: False)
     assert drawn.examples == ()
-    assert drawn.notes[-1] == "few_shot k=4 set 0: holds 0 examples"
+    skipped, held = drawn.notes
+    assert skipped.startswith("few_shot k=4 set 0: examples skipped, since they would not fit the model's context: ")
+    assert skipped.endswith(" and 1 more")
+    assert held == "few_shot k=4 set 0: holds 0 examples"
 
 
 def test_rows_with_tools_or_answers_outside_the_schema_or_labels_are_no_examples(task):

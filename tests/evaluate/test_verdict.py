@@ -221,5 +221,6 @@ def test_gates_on_metrics_that_nothing_measures_are_refused_before_training():
         ({**BETTER, "metric": "exact_match.intent"}, "no part 'intent'"),
         ({**NOT_WORSE, "metric": "exact_match"}, "measured by perplexity"),
     ):
-        with pytest.raises(RecipeError, match=says):
-            check_gates([Gate(**gate)], task)
+        with pytest.raises(RecipeError, match=says) as caught:
+            check_gates([Gate(**BETTER), Gate(**gate)], task)
+        assert caught.value.where == "evaluate.gates.1.metric"

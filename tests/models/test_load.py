@@ -136,7 +136,13 @@ def torn_tokenizer(folder):
     (folder / "tokenizer.json").write_text("{")
 
 
+def an_adapter(folder):
+    without_config(folder)
+    (folder / "adapter_config.json").write_text("{}")
+
+
 UNUSABLE = {
+    "an adapter": (an_adapter, "it holds an adapter: name its base here, and put start_from"),
     "no tokenizer": (without_tokenizer, "tokenizer"),
     "no config": (without_config, "config.json"),
     "torn config": (torn_config, ""),

@@ -132,3 +132,4 @@ def test_a_reward_model_is_no_partner_for_a_chat_and_its_card_says_what_it_is(ti
     text = (run / "README.md").read_text()
     assert front_matter(text)["pipeline_tag"] == "text-classification"
     assert "heads.safetensors" in text
+    assert "Verdict: **NOT MEASURED**. It was trained and not evaluated" in text

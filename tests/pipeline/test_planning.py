@@ -352,7 +352,7 @@ def test_the_plans_memory_is_that_of_training_or_of_the_evaluation_whichever_is_
     plan = planning.make_plan(session)
     weights = planning.model_shape(session.loaded).weights
     assert plan["peak_memory_bytes"] == 10**12 + weights + training["libraries"]
-    assert plan["memory"] == dict.fromkeys(training, 0) | {"weights": weights, "rollouts": 10**12, "libraries": training["libraries"]}
+    assert plan["memory"] == dict.fromkeys(training, 0) | {"weights": weights, "answers": 10**12, "libraries": training["libraries"]}
     assert any("the evaluation may need 100" in note for note in plan["notes"])
 
 

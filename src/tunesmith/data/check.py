@@ -184,8 +184,8 @@ def drop_test_overlap(
     )
     what = f"{len(overlap)} of {len(train)} training rows are also test rows: {shown}"
     related = list(dict.fromkeys(test[j].row_id for j, _ in overlap.values()))
-    refused, fate = section.test_overlap == "refuse", "nothing to do: the training rows are dropped, the test rows stay"
-    mend = "remove them from one of the files" if refused else fate
+    refused, fate = section.test_overlap == "refuse", "the training rows are dropped and the test rows stay"
+    mend = "remove them from one of the files" if refused else f"{fate}; a run without data.test_overlap: drop is refused"
     findings.append(Finding("test_overlap", [train[i].row_id for i in overlap], related, what, mend))
     if refused:
         where = train[0].source.path

@@ -132,6 +132,8 @@ def locate(source: str, default_split: str = "train") -> tuple[list[DataFile], s
     if hub.is_hub_name(source):
         found, revision = hub.fetch(source, default_split)
         return [DataFile(path, shown) for path, shown in found], revision
+    if path.is_symlink():
+        raise MissingFile(f"the link leads to {path.readlink()}, which is not there", where=source, mend="check the link")
     neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, neighbours, n=1)
     raise MissingFile("no such data file", where=source, mend=f"did you mean {path.parent / near[0]}?" if near else "check the path")

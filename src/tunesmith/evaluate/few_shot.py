@@ -17,6 +17,8 @@ from ..score import parse_output
 from .candidates import Example
 from .task import Task
 
+SHOWN = 3  # examples named in a note
+
 
 @dataclass(frozen=True)
 class ExampleSet:
@@ -105,17 +107,20 @@ def _draw(
     order = [names[position] for position in rng.permutation(len(names))]
     piles = [[strata[name][position] for position in rng.permutation(len(strata[name]))] for name in order]
     chosen: list[tuple[str, Example]] = []
-    notes, misfits = [], 0
-    while len(chosen) < k and any(piles) and misfits < k:
+    notes: list[str] = []
+    misfits: list[str] = []
+    while len(chosen) < k and any(piles) and len(misfits) < k:
         for pile in piles:
-            if not pile or len(chosen) == k or misfits == k:
+            if not pile or len(chosen) == k or len(misfits) == k:
                 continue
             row_id, example = pile.pop()
             if fits([turns for _, turns in chosen] + [example]):
                 chosen.append((row_id, example))
             else:
-                misfits += 1
-                notes.append(f"few_shot k={k} set {index}: example {row_id} was skipped: it would not fit the model's context")
+                misfits.append(row_id)
+    if misfits:
+        named = ", ".join(misfits[:SHOWN]) + (f" and {len(misfits) - SHOWN} more" if len(misfits) > SHOWN else "")
+        notes.append(f"few_shot k={k} set {index}: examples skipped, since they would not fit the model's context: {named}")
     if len(chosen) < k:
         notes.append(f"few_shot k={k} set {index}: holds {len(chosen)} examples")
     return ExampleSet(k, index, tuple(example for _, example in chosen), tuple(row_id for row_id, _ in chosen), tuple(notes))

@@ -39,8 +39,8 @@ Chance = Mapping[str, Mapping[str, Mapping[str, float | int]]]
 def check_gates(gates: Iterable[Gate], task: Task | None) -> None:
     """Refuses, before anything is trained, a gate whose metric its task cannot have (RecipeError)."""
     for position, gate in enumerate(gates):
-        direction(gate.metric)  # refuses an unknown one
         where = f"evaluate.gates.{position}.metric"
+        direction(gate.metric, where)  # refuses an unknown one
         if gate.task == "general" and gate.metric != "perplexity":
             raise RecipeError(f"the general set is measured by perplexity, not {gate.metric}", where=where, mend="write metric: perplexity")
         if gate.task != "task" or task is None:

@@ -198,7 +198,11 @@ def _locate(section: ModelSection) -> tuple[str, str, str | None]:
         return str(_converted(path)), path.stem, None
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError("the folder holds no config.json", where=str(path), mend="name a folder written by save_pretrained")
+            trained = any((path / inner / "adapter_config.json").is_file() for inner in (".", "model"))
+            mend = f"it holds an adapter: name its base here, and put start_from: {path} into the stage that goes on with it"
+            raise ModelError(
+                "the folder holds no config.json", where=str(path), mend=mend if trained else "name a folder written by save_pretrained"
+            )
         return str(path), path.resolve().name, None
     if section.name.count("/") != 1 or section.name.startswith((".", "/", "~")):
         known = ", ".join(EMBEDDED)

@@ -156,7 +156,8 @@ def _body(recipe: dict[str, Any], stage: dict[str, Any], base: dict[str, Any], e
     ]
     if recipe["task"]["description"]:
         lines.append(recipe["task"]["description"])
-    lines.append(f"Verdict: **{evaluation.get('verdict', 'NOT MEASURED')}**. " + evaluation.get("recommendation", {}).get("reason", ""))
+    reason = evaluation["recommendation"]["reason"] if evaluation else "It was trained and not evaluated: `tunesmith evaluate` does that."
+    lines.append(f"Verdict: **{evaluation.get('verdict', 'NOT MEASURED')}**. {reason}")
     rows = [
         f"| {key} | {v['value']:.4g} | {v['low']:.4g} to {v['high']:.4g} | {v['n']} |"
         for key, v in _tuned(evaluation).items()

@@ -49,8 +49,8 @@ def base_metric(metric: str) -> str:
     return metric.split(".", 1)[0]
 
 
-def direction(metric: str) -> Direction:
-    """Whether higher or lower is better.
+def direction(metric: str, where: str = "metric") -> Direction:
+    """Whether higher or lower is better. where: the place that names the metric, for the error.
 
     Raises RecipeError, with the nearest name, for a metric that no table knows.
 
@@ -61,7 +61,7 @@ def direction(metric: str) -> Direction:
     if known is None:
         near = difflib.get_close_matches(base_metric(metric), METRIC_DIRECTION, n=1)
         mend = f"did you mean {near[0]}?" if near else f"known metrics: {', '.join(METRIC_DIRECTION)}"
-        raise RecipeError(f"unknown metric {metric!r}", where="metric", mend=mend)
+        raise RecipeError(f"unknown metric {metric!r}", where=where, mend=mend)
     return known
 
 
