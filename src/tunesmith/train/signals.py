@@ -42,4 +42,4 @@ class StopRequest:
 
     def _stop(self) -> None:
         name = self.received.name if self.received else "signal"
-        raise Interrupted(f"stopped by {name}", mend="run the same command with --resume to go on")
+        raise Interrupted(f"stopped by {name}", mend="run the same command again (a run goes on with --resume)")
