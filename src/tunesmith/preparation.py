@@ -21,7 +21,7 @@ from .errors import MissingFile, RecipeError
 from .evaluate import TemplateEncoder, derive_max_new_tokens
 from .fitting import fit_stages
 from .models.load import LoadedModel, load_model
-from .models.result import read_card, require_unaltered
+from .models.result import is_adapter, read_card, require_unaltered
 from .recipe import WHOLE, DataSection, ModelReward, Recipe, Stage, dump_recipe, load_recipe, virtual_tokens_of
 from .rundir import launched, manifest, world, write_json, write_text
 from .score.rewards import make_rewards
@@ -172,7 +172,8 @@ def _derived_stages(session: Session) -> list[Stage]:
         if stage.start_from in done:
             inherited = done[stage.start_from].method
         elif start is not None:
-            inherited = derive_stage(stage.model_copy(update={"method": None}), rows, start=start, processes=processes).method
+            own = derive_stage(stage.model_copy(update={"method": None}), rows, start=start, processes=processes)
+            inherited = (resolve_method(own, session.loaded, start) if is_adapter(start) else own).method
         else:
             inherited = None
         derived = stage if stage.method else stage.model_copy(update={"method": inherited})

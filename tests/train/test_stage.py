@@ -151,7 +151,7 @@ def test_another_base_is_loaded_as_the_recipes_model_section_says(tmp_path, monk
     monkeypatch.setattr(module, "load_model", lambda section: asked.append(section) or load_model(section))
     base = loaded(tiny_model("llama"))
     section = ModelSection(name="owner/name", revision="main", trust_remote_code=True)
-    inputs = SimpleNamespace(loaded=base, section=section, start=folder)
+    inputs = SimpleNamespace(loaded=base, section=section, start=folder, template=None)
     assert module._base(inputs).identity.folder == str(folder)
     assert asked == [section.model_copy(update={"name": str(folder), "revision": None, "dtype": "float32"})]
 

@@ -13,9 +13,9 @@ from ..errors import AdapterError, MissingFile
 from ..recipe import ModelSection
 from .embeddings import grow_embeddings
 from .heads import load_heads
-from .load import EMBEDDED, LoadedModel, load_model, load_tokenizer
+from .load import EMBEDDED, LoadedModel, hash_weights, load_model, load_tokenizer
 from .methods import load_adapter
-from .result import is_adapter, is_model, read_adapter_config, read_card, require_unaltered, scaling_of
+from .result import CARD, is_adapter, is_model, read_adapter_config, read_card, require_unaltered, scaling_of
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,11 @@ def _result_folder(path: Path) -> Path:
 
 
 def _base_of(folder: Path) -> ModelSection:
-    """The base of a saved adapter: in the folder where it was, else embedded or on the hub under its name."""
+    """The base of a saved adapter: a folder of this machine, else embedded or on the hub under its name."""
     config, card = read_adapter_config(folder), read_card(folder).get("base", {})
-    lay = config.get("base_model_name_or_path") or ""
-    name, revision = card.get("name") or lay, card.get("revision") or config.get("revision")
-    if lay and Path(lay).is_dir():
-        require_unaltered(Path(lay))
-        return ModelSection(name=lay)
+    name, revision = card.get("name") or config.get("base_model_name_or_path") or "", card.get("revision") or config.get("revision")
+    if lies := base_folder(folder):
+        return ModelSection(name=str(lies))
     for known, embedded in EMBEDDED.items():
         if embedded.public_name == name and revision is None:
             return ModelSection(name=known)
@@ -90,25 +88,40 @@ def _base_of(folder: Path) -> ModelSection:
     return ModelSection(name=name, revision=revision)
 
 
+def base_folder(folder: Path) -> Path | None:
+    """Where the base of a saved adapter lies: where it lay, else, in a run that was moved, among the whole models of its stages.
+
+    Raises CheckpointError where a file of it is not what was saved.
+    """
+    lay, expected = read_adapter_config(folder).get("base_model_name_or_path"), read_card(folder).get("base", {}).get("sha256")
+    stages = sorted(folder.resolve().parent.parent.glob("*/model")) if expected else []  # RUN/stages/NAME/model
+    moved = (model for model in stages if (model / CARD).is_file() and not is_adapter(model) and hash_weights(model) == expected)
+    found = Path(lay) if lay and Path(lay).is_dir() else next(moved, None)
+    if found is not None:
+        require_unaltered(found)
+    return found
+
+
 def open_result(folder: Path, loaded: LoadedModel, *, trust_remote_code: bool = False) -> nn.Module:
     """A saved result ready to answer: the adapter on its base, or the fully tuned model.
 
-    loaded: the recipe's base, which an adapter is put on; one that was trained on another stage's full model gets that. trust_remote_code:
-    whether code that a tuned model brings may run. Raises CheckpointError where a file is not what was saved.
+    loaded: the recipe's base, with the template's new tokens, which an adapter is put on; one that was trained on another stage's full
+    model gets that. trust_remote_code: whether code that a tuned model brings may run. Raises CheckpointError where a file is not what was
+    saved.
     """
     require_unaltered(folder)
     dtype = str(loaded.dtype).removeprefix("torch.")
 
-    def whole(name: str) -> LoadedModel:
-        held = {"name": name, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    def whole(name: Path) -> LoadedModel:
+        held = {"name": str(name), "dtype": dtype, "trust_remote_code": trust_remote_code}
         if is_adapter(folder):  # its base, as it was held when it was trained
             held |= {"rope_scaling": scaling_of(folder), "quantization": read_card(folder).get("quantization")}
         return load_model(ModelSection(**held))
 
     if not is_adapter(folder):
-        return whole(str(folder.resolve())).model
-    trained_on = read_adapter_config(folder).get("base_model_name_or_path")
-    if read_card(folder).get("base", {}).get("sha256") != loaded.identity.sha256 and trained_on and Path(trained_on).is_dir():
-        require_unaltered(Path(trained_on))
-        loaded = whole(trained_on)
+        return whole(folder.resolve()).model
+    if read_card(folder).get("base", {}).get("sha256") != loaded.identity.sha256 and (other := base_folder(folder)):
+        tokens = len(loaded.tokenizer)
+        loaded = whole(other)
+        grow_embeddings(loaded.model, tokens)
     return load_adapter(loaded, folder)

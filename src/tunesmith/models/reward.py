@@ -36,6 +36,7 @@ from .embeddings import grow_embeddings
 from .heads import HEADS, load_head
 from .load import LoadedModel, load_model, quiet
 from .methods import add_adapter, load_adapter
+from .opening import base_folder
 from .policy import Policy
 from .result import is_adapter, read_adapter_config, read_card, require_unaltered, scaling_of
 from .virtual import virtual_count
@@ -200,13 +201,12 @@ def _template(folder: Path, tokenizer: Any) -> ChatTemplate:
 
 def _own_base(folder: Path, loaded: LoadedModel, tokens: int) -> LoadedModel:
     """The model that a result of ours is, or that its adapter goes on; with a row for each of its `tokens`, which the adapter may train."""
-    where = str(folder)
-    if is_adapter(folder):
-        where = str(read_adapter_config(folder).get("base_model_name_or_path") or "")
-        if not where or not Path(where).is_dir():
-            raise AdapterError(f"the base that it was trained on is not there: {where or 'none is named'}", where=str(folder))
+    where = base_folder(folder) if is_adapter(folder) else folder
+    if where is None:
+        lay = read_adapter_config(folder).get("base_model_name_or_path") or "none is named"
+        raise AdapterError(f"the base that it was trained on is not there: {lay}", where=str(folder))
     with _readable(folder):
-        held = {"name": where, "dtype": str(loaded.dtype).removeprefix("torch.")}
+        held = {"name": str(where), "dtype": str(loaded.dtype).removeprefix("torch.")}
         if is_adapter(folder):  # its base, as it was held when it was trained
             held |= {"rope_scaling": scaling_of(folder), "quantization": read_card(folder).get("quantization")}
         own = load_model(ModelSection(**held))

@@ -128,9 +128,9 @@ def computes_the_models_own(policy: Policy) -> None:
     weights = np.r_[0, np.ones(PROBE_TOKENS + half - 1)].astype(np.float32)
     rows = [np.r_[ids[:PROBE_TOKENS], tail] for tail in np.split(ids[PROBE_TOKENS:], 2)]
     forest, known = build_forest([(row, weights) for row in rows]), np.unique(ids)
-    weight = causal.get_output_embeddings().weight
-    head = [weight] if weight.requires_grad and weight.is_leaf else []  # what wraps it, for new tokens, makes its weight anew at each call
     with torch.enable_grad(), policy.deterministic(), active_adapter(policy.model, None), _narrow_windows(causal), policy.plain():
+        weight = causal.get_output_embeddings().weight  # the base's: an adapter may bring a head of its own (PEFT's modules_to_save)
+        head = [weight] if weight.requires_grad and weight.is_leaf else []  # what wraps it for new tokens makes its weight anew each time
         table = embed(torch.from_numpy(known).to(causal.device)).detach().requires_grad_()
 
         def looked_up(tokens: np.ndarray) -> Tensor:

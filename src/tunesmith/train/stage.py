@@ -32,9 +32,10 @@ from ..models.methods import (
     starts_unchanged,
     trainable_state,
 )
+from ..models.methods.tokens import trained_tokens
 from ..models.offload import require_device
 from ..models.policy import Policy
-from ..models.result import CARD, is_adapter
+from ..models.result import CARD, is_adapter, read_adapter_config
 from ..objectives import SFT
 from ..recipe import COMPARING, WHOLE, ModelSection, Stage
 from ..rundir import RunDirectory, atomic_folder, rank, verify_folder, world
@@ -132,17 +133,33 @@ def build_model(loaded: LoadedModel, stage: Stage, start: Path | None, seed: int
                 where=f"stages.{stage.name}",
                 mend="leave method out: it is that of start_from; or start from the base",
             )
+        if not trained_tokens(read_adapter_config(start)).issuperset(new_tokens):
+            raise RecipeError(
+                "the chat template brings tokens that the adapter of start_from has no rows for, so that they would not train",
+                where=f"stages.{stage.name}.start_from",
+                mend="start from the base, or from an adapter that was trained with this template",
+            )
         return continue_adapter(loaded, stage.method, start)
     return attach(loaded, stage.method, seed=seed, new_tokens=new_tokens)
 
 
 def _base(inputs: StageInputs) -> LoadedModel:
-    """What the stage's method is put on: the recipe's base, or the full model of an earlier stage."""
+    """What the stage's method is put on: the recipe's base, or the full model of an earlier stage, with the template's new tokens.
+
+    Raises RecipeError where that model's tokenizer has other tokens than the rows were made with.
+    """
     loaded, start = inputs.loaded, inputs.start
     if start is None or is_adapter(start):
         return loaded
     other = {"name": str(start.resolve()), "revision": None, "dtype": str(loaded.dtype).removeprefix("torch.")}
     earlier = load_model(inputs.section.model_copy(update=other))
+    add_new_tokens(earlier, inputs.template)
+    if not loaded.tokenizer.get_vocab().items() <= earlier.tokenizer.get_vocab().items():
+        raise RecipeError(
+            "the model of start_from has other tokens than the recipe's base, with which the rows were made",
+            where=str(start),
+            mend="name this model as model.name, and leave start_from out",
+        )
     earlier.tokenizer.chat_template = loaded.tokenizer.chat_template
     return earlier
 
@@ -326,6 +343,15 @@ def is_finished(run: RunDirectory, stage: Stage) -> bool:
     return True
 
 
-def resolve_method(stage: Stage, loaded: LoadedModel) -> Stage:
-    """The stage with its method's derived settings written out. Raises RecipeError where a name matches nothing, with the nearest."""
-    return stage.model_copy(update={"method": resolve(loaded.model, stage.method)})
+def resolve_method(stage: Stage, loaded: LoadedModel, adapter: Path | None = None) -> Stage:
+    """The stage with its method's derived settings written out. adapter: the folder of the one whose method it is, and not the recipe's.
+
+    Raises RecipeError where a name matches nothing, with the nearest.
+    """
+    try:
+        return stage.model_copy(update={"method": resolve(loaded.model, stage.method)})
+    except RecipeError as error:
+        if adapter is None:
+            raise
+        mend = "start from an adapter on linear layers of the model's backbone, such as q_proj or up_proj"
+        raise RecipeError(f"the adapter cannot be trained on: {error.what}", where=str(adapter), mend=mend) from error

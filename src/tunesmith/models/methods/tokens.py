@@ -38,6 +38,12 @@ def saved_config(config: PeftConfig) -> dict[str, Any]:
     return config.to_dict() | ({FIELD: where} if where is not None else {})
 
 
+def trained_tokens(config: dict[str, Any]) -> set[int]:
+    """The new tokens that train beside an adapter in every place, by its `adapter_config.json`."""
+    where = config.get(FIELD) or []
+    return set.intersection(*map(set, where.values())) if isinstance(where, dict) else set(where)
+
+
 def _where_tokens_train(model: PreTrainedModel, tokens: list[int]) -> list[int] | dict[str, list[int]]:
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head.bias is not None:
