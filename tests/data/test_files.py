@@ -95,7 +95,7 @@ def test_a_missing_file_names_the_nearest_and_a_folder_is_not_a_file(tmp_path):
     with pytest.raises(MissingFile, match="folder"):
         read_records(str(tmp_path), section())
     (tmp_path / "link.jsonl").symlink_to("gone.jsonl")
-    with pytest.raises(MissingFile, match="the link leads to gone.jsonl, which is not there"):
+    with pytest.raises(MissingFile, match=r"the link leads to gone\.jsonl, which is not there"):
         read_records(str(tmp_path / "link.jsonl"), section())
     with pytest.raises(MissingFile):
         read_records("x" * 10_000 + ".jsonl", section())

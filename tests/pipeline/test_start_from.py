@@ -105,6 +105,25 @@ def peft_adapter(base, folder, **settings):
     return folder
 
 
+def test_a_stage_that_goes_on_with_an_adapter_stands_on_the_whole_model_that_it_was_trained_on(tiny, tmp_path):
+    quick = {"max_steps": 1, "learning_rate": 1e-2}
+    stages = [
+        stage("one", method="full", **quick),
+        stage("two", method=LORA, start_from="one", **quick),
+        stage("three", start_from="two", **quick),
+    ]
+    made = recipe(tmp_path, tiny, stages=stages, evaluate=ONLY_TUNED)
+    run = tunesmith.run(made, out=tmp_path / "run").path
+    results = [run / "stages" / name / "model" for name in ("one", "two", "three")]
+    cards = [read_json(folder / "tunesmith.json") for folder in results]
+    assert cards[1]["base"]["sha256"] == cards[2]["base"]["sha256"] != cards[0]["base"]["sha256"]
+    two, three = (load_file(folder / "adapter_model.safetensors") for folder in results[1:])
+    assert any(not torch.equal(two[name], three[name]) for name in two)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(results[0]), results[2]).eval()
+    torch.testing.assert_close(logits(tunesmith.load(run).model), logits(theirs), atol=1e-5, rtol=1e-5)
+    assert tunesmith.run(made, out=run, resume=True).path == run  # its stages are those of this recipe
+
+
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 def test_an_adapter_with_a_head_of_its_own_trains_on_and_is_saved_as_peft_reads_it(tmp_path, objective):
     base = model_folder(tmp_path / "base", tied=False)

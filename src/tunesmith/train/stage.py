@@ -34,8 +34,9 @@ from ..models.methods import (
 )
 from ..models.methods.tokens import trained_tokens
 from ..models.offload import require_device
+from ..models.opening import base_folder
 from ..models.policy import Policy
-from ..models.result import CARD, is_adapter, read_adapter_config
+from ..models.result import CARD, is_adapter, read_adapter_config, read_card
 from ..objectives import SFT
 from ..recipe import COMPARING, WHOLE, ModelSection, Stage
 from ..rundir import RunDirectory, atomic_folder, rank, verify_folder, world
@@ -144,12 +145,16 @@ def build_model(loaded: LoadedModel, stage: Stage, start: Path | None, seed: int
 
 
 def _base(inputs: StageInputs) -> LoadedModel:
-    """What the stage's method is put on: the recipe's base, or the full model of an earlier stage, with the template's new tokens.
+    """What the stage's method is put on: the recipe's base, or the full model of an earlier stage, which may be the one that the adapter
+    of start_from was trained on; with the template's new tokens.
 
     Raises RecipeError where that model's tokenizer has other tokens than the rows were made with.
     """
     loaded, start = inputs.loaded, inputs.start
-    if start is None or is_adapter(start):
+    if start is not None and is_adapter(start):
+        beneath = None if _base_sha256(start, loaded) == loaded.identity.sha256 else base_folder(start)
+        start = beneath if beneath is not None and (beneath / CARD).is_file() else None  # any other base is refused with the adapter
+    if start is None:
         return loaded
     other = {"name": str(start.resolve()), "revision": None, "dtype": str(loaded.dtype).removeprefix("torch.")}
     earlier = load_model(inputs.section.model_copy(update=other))
@@ -320,7 +325,7 @@ def stage_fingerprint(
     settings = {key: value for key, value in stage.model_dump(mode="json").items() if key not in UNFINGERPRINTED}
     rows = [hashlib.sha256("\n".join(part.row_ids).encode()).hexdigest() for part in (data.train, data.validation) if part is not None]
     origin = hash_weights(start) if start is not None else None
-    base = loaded.identity.sha256 if origin is None or is_adapter(start) else origin
+    base = loaded.identity.sha256 if start is None else _base_sha256(start, loaded) if is_adapter(start) else origin
     tokens = [json.loads((part.store.folder / "key.json").read_text()) for part in (data.train, data.validation) if part is not None]
     held = [str(loaded.dtype), loaded.quantization, *([loaded.rope_scaling] if loaded.rope_scaling else [])]
     what = [settings, base, origin, held, rows, tokens, template.sha256 if template else None, data.max_length, seed]
@@ -328,6 +333,11 @@ def stage_fingerprint(
     what += [hash_weights(locate_result(name, run)) for name in named_models(stage.objective)]
     what += [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in named_files(stage.objective).values()]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def _base_sha256(adapter: Path, loaded: LoadedModel) -> str:
+    """Of the base that an adapter of ours was trained on; of the recipe's for another's, which does not say."""
+    return read_card(adapter).get("base", {}).get("sha256", loaded.identity.sha256)
 
 
 def is_finished(run: RunDirectory, stage: Stage) -> bool:
