@@ -202,7 +202,7 @@ def stage_footprint(session: Session, shape: Shape, stage: Stage) -> Footprint:
         parts |= {name: parts[name] // (launch.processes or 1) for name in ("gradients", "optimiser")}
     if learns_from_answers(stage):
         parts["weights"] += _models_beside(session, shape, stage)
-        parts["rollouts"] += generation_bytes(
+        sampling = generation_bytes(
             shape,
             items=sampled(stage),
             batch_size=ROLLOUT_BATCH,
@@ -211,6 +211,7 @@ def stage_footprint(session: Session, shape: Shape, stage: Stage) -> Footprint:
             batch_tokens=BATCH_TOKENS,
             logit_elements=LOGIT_ELEMENTS,
         )
+        parts["rollouts"] += max(0, sampling - parts["activations"] - parts["logits"])  # answers are given before an update has any
     parts["libraries"] += max(0, peak_memory_bytes() - sum(parts.values()))  # of reading the model
     return parts
 

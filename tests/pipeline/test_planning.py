@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 from tests.pipeline.helpers import recipe
 from tests.toys import ItemsOf, Rows, items_of, loaded, make_items, make_prompts, make_rows, make_stage, tiny_model
 
@@ -172,70 +169,6 @@ def test_ktos_estimate_is_a_pass_over_as_many_rows_as_are_trained():
     stage = make_stage(objective="kto", name="s", method=LORA, max_steps=4, per_device_train_batch_size=4)
     plan = planned([stage], LABELLED)
     assert flops(plan, "sample s") == pytest.approx(flops(plan, "train s") / 2, rel=0.15)
-
-
-def peak(*stages: Stage, **where) -> int:
-    return planned(list(stages), PROMPTS, **where)["peak_memory_bytes"]
-
-
-MODEL = 4 * sum(parameter.numel() for parameter in tiny_model("llama").parameters())
-REWARD = {"name": "reward", "max_steps": 1, "objective": "sft"}  # what it learns does not count here
-ADAPTER = 4 * 2 * 4 * (32 + 32)  # fp32, two layers of rank 4
-
-
-def asking(*names: str, **settings) -> Stage:
-    rewards = [{"type": "model", "model": name} for name in names]
-    return sampling({"type": "grpo", "rewards": rewards or JUDGED["rewards"]}, **settings)
-
-
-def test_a_fully_tuned_stage_that_samples_holds_a_copy_of_its_start(monkeypatch):
-    without = peak(asking(method=FULL))
-    monkeypatch.setattr(fitting, "_models_beside", lambda *given: 0)
-    assert without - peak(asking(method=FULL)) == MODEL
-
-
-@pytest.mark.parametrize(
-    "policy, method, start, more",
-    [
-        (LORA, LORA, None, ADAPTER),
-        (LORA, FULL, None, MODEL),
-        (FULL, LORA, None, MODEL + ADAPTER),
-        (FULL, FULL, None, MODEL),
-        (LORA, LORA, "other", MODEL + ADAPTER),
-    ],
-    ids=["shares the base", "is whole", "policy is whole", "both are whole", "is on another base"],
-)
-def test_a_reward_model_of_this_run_costs_its_adapter_or_a_model(policy, method, start, more):
-    before = [make_stage(**REWARD | {"name": "other"}, method=FULL)] if start else []
-    reward = make_stage(**REWARD, method=method, start_from=start)
-    assert peak(*before, reward, asking("reward", method=policy)) - peak(*before, reward, asking(method=policy)) == more
-
-
-def test_a_reward_model_from_elsewhere_costs_what_its_files_hold_and_a_base_where_it_cannot_share_one(tmp_path):
-    tensor = {"a": torch.zeros(100_000)}
-    for name, card in (("ours", "0" * 64), ("stranger", "1" * 64)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_config.json").write_text("{}")
-        (tmp_path / name / "tunesmith.json").write_text(json.dumps({"base": {"sha256": card}}))
-        save_file(tensor, tmp_path / name / "adapter_model.safetensors")
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "config.json").write_text("{}")
-    save_file(tensor, tmp_path / "foreign" / "model.safetensors")
-    size = (tmp_path / "foreign" / "model.safetensors").stat().st_size
-    plain = peak(asking())
-    assert peak(asking(str(tmp_path / "ours"))) - plain == size
-    assert peak(asking(str(tmp_path / "stranger"))) - plain == size + MODEL
-    assert peak(asking(str(tmp_path / "foreign"))) - plain == size
-    assert peak(asking(str(tmp_path / "foreign"), str(tmp_path / "ours"))) - plain == 2 * size
-
-
-def test_a_stage_whose_reward_models_do_not_fit_is_refused(monkeypatch):
-    reward = make_stage(**REWARD, method=FULL)
-    fits = peak(reward, asking())
-    monkeypatch.setattr(fitting, "available_memory", lambda: fits + MODEL // 2)
-    assert peak(reward, asking()) == fits
-    with pytest.raises(DoesNotFit):
-        peak(reward, asking("reward"))
 
 
 WIDE = {"objective": "sft", "name": "s", "method": LORA, "max_steps": 4}
