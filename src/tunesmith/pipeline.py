@@ -21,7 +21,6 @@ import numpy as np
 from .data.preference import prompt_of
 from .data.prepare import PreparedData
 from .errors import GateFailed, ModelError
-from .evaluate import check_gates
 from .evaluation import evaluate_run
 from .forewarning import quarantine_notes, verdict_warnings
 from .launch import require_processes
@@ -183,7 +182,6 @@ def _session(
 ) -> Iterator[Session]:
     recipe = load_recipe(source, sets, out=out)
     require_files(recipe)
-    check_gates(recipe.evaluate.gates, None)  # by name; what the task can have is known when its rows are
     require_trackers(recipe.tracking)
     with StopRequest() as stop, process_group(), _directory(_run_path(recipe), resume) as directory, _hub_explained(recipe.model.name):
         yield Session(recipe, directory, stop, report if rank() == 0 else lambda event: None)

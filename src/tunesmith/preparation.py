@@ -18,7 +18,7 @@ from .data.read import locate
 from .data.render import TrainOn
 from .data.template import load_template
 from .errors import MissingFile, RecipeError
-from .evaluate import TemplateEncoder, derive_max_new_tokens
+from .evaluate import TemplateEncoder, check_gates, derive_max_new_tokens
 from .fitting import fit_stages
 from .models.load import LoadedModel, load_model
 from .models.result import is_adapter, read_card, require_unaltered
@@ -33,7 +33,8 @@ from .train.work import kind_of, learns_from_answers
 
 
 def require_files(recipe: Recipe) -> None:
-    """Names a missing local file before anything is loaded. Raises MissingFile."""
+    """Names a missing local file, or a gate's unknown metric, before anything is loaded. Raises MissingFile or RecipeError."""
+    check_gates(recipe.evaluate.gates, None)  # by name; which of them the task can have is known when its rows are
     named = {"task.output_schema": recipe.task.output_schema, "evaluate.general": recipe.evaluate.general}
     for stage in recipe.stages:
         named |= {f"stages.{stage.name}.objective.rewards.{i}": file for i, file in named_files(stage.objective).items()}
