@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from tests.toys import make_stage, tiny_model
 
-from tunesmith.errors import NonFinite
+from tunesmith.errors import CheckpointError, NonFinite
 from tunesmith.models.policy import Policy
 from tunesmith.rundir import RunDirectory
 from tunesmith.train import checkpoint
@@ -36,6 +38,17 @@ def test_a_checkpoint_is_written_without_a_copy_of_the_state_and_comes_back_bit_
         tensor.zero_()
     assert load_checkpoint(folder, optimiser, "f") == (Progress(step=1), {})
     assert all(torch.equal(tensor, before[name]) for name, tensor in optimiser.state().items())
+
+
+@pytest.mark.parametrize("more, gone", [({"had_gradient": True}, ""), ({}, "tokens")])
+def test_a_checkpoint_of_a_version_that_remembers_other_things_is_refused_by_name(tmp_path, more, gone):
+    optimiser = optimiser_of(torch.float32)
+    with RunDirectory.open(tmp_path / "run", resume=False) as run:
+        folder = save_checkpoint(run, "sft", Progress(step=1), optimiser, "f", {})
+    state = json.loads((folder / "state.json").read_text()) | more
+    (folder / "state.json").write_text(json.dumps({name: value for name, value in state.items() if name != gone}))
+    with pytest.raises(CheckpointError, match="made by another version"):
+        load_checkpoint(folder, optimiser, "f")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,8 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 def load_checkpoint(folder: Path, optimiser: Optimiser, fingerprint: str) -> tuple[Progress, dict[str, torch.Tensor]]:
     """Puts a verified checkpoint's state in place; gives how far it came, and the source's state.
 
-    Raises CheckpointError when it belongs to another recipe or data, or when 8-bit moments cannot be cut as these processes hold them.
+    Raises CheckpointError when it belongs to another recipe, data or version, or when 8-bit moments cannot be cut as these processes hold
+    them.
     """
     state = json.loads((folder / STATE).read_text())
     if state.pop("fingerprint") != fingerprint:
@@ -109,6 +110,12 @@ def load_checkpoint(folder: Path, optimiser: Optimiser, fingerprint: str) -> tup
             "the checkpoint was made with other settings or data",
             where=str(folder),
             mend="resume with the recipe the run began with, or choose another --out",
+        )
+    if state.keys() != {field.name for field in fields(Progress)}:
+        raise CheckpointError(
+            "the checkpoint was made by another version of tunesmith",
+            where=str(folder),
+            mend="go on with the version that made it, or choose another --out",
         )
     with _parts(folder) as files:
         own = files[rank() % len(files)]
