@@ -31,7 +31,8 @@ from .rundir import RunDirectory, make_folder, read_events, world, write_json, w
 MAX_RUNS = 1000  # more is a mistake in the words
 # Settings under which the loss is another measure: of what samples, the held-out answers are sampled under them.
 CHANGES_THE_LOSS = re.compile(r"(^|\.)((objective|data|model|task)(\.|$)|rollout(\.(temperature|top_p|top_k|max_new_tokens))?$)")
-ABSOLUTE = ("sft", "reward")  # objectives whose loss hangs on nothing that was trained before: no reference, no reward model
+# Objectives whose loss hangs on nothing that was trained before: they have no reference, and no reward model scores their answers.
+ABSOLUTE = ("sft", "reward", "simpo", "orpo", "cpo")
 OWN = ("name", "output", "output.dir")  # settings that would name a run or its folder
 RESULT, PAGE = "sweep.json", "sweep.html"
 Report = Callable[[dict[str, Any]], None]
@@ -232,10 +233,14 @@ def _other_measures(keys: Sequence[str], recipe: Recipe) -> list[str]:
     absolute = recipe.stages[last].objective.type in ABSOLUTE
 
     def changes(key: str) -> bool:
-        _, number, *setting = [*key.split("."), ""]
-        whole = key.startswith("stages") and not any(setting)  # a stage, or all of them, in place of another
-        before = key.startswith("stages.") and not absolute and (number != str(last) or setting[0] == "start_from")
-        return whole or before or CHANGES_THE_LOSS.search(key) is not None
+        if CHANGES_THE_LOSS.search(key):
+            return True
+        section, number, setting = (*key.split(".", 2), "", "")[:3]
+        if section != "stages":
+            return False
+        if not setting:  # a stage, or all of them, in place of another
+            return True
+        return not absolute and (number != str(last) or setting == "start_from")
 
     return [key for key in _without_seed(dict.fromkeys(keys)) if changes(key)]
 

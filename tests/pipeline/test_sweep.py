@@ -200,6 +200,8 @@ def test_nothing_is_chosen_before_the_grid_is_whole_and_of_what_is_whole_only(do
         ("stages.0.learning_rate", "dpo", True),  # another start is another reference
         ("stages.0.learning_rate", "sft", False),
         ("stages.0.learning_rate", "reward", False),
+        ("stages.0.learning_rate", "orpo", False),  # it has no reference
+        ("stages.0.learning_rate", "kto", True),
         ("stages.1.learning_rate", "dpo", False),
         ("stages.1.start_from", "dpo", True),
         ("stages.1.start_from", "sft", False),
