@@ -5,7 +5,8 @@
 Same model, rows, order, optimiser and schedule, batches of 8 rows, bf16 on CPU. Ours is what `tunesmith run` trains with.
 TRL's defaults: fp32 weights under bf16 autocast, gradient checkpointing, padded batches. TRL's packing: the fastest of its
 strategies on CPU, see PACKINGS. Three parts: LoRA and full tuning
-on rows that share nothing (the system turn is cut off), and LoRA on the rows as they are ("shared_prefix"). Losses: runs in fp32.
+on rows that share nothing (the system turn is cut off), and LoRA on the rows as they are ("shared_prefix"). Losses: short runs of
+their own in fp32 and in bf16, in which TRL's adapter starts from the values of ours.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ BATCH = 8  # rows of an update
 WARMUP = 1  # updates before the clock starts
 RATE, RANK, SEED = 2e-4, 16, 0
 FULL_RATE = 2e-5
-LOSS_BATCH = 4  # rows of an update in the fp32 runs
+LOSS_BATCH = 4  # rows of an update in the runs that compare losses
 LOSS_UPDATES = 3
 PARTS = {  # part: (method, whether rows keep their common system turn, updates of a timed run)
     "lora": ("lora", False, 3),
@@ -72,7 +73,7 @@ def main() -> None:
 
 
 def measure(part: str, options: argparse.Namespace, folder: Path) -> dict:
-    """All runs of one part: {"runs": {system: [result, ...]}, "losses": {system: [loss of each update]}}."""
+    """All runs of one part: {"runs": {system: [result, ...]}, "losses": {dtype: {system: [loss of each update]}}}."""
     method, shared, updates = PARTS[part]
     rows_file = str(folder / f"{part}.json")
     count = options.rows or updates * BATCH
@@ -85,13 +86,16 @@ def measure(part: str, options: argparse.Namespace, folder: Path) -> dict:
             runs[system].append(result)
             speed, memory = result["tokens_per_second"], result["peak_bytes"] / 2**20
             say(f"{part} {number + 1}/{options.runs} {system}: {speed:.0f} tokens/CPU-s, {memory:.0f} MiB, loss {result['losses'][-1]:.4f}")
-    spec |= {"dtype": "float32", "batch": LOSS_BATCH, "count": min(count, LOSS_BATCH * LOSS_UPDATES)}
-    losses = {}
-    for system in ("tunesmith", "trl_default"):
-        losses[system] = run_child(__file__, {**spec, "system": system}, threads=options.threads)["losses"]
-        say(f"{part} fp32 {system}: loss " + ", ".join(f"{loss:.6f}" for loss in losses[system]))
-    spec["count"] = LOSS_BATCH  # one update, on the same rows as the others' first
-    losses["trl_packing"] = run_child(__file__, {**spec, "system": "trl_packing"}, threads=options.threads)["losses"]
+    spec |= {"same_start": True, "batch": LOSS_BATCH, "count": min(count, LOSS_BATCH * LOSS_UPDATES)}
+    losses: dict[str, dict[str, list[float]]] = {}
+    for dtype in ("float32", "bfloat16"):
+        losses[dtype] = {}
+        for system in ("tunesmith", "trl_default"):
+            found = run_child(__file__, {**spec, "system": system, "dtype": dtype}, threads=options.threads)["losses"]
+            losses[dtype][system] = found
+            say(f"{part} {dtype} {system}: loss " + ", ".join(f"{loss:.6f}" for loss in found))
+    spec |= {"dtype": "float32", "count": LOSS_BATCH}  # one update, on the same rows as the others' first
+    losses["float32"]["trl_packing"] = run_child(__file__, {**spec, "system": "trl_packing"}, threads=options.threads)["losses"]
     return {"runs": runs, "losses": losses}
 
 
@@ -99,12 +103,15 @@ def ratios(measured: dict) -> dict[str, float]:
     """The part's line of JSON."""
     middle = {system: medians(runs, ("tokens_per_second", "peak_bytes")) for system, runs in measured["runs"].items()}
     ours, default, packing = (middle[system] for system in SYSTEMS)
-    losses = measured["losses"]
+    exact, short = measured["losses"]["float32"], measured["losses"]["bfloat16"]
+    reference = exact["trl_default"][-1]
     return {
         "vs_default": round(ours["tokens_per_second"] / default["tokens_per_second"], 3),
         "vs_packing": round(ours["tokens_per_second"] / packing["tokens_per_second"], 3),
         "memory": round(ours["peak_bytes"] / default["peak_bytes"], 3),
-        "loss_difference": round(abs(losses["tunesmith"][-1] - losses["trl_default"][-1]), 7),
+        "loss_difference": round(abs(exact["tunesmith"][-1] - reference), 7),
+        "bf16_off": round(abs(short["tunesmith"][-1] / reference - 1), 6),
+        "trl_bf16_off": round(abs(short["trl_default"][-1] / reference - 1), 6),
     }
 
 
@@ -119,11 +126,10 @@ def report(measured: dict, results: dict, options: argparse.Namespace, command: 
             numbers.append(
                 [part, system, str(runs[0]["tokens"]), spread, f"{middle['peak_bytes'] / 2**20:.0f}", f"{runs[0]['losses'][-1]:.4f}"]
             )
-        r, losses = results[part], parts["losses"]
+        r, losses = results[part], parts["losses"]["float32"]
         packed = abs(losses["trl_packing"][0] - losses["tunesmith"][0])
-        rows.append(
-            [part, f"{r['vs_default']:.2f}", f"{r['vs_packing']:.2f}", f"{r['memory']:.2f}", f"{r['loss_difference']:.1e}", f"{packed:.1e}"]
-        )
+        differences = [f"{r['loss_difference']:.1e}", f"{r['bf16_off']:.2%}", f"{r['trl_bf16_off']:.2%}", f"{packed:.1e}"]
+        rows.append([part, f"{r['vs_default']:.2f}", f"{r['vs_packing']:.2f}", f"{r['memory']:.2f}", *differences])
     source = "the project's own rows" if Path(options.data).resolve() == ROWS.resolve() else Path(options.data).name
     return "\n\n".join(
         [
@@ -137,11 +143,13 @@ def report(measured: dict, results: dict, options: argparse.Namespace, command: 
                     "over TRL's packing",
                     "memory over TRL's defaults",
                     "loss difference, fp32",
+                    "our bf16 off TRL's fp32",
+                    "TRL's bf16 off its fp32",
                     "packing's, first update",
                 ],
                 rows,
             ),
-            table(["part", "system", "tokens timed", "useful tokens/CPU-s (range)", "peak MiB", "last loss, bf16"], numbers),
+            table(["part", "system", "tokens timed", "useful tokens/CPU-s (range)", "peak MiB", "last loss, timed"], numbers),
         ]
     )
 
@@ -271,7 +279,7 @@ def run_trl(spec: dict) -> dict:
             peft_config=None if spec["method"] == "full" else lora,
             callbacks=[Laps()],
         )
-        if fp32:
+        if spec.get("same_start"):
             start_like_ours(trainer.model, spec, folder)
         trainer.train()
     size = same["per_device_train_batch_size"]
