@@ -1,4 +1,4 @@
-"""Fast paths for common layers, each exact up to rounding and each compared with the plain one before it is kept.
+"""Fast paths for common layers, each exact up to rounding and each compared with the plain one before it is kept, in miniature too.
 
 - LoRA as one matrix product over K + r (Hu et al. 2021): y = [x, s x A^T] [W, B]^T, accumulated in fp32 and rounded once; a young
   delta added to y in bf16 would be rounded away. The frozen weight lives in the wide buffer, so it is still held once; of a quantised
@@ -13,6 +13,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .miniature import agrees_in_miniature
 from .quantised import dense_weight, is_held_in_bits
 
 
@@ -143,22 +145,34 @@ def is_plain(layer: LoraLayer) -> bool:
     )
 
 
+def _widen(layer: LoraLayer) -> None:
+    """Puts the frozen weight into a buffer that has room for B."""
+    base = layer.get_base_layer()
+    rank = max(m.weight.shape[0] for m in layer.lora_A.values())
+    outputs, inputs = base.weight.shape
+    wide = torch.empty(outputs, inputs + rank, dtype=base.weight.dtype, device=base.weight.device)
+    wide[:, :inputs] = base.weight.data
+    layer.wide = wide
+    base.weight.data = wide[:, :inputs]
+
+
 def fuse_lora(model: nn.Module, paths: FastPaths) -> None:
     """Gives every plain LoRA layer of the model the one-product forward."""
+    trials: dict[tuple[Any, ...], bool] = {}
     for name, layer in model.named_modules():
         if not (isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), nn.Linear | Conv1D)):
             continue
         if not is_plain(layer):
             paths.refused.setdefault("lora", f"{name} is not a plain LoRA layer")
             continue
-        base = layer.get_base_layer()
-        if not is_held_in_bits(base):
-            rank = max(m.weight.shape[0] for m in layer.lora_A.values())
-            outputs, inputs = base.weight.shape
-            wide = torch.empty(outputs, inputs + rank, dtype=base.weight.dtype, device=base.weight.device)
-            wide[:, :inputs] = base.weight.data
-            layer.wide = wide
-            base.weight.data = wide[:, :inputs]
+        kind = (type(layer), *sorted(layer.scaling.items()))
+        if kind not in trials:
+            trials[kind] = agrees_in_miniature(layer, _lora_forward, _dtype(layer), prepare=_widen)
+        if not trials[kind]:
+            paths.refused.setdefault("lora", f"{name} computes something else")
+            continue
+        if not is_held_in_bits(layer.get_base_layer()):
+            _widen(layer)
         layer.forward = types.MethodType(_lora_forward, layer)
         paths.count("lora")
 
@@ -195,7 +209,7 @@ def fuse_layers(model: nn.Module, paths: FastPaths) -> None:
             continue
         name, forward, width = fast
         if type(module) not in trials:
-            trials[type(module)] = _agrees(module, forward, width)
+            trials[type(module)] = _agrees(module, forward, width) and agrees_in_miniature(module, forward, _dtype(module))
             if not trials[type(module)]:
                 paths.refused[name] = f"{type(module).__name__} computes something else"
         if trials[type(module)]:
@@ -239,10 +253,13 @@ def _inputs(layer: nn.Module) -> int:
 
 def _agrees(module: nn.Module, forward: types.FunctionType, width: int) -> bool:
     """Whether the fast forward equals the module's own on random rows: to 1e-4 relative in fp32, 2e-2 in bf16."""
-    held = list(module.parameters())
-    dtype = next((p.dtype for p in held if p.is_floating_point()), torch.float32)  # a quantised layer may have none
-    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(held[0].device, dtype)
+    dtype, device = _dtype(module), next(module.parameters()).device
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     with torch.no_grad():
         want, got = module(x).float(), forward(module, x).float()
     bound = 1e-4 if dtype == torch.float32 else 2e-2
     return bool((want - got).abs().max() <= bound * want.abs().max())
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)  # a quantised layer may have none
