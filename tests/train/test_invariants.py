@@ -111,6 +111,23 @@ def test_an_adapter_that_starts_wrong_is_named(dtype):
         fresh_adapter_changes_nothing(policy, batch_of(ROWS))
 
 
+def test_a_fast_layer_that_rounds_otherwise_than_the_base_is_not_a_wrong_start(monkeypatch):
+    policy, right = lora_policy(dtype=torch.bfloat16), fused._LoraProduct.forward
+    noise = torch.Generator().manual_seed(0)
+
+    def rounded_otherwise(ctx, *given):
+        y = right(ctx, *given)
+        return y + y.abs().mean() * torch.randn(y.shape, generator=noise).to(y.dtype)
+
+    monkeypatch.setattr(fused._LoraProduct, "forward", staticmethod(rounded_otherwise))
+    forest = batch_of(ROWS).forest
+    with torch.no_grad(), policy.using(None):
+        base = policy(forest).logprobs
+    with torch.no_grad():
+        assert (policy(forest).logprobs - base).abs().mean() > invariants.FRESH[torch.bfloat16]
+    fresh_adapter_changes_nothing(policy, batch_of(ROWS))
+
+
 def test_a_model_in_which_nothing_trains_is_named():
     policy = Policy(tiny_model("llama"))
     something_trains(policy)

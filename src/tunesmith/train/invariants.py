@@ -42,6 +42,7 @@ GRADIENT_KINDS = (INPUTS, "lora_A", "lora_B")  # what does not share its size of
 START = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # nats a token; rows in other company round otherwise
 OWN_LOGPROBS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}  # nats a token
 OWN_GRADIENT = {torch.float32: 0.01, torch.bfloat16: 0.5, torch.float16: 0.2}  # relative
+FRESH = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}  # nats a token; DoRA's norms round a 135M Llama to 0.06 in bf16
 PROBE_B = 0.002
 PROBE_TOKENS = 24
 PROBE_WINDOW = 8  # of sliding attention while it is compared: two short rows are to show it
@@ -206,15 +207,15 @@ def no_leak(policy: Policy, vocabulary: int) -> None:
 
 
 def fresh_adapter_changes_nothing(policy: Policy, batch: Any) -> None:
-    """With a fresh adapter the log-probabilities are the base's."""
+    """With a fresh adapter the log-probabilities are the base's, by the plain layers: a fast one rounds otherwise than the bare base does."""
     if not isinstance(policy.model, PeftModel):
         return
-    with torch.no_grad():
+    with torch.no_grad(), policy.plain():
         tuned = policy(batch.forest).logprobs
         with policy.using(None):
             base = policy(batch.forest).logprobs
     difference = float((tuned - base).abs().mean())
-    if not difference <= (1e-5 if policy.causal.dtype == torch.float32 else 2e-2):
+    if not difference <= FRESH[policy.causal.dtype]:
         raise InvariantViolated(
             f"a fresh adapter changes the log-probabilities by {difference:.2g} nats on average",
             where="method",
