@@ -1,1 +1,6 @@
 """Models: loading, the policy module over forests, methods, packed attention, fast paths, the plan. Import from the modules by name."""
+
+import logging
+
+# On a processor with bf16 it warns, as soon as PEFT imports it, of a kernel for four bits that is not there and that no pass of ours takes.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -8,8 +8,10 @@ NF4 on some processors packs the weights anew in the first pass without gradient
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import types
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,10 +77,22 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         scale = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
         weight = weight.to(dtype or torch.float32).mul_((scale / 127).to(dtype or torch.float32)[:, None])
     elif not weight.is_floating_point():
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight = dequantize_4bit(weight, layer.weight.quant_state)
+        weight = _from_four_bits(weight, layer.weight.quant_state)
     return weight if dtype is None else weight.to(dtype)
+
+
+def _from_four_bits(bits: Tensor, state: Any) -> Tensor:
+    """The matrix that bitsandbytes' four bits stand for.
+
+    Rows are laid flat where they are no whole number of blocks: its kernel for AVX-512 takes the wrong block's scale there (0.50.2).
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    if state.shape[-1] % state.blocksize == 0:
+        return dequantize_4bit(bits, state)
+    flat = copy.copy(state)
+    flat.shape = torch.Size([state.shape.numel()])
+    return dequantize_4bit(bits, flat).view(state.shape)
 
 
 class _Product(torch.autograd.Function):

@@ -207,7 +207,7 @@ def no_leak(policy: Policy, vocabulary: int) -> None:
 
 
 def fresh_adapter_changes_nothing(policy: Policy, batch: Any) -> None:
-    """With a fresh adapter the log-probabilities are the base's, by the plain layers: a fast one rounds otherwise than the bare base does."""
+    """With a fresh adapter the log-probabilities are the base's, by the plain layers: a fast one rounds otherwise than the base."""
     if not isinstance(policy.model, PeftModel):
         return
     with torch.no_grad(), policy.plain():
