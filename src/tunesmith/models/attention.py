@@ -2,8 +2,9 @@
 
 Registered with transformers' AttentionInterface, so every model that goes through the interface can be packed without
 padding. The forward and backward passes are written out (one autograd function for the whole forest), since slices under autograd would
-cost a zero-filled copy each. Long nodes are cut into blocks of queries: no T x T matrix exists. Every extra argument is
-honoured (scaling, sliding window, soft cap) or refused (dropout, sinks, biases).
+cost a zero-filled copy each. Long nodes are cut into blocks of queries: no T x T matrix exists. In 16 bits on a CPU, queries and keys
+are filled up to whole steps, so that products come in few shapes. Every extra argument is honoured (scaling, sliding window, soft cap)
+or refused (dropout, sinks, biases).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .virtual import KeysValues
 
 FOREST = "tunesmith_forest"
 QUERY_BLOCK = 512  # queries at once: bounds the scores of one block to heads x 512 x keys
+STEP = 16  # queries and keys of a block; each shape that oneDNN has not seen costs 1 to 8 ms and 0.7 to 5 MB (AMX)
 
 
 class Layout(NamedTuple):
@@ -119,35 +121,57 @@ def _blocks(node: Node) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
         yield begin, end, [*node.ancestors, (node.start, end)]
 
 
-def _gather(x_HTD: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-    return x_HTD[:, spans[0][0] : spans[0][1]] if len(spans) == 1 else torch.cat([x_HTD[:, a:b] for a, b in spans], 1)
+def in_few_shapes(like: Tensor) -> bool:
+    """Whether products of such tensors are compiled for each shape, as oneDNN does on a CPU in 16 bits."""
+    return like.device.type == "cpu" and like.dtype.itemsize == 2
 
 
-_masks: dict[tuple[int, int, int, int | None], Tensor] = {}
+def _filling(count: int, step: int) -> int:
+    return -count % step
+
+
+def _gather(x_HTD: Tensor, spans: list[tuple[int, int]], step: int) -> Tensor:
+    """The tokens of the spans one after another, filled up with zeros to whole steps."""
+    parts = [x_HTD[:, a:b] for a, b in spans]
+    filling = _filling(sum(b - a for a, b in spans), step)
+    if filling:
+        parts.append(x_HTD.new_zeros(x_HTD.shape[0], filling, x_HTD.shape[2]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _queries(x_KGTD: Tensor, begin: int, end: int, step: int) -> Tensor:
+    """[Hkv, groups x n, D]: a block's part, filled up with zeros to whole steps."""
+    part = x_KGTD[:, :, begin:end]
+    filling = _filling(end - begin, step)
+    part = torch.nn.functional.pad(part, (0, 0, 0, filling)) if filling else part
+    return part.reshape(x_KGTD.shape[0], -1, x_KGTD.shape[-1])
+
+
+_masks: dict[tuple[int, int, int, int, int | None], Tensor] = {}
 _masks_of: list[tuple[Node, ...]] = []
 
 
-def _mask(nodes: tuple[Node, ...], groups: int, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
-    """[groups x queries, keys]: -inf where a key is after the query, or `window` or more before, else 0. The last query sees the last key.
+def _mask(nodes: tuple[Node, ...], groups: int, queries: int, keys: int, step: int, window: int | None, like: Tensor) -> Tensor:
+    """[groups x n, m]: -inf where a key is after the query, or `window` or more before, else 0; n queries and m keys are whole steps.
 
-    Kept while a batch is computed, for all its layers.
+    The last of the queries sees the last of the keys; what they are filled up with, queries see nothing of and it sees anything. Kept
+    while a batch is computed, for all its layers.
     """
     if not _masks_of or _masks_of[0] is not nodes:
         _masks.clear()
         _masks_of[:] = [nodes]
-    key = (groups, queries, keys, window)
+    key = (groups, queries, keys, step, window)
     if key not in _masks or _masks[key].dtype != like.dtype or _masks[key].device != like.device:
-        age = torch.arange(keys - queries, keys, device=like.device)[:, None] - torch.arange(keys, device=like.device)[None]
+        n, m = queries + _filling(queries, step), keys + _filling(keys, step)
+        age = torch.arange(keys - queries, keys - queries + n, device=like.device)[:, None] - torch.arange(m, device=like.device)[None]
         hidden = (age < 0) if window is None else (age < 0) | (age >= window)
-        _masks[key] = like.new_zeros(queries, keys).masked_fill_(hidden, float("-inf")).repeat(groups, 1)
+        hidden[queries:] = False
+        _masks[key] = like.new_zeros(n, m).masked_fill_(hidden, float("-inf")).repeat(groups, 1)
     return _masks[key]
 
 
-def _probabilities(
-    q: Tensor, k: Tensor, groups: int, nodes: tuple[Node, ...], scale: float, window: int | None, softcap: float | None
-) -> tuple[Tensor, Tensor | None]:
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
     """fp32 softmax of the masked scores of q[Hkv, groups x n, D] and k[Hkv, m, D], and the derivative of the soft cap there."""
-    mask = _mask(nodes, groups, q.shape[1] // groups, k.shape[1], window, q)
     if softcap is None:
         return torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale), -1, dtype=torch.float32), None
     capped = torch.tanh(torch.bmm(q, k.transpose(1, 2)).float().mul_(scale / softcap))
@@ -168,15 +192,17 @@ class _ForestAttention(torch.autograd.Function):
         heads, total, dim = query.shape
         kv_heads = key.shape[0]
         groups = heads // kv_heads
-        out_THD = query.new_empty(total, heads, value.shape[-1])
+        step = STEP if in_few_shapes(query) else 1
+        out_THD = query.new_zeros(total, heads, value.shape[-1])  # a token of no node attends to nothing
         grouped = query.reshape(kv_heads, groups, total, dim)
         for node in nodes:
             for begin, end, spans in _blocks(node):
-                k, v = _gather(key, spans), _gather(value, spans)
-                q = grouped[:, :, begin:end].reshape(kv_heads, -1, dim)
-                probs, _ = _probabilities(q, k, groups, nodes, scale, window, softcap)
+                k, v = _gather(key, spans, step), _gather(value, spans, step)
+                q = _queries(grouped, begin, end, step)
+                mask = _mask(nodes, groups, end - begin, sum(b - a for a, b in spans), step, window, q)
+                probs, _ = _probabilities(q, k, mask, scale, softcap)
                 o = torch.bmm(probs.to(query.dtype), v)
-                out_THD[begin:end] = o.view(heads, end - begin, -1).transpose(0, 1)
+                out_THD[begin:end] = o.view(heads, -1, o.shape[-1])[:, : end - begin].transpose(0, 1)
         ctx.save_for_backward(query, key, value, out_THD)
         ctx.layout = (nodes, scale, window, softcap)
         return out_THD
@@ -188,24 +214,26 @@ class _ForestAttention(torch.autograd.Function):
         heads, total, dim = query.shape
         kv_heads = key.shape[0]
         groups = heads // kv_heads
+        step = STEP if in_few_shapes(query) else 1
         grouped = query.reshape(kv_heads, groups, total, dim)
-        weighted = (grad_THD * out_THD).sum(-1, dtype=torch.float32).T.reshape(kv_heads, groups, total)
-        d_query = torch.empty_like(grouped)
+        d_out = grad_THD.transpose(0, 1).view(kv_heads, groups, total, -1)
+        weighted = (grad_THD * out_THD).sum(-1, dtype=torch.float32).T.reshape(kv_heads, groups, total, 1)
+        d_query = torch.zeros_like(grouped)
         d_key = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
         d_value = torch.zeros(value.shape, dtype=torch.float32, device=key.device)
         for node in nodes:
             for begin, end, spans in _blocks(node):
-                k, v = _gather(key, spans), _gather(value, spans)
-                q = grouped[:, :, begin:end].reshape(kv_heads, -1, dim)
-                g = grad_THD[begin:end].transpose(0, 1).reshape(kv_heads, -1, grad_THD.shape[-1])
-                probs, slope = _probabilities(q, k, groups, nodes, scale, window, softcap)
+                k, v = _gather(key, spans, step), _gather(value, spans, step)
+                q, g = _queries(grouped, begin, end, step), _queries(d_out, begin, end, step)
+                mask = _mask(nodes, groups, end - begin, sum(b - a for a, b in spans), step, window, q)
+                probs, slope = _probabilities(q, k, mask, scale, softcap)
                 dv = torch.bmm(probs.to(g.dtype).transpose(1, 2), g)
                 d_scores = torch.bmm(g, v.transpose(1, 2)).float()
-                d_scores.sub_(weighted[:, :, begin:end].reshape(kv_heads, -1, 1)).mul_(probs).mul_(scale)
+                d_scores.sub_(_queries(weighted, begin, end, step)).mul_(probs).mul_(scale)
                 if slope is not None:
                     d_scores.mul_(slope)
                 d_scores = d_scores.to(q.dtype)
-                d_query[:, :, begin:end] = torch.bmm(d_scores, k).view(kv_heads, groups, end - begin, dim)
+                d_query[:, :, begin:end] = torch.bmm(d_scores, k).view(kv_heads, groups, -1, dim)[:, :, : end - begin]
                 dk = torch.bmm(d_scores.transpose(1, 2), q)
                 offset = 0
                 for a, b in spans:

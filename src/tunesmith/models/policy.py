@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import register_dataclass
 from transformers import PreTrainedModel
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from ..data.forest import Forest, Node
 from ..errors import ModelError
 from .adapters import active_adapter
-from .attention import FOREST, Layout, forest_layout
+from .attention import FOREST, Layout, forest_layout, in_few_shapes
 from .compiled import compile_layers
 from .flex import FLEX, FLEX_ATTENTION, flex_masks, use_flex
 from .fused import FastPaths, fuse_layers, fuse_lora, plain_layers, remove_fast_forwards
@@ -30,6 +31,8 @@ from .layout import backbone_of, unpackable_reason
 from .offload import offloaded
 from .recompute import recompute_layers
 from .virtual import virtual_tokens
+
+STEP = 32  # tokens that a batch is filled up to, for products in few shapes
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,11 @@ class Policy(nn.Module):
         are what they are without them; their positions are the first.
         """
         positions = torch.from_numpy(forest.positions_T).to(embeddings_1TH.device)[None]
-        total, layout = embeddings_1TH.shape[1], Layout(forest.nodes)
+        tokens = embeddings_1TH.shape[1]
+        filling = -tokens % STEP if in_few_shapes(embeddings_1TH) else 0
+        if filling:  # tokens of no node
+            embeddings_1TH, positions = F.pad(embeddings_1TH, (0, 0, 0, filling)), F.pad(positions, (0, filling))
+        total, layout = tokens + filling, Layout(forest.nodes)
         virtual = virtual_tokens(self.model, embeddings_1TH.dtype)
         if virtual is not None:
             root = (total, total + virtual.count)
@@ -181,7 +188,7 @@ class Policy(nn.Module):
             layout = layout._replace(masks=flex_masks(layout.nodes, queries, keys, windows, embeddings_1TH.device))
         with forest_layout(layout), offloaded(self.model) if self.activation_offload else nullcontext():
             hidden_TH = self.backbone(inputs_embeds=embeddings_1TH, position_ids=positions, use_cache=False).last_hidden_state[0]
-        return hidden_TH[:total]
+        return hidden_TH[:tokens]
 
     def _head(self, hidden_SH: Tensor, target_S: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
         head, config = self.causal.get_output_embeddings(), self.causal.config.get_text_config()
