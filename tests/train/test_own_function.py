@@ -112,7 +112,7 @@ def test_a_wrong_backward_pass_of_ours_is_refused(where, wrong, method, monkeypa
 
 def test_a_wrong_scale_of_attention_is_refused(monkeypatch):
     policy, plain = Policy(tiny_model("llama")), attention._probabilities
-    monkeypatch.setattr(attention, "_probabilities", lambda q, k, groups, nodes, scale, *rest: plain(q, k, groups, nodes, 2 * scale, *rest))
+    monkeypatch.setattr(attention, "_probabilities", lambda q, k, mask, scale, softcap: plain(q, k, mask, 2 * scale, softcap))
     with pytest.raises(InvariantViolated, match="nats a token"):
         computes_the_models_own(policy)
 
