@@ -69,22 +69,24 @@ def test_a_mask_that_is_not_plainly_causal_is_refused():
             window_mask(**unknown)
 
 
+@pytest.mark.parametrize("beyond", [0, 3])
 @pytest.mark.parametrize("window", [0, 1, 4, 9])
 @pytest.mark.parametrize("prefix", [0, 5])
-def test_a_query_sees_the_prefix_and_its_own_row_up_to_itself_within_the_window(window, prefix):
+def test_a_query_sees_the_prefix_and_its_own_row_up_to_itself_within_the_window(window, prefix, beyond):
     lengths = [6, 4, 1]
     keys = torch.zeros(1, prefix, 1)
     cache = PrefixCache(1, lengths, prefix=[(keys, keys)] if prefix else None)
     (block,) = cache.layout.blocks(heads=1)
-    hidden = hidden_keys(cache.layout.start_B, prefix, block, window)
+    hidden = hidden_keys(cache.layout.start_B, prefix, block, window, block.first_query + block.queries + beyond)
     for row, length in enumerate(lengths):
         for token in range(length):
             seen = ~hidden[row, 6 - length + token] if hidden is not None else torch.ones(prefix + 6, dtype=torch.bool)
-            mine = torch.cat((seen[:prefix], seen[prefix + 6 - length :]))
+            mine = torch.cat((seen[:prefix], seen[prefix + 6 - length : prefix + 6]))
             position = prefix + token
             expected = [key <= position and not (window and position - key >= window) for key in range(prefix + length)]
             assert mine.tolist() == expected
             assert not seen[prefix : prefix + 6 - length].any()
+            assert not seen[prefix + 6 :].any()
 
 
 def test_blocks_cover_every_token_once_and_stay_under_the_limit(monkeypatch):

@@ -28,7 +28,7 @@ from tests.generate.helpers import (
     tokens_of,
 )
 from tunesmith.errors import ModelError, NonFinite
-from tunesmith.generate import GREEDY, LocalGenerator, Sampling, batch_disagreement, cache, engine
+from tunesmith.generate import GREEDY, LocalGenerator, Sampling, attention, batch_disagreement, cache, engine
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -64,6 +64,29 @@ def test_attention_taken_in_many_small_blocks_gives_the_same(family, monkeypatch
     for scores, expected in zip(generator(model).logprobs(prompts, ANSWERS), whole, strict=True):
         np.testing.assert_allclose(scores, expected, atol=1e-5)
     assert tokens_of(generator(model).generate(prompts, max_new_tokens=12)) == tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "opt"])
+def test_keys_filled_up_to_few_shapes_give_the_same(family, monkeypatch):
+    """As on a CPU in 16 bits, where each shape of a product is compiled."""
+    model, prompts, shapes = tiny_model(family), prompts_with_prefix(11), set()
+    whole = generator(model).logprobs(prompts, ANSWERS)
+    tokens = tokens_of(generator(model).generate(prompts, max_new_tokens=40))
+    right = attention._attend_block
+
+    def noting(query_NHD, layer, block, end, *rest):
+        shapes.add(end - block.first_key)
+        return right(query_NHD, layer, block, end, *rest)
+
+    monkeypatch.setattr(attention, "_attend_block", noting)
+    generator(model).generate(prompts, max_new_tokens=40)
+    many = len(shapes)
+    shapes.clear()
+    monkeypatch.setattr(attention, "in_few_shapes", lambda like: True)
+    assert tokens_of(generator(model).generate(prompts, max_new_tokens=40)) == tokens
+    assert len(shapes) < many / 4
+    for scores, expected in zip(generator(model).logprobs(prompts, ANSWERS), whole, strict=True):
+        np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ..errors import ModelError
+from ..models.attention import STEP, in_few_shapes
 from .cache import Block, PrefixCache, PrefixLayer
 
 NAME = "tunesmith_shared_prefix"
@@ -114,22 +115,25 @@ def attend(query_NHD: torch.Tensor, layer: PrefixLayer, scaling: float, softcap:
     blocks = layout.blocks(query_NHD.shape[1])
     attended = []
     for number, block in enumerate(blocks):
+        end = block.first_query + block.queries
+        if in_few_shapes(query_NHD):  # slots beyond are zeros, and hidden
+            end = min(end + -(end - block.first_key) % STEP, layer.keys.shape[2])
         hidden = layout.masks.get((number, window), _UNKNOWN)
         if hidden is _UNKNOWN:
-            hidden = hidden_keys(layout.start_B[block.rows], layout.prefix, block, window)
+            hidden = hidden_keys(layout.start_B[block.rows], layout.prefix, block, window, end)
             if len(blocks) <= CACHED_MASKS:
                 layout.masks[number, window] = hidden
-        attended.append(_attend_block(query_NHD[block.tokens], layer, block, scaling, softcap, hidden))
+        attended.append(_attend_block(query_NHD[block.tokens], layer, block, end, scaling, softcap, hidden))
     return torch.cat(attended) if len(attended) > 1 else attended[0]
 
 
 def _attend_block(
-    query_NHD: torch.Tensor, layer: PrefixLayer, block: Block, scaling: float, softcap: float, hidden_BTS: torch.Tensor | None
+    query_NHD: torch.Tensor, layer: PrefixLayer, block: Block, end: int, scaling: float, softcap: float, hidden_BTS: torch.Tensor | None
 ) -> torch.Tensor:
-    """attend() for the tokens of one block; hidden is what `hidden_keys` gives for it."""
+    """attend() for the tokens of one block, whose keys are those of the slots before `end`; hidden is what `hidden_keys` gives for it."""
     H, D = query_NHD.shape[1:]
     B, T, P = block.rows.stop - block.rows.start, block.queries, layer.layout.prefix
-    own_slots = slice(block.first_key, block.first_query + T)
+    own_slots = slice(block.first_key, end)
     keys_KBSD, values_KBSD = layer.keys[:, block.rows, own_slots], layer.values[:, block.rows, own_slots]
     K, G, S, Dv = keys_KBSD.shape[0], H // keys_KBSD.shape[0], keys_KBSD.shape[2], values_KBSD.shape[3]
     if block.flat is not None:
@@ -153,16 +157,15 @@ def _attend_block(
     return attended_NHD if block.flat is None else attended_NHD[block.flat]
 
 
-def hidden_keys(start_B: torch.Tensor, prefix: int, block: Block, window: int) -> torch.Tensor | None:
+def hidden_keys(start_B: torch.Tensor, prefix: int, block: Block, window: int, end: int) -> torch.Tensor | None:
     """Which keys the block's queries must not see, true where hidden: [B, T, prefix + S], or None where they see all.
 
-    S counts the slots from block.first_key to the last query's. A query in slot s of a row that starts at slot r stands at position
+    S counts the slots from block.first_key to the one before `end`. A query in slot s of a row that starts at slot r stands at position
     prefix + s - r. It sees the prefix, and its own row's slots from r to s; with a window only keys less than `window` positions before it.
     """
-    end = block.first_query + block.queries
     device = start_B.device
     key_S = torch.arange(block.first_key, end, device=device)
-    query_T = torch.arange(block.first_query, end, device=device)
+    query_T = torch.arange(block.first_query, block.first_query + block.queries, device=device)
     position_BT = prefix + query_T - start_B[:, None]
     hidden_BTS = (key_S < start_B[:, None, None]) | (key_S > query_T[:, None])
     hidden_BTP = torch.zeros(*position_BT.shape, prefix, dtype=torch.bool, device=device)
