@@ -205,7 +205,7 @@ def tiny_tokenizer(*, template: str | None = "chatml", markers: bool = True) -> 
     return tokenizer
 
 
-def model_folder(path: Path, *, tied: bool = True, template: str | None = "chatml", markers: bool = True, seed: int = 0) -> Path:
+def model_folder(path: Path, *, tied: bool = True, template: str | None = "chatml", markers: bool = True, seed: int = 0, hidden: int = 32) -> Path:
     """A tiny Llama and its tokenizer, saved as a model's folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -213,8 +213,8 @@ def model_folder(path: Path, *, tied: bool = True, template: str | None = "chatm
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden,
+        intermediate_size=hidden * 3 // 2,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -60,14 +60,16 @@ def test_the_code_of_a_whole_models_card_and_of_merged_weights_gives_the_live_mo
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_the_code_of_a_card_holds_the_base_in_the_bits_it_was_trained_on(tiny, tmp_path, monkeypatch, kind):
-    given = recipe(tmp_path, tiny, stages=[stage(method=LORA, learning_rate=0.05)])
+def test_the_code_of_a_card_holds_the_base_in_the_bits_it_was_trained_on(tmp_path, monkeypatch, kind):
+    # where a processor has bf16, bitsandbytes' own product rounds the blocks' scales to it; and its kernels want rows of whole blocks
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    base = model_folder(tmp_path / "base", hidden=128)
+    given = recipe(tmp_path, base, stages=[stage(method=LORA, learning_rate=0.05)])
     given["model"]["quantization"] = kind
     run = tunesmith.train(given, out=tmp_path / "run").path
     want = live_logits(run, "float32" if kind == "nf4" else "auto")
     same(card_logits(run / "README.md", run, monkeypatch), want)
     done = tunesmith.export(run, "adapter", out=tmp_path / "adapter")
-    shutil.copytree(tiny, tmp_path / "tiny-llama")
     same(card_logits(done.path / "README.md", tmp_path, monkeypatch), want)
     assert f"held in {kind}" in (run / "README.md").read_text()
     assert f"held in {kind}" in _export_words(done)
