@@ -205,7 +205,9 @@ def tiny_tokenizer(*, template: str | None = "chatml", markers: bool = True) -> 
     return tokenizer
 
 
-def model_folder(path: Path, *, tied: bool = True, template: str | None = "chatml", markers: bool = True, seed: int = 0, hidden: int = 32) -> Path:
+def model_folder(
+    path: Path, *, tied: bool = True, template: str | None = "chatml", markers: bool = True, seed: int = 0, hidden: int = 32
+) -> Path:
     """A tiny Llama and its tokenizer, saved as a model's folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

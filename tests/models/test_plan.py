@@ -13,7 +13,18 @@ from tunesmith.models.footprint import generation_bytes, train_footprint
 from tunesmith.models.machine import Machine
 from tunesmith.models.methods import resolve
 from tunesmith.models.policy import Policy
-from tunesmith.models.roofline import Shape, Tokens, decode_phase, forward_phase, model_shape, storage_phase, together, train_phase
+from tunesmith.models.roofline import (
+    FORWARD_IN_16_BITS,
+    TRAIN_IN_16_BITS,
+    Shape,
+    Tokens,
+    decode_phase,
+    forward_phase,
+    model_shape,
+    storage_phase,
+    together,
+    train_phase,
+)
 from tunesmith.objectives import SFT
 from tunesmith.recipe import LoraMethod
 from tunesmith.train.optimiser import Optimiser
@@ -43,6 +54,7 @@ LORA, FULL = make_stage(method="lora", max_steps=10), make_stage(method="full", 
 RANK_16, WHOLE_MODEL = MethodCost(4_884_480, False, per_token=4_884_480), MethodCost(SHAPE.parameters, True, weight_gradients=1.0)
 WORK = Tokens(1e5, 1e4, batches=50)
 GIB = 2**30
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def memory(stage=LORA, *, tokens: int = 2000, trainable: int = 5_000_000, bare: int = GIB, shape: Shape = SHAPE) -> int:
@@ -159,6 +171,29 @@ def test_what_binds_a_phase_is_the_longest_of_its_times():
     saved = storage_phase("save", MACHINE, 2e9)
     assert (saved.seconds, saved.bound_by) == (2.0, "storage")
     assert together("all", [trained(), saved]).seconds == trained().seconds + 2.0
+
+
+def test_a_cpu_takes_longer_in_16_bits_than_its_speeds_say_and_a_gpu_does_not(monkeypatch):
+    def seconds(make, cuda: bool) -> float:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        return make().seconds
+
+    for make, factor in (
+        (lambda: train_phase(SHAPE, MACHINE, LORA, RANK_16, WORK), TRAIN_IN_16_BITS),
+        (lambda: forward_phase("validate", SHAPE, MACHINE, WORK), FORWARD_IN_16_BITS),
+    ):
+        assert seconds(make, cuda=False) == pytest.approx(factor * seconds(make, cuda=True))
+    in_fp32 = replace(SHAPE, itemsize=4)
+    for cuda in (False, True):
+        assert seconds(lambda: forward_phase("validate", in_fp32, MACHINE, WORK), cuda) == forward_phase("", in_fp32, MACHINE, WORK).seconds
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_dropout": 0.1}])
+def test_layers_that_compute_in_fp32_keep_more_numbers_beside_a_16_bit_model(settings):
+    costs = [method_cost(tiny_model("llama", dtype=dtype), LoraMethod(r=4, target_modules=["q_proj"], **settings)) for dtype in DTYPES]
+    assert costs[1].saved_inputs > 1.5 * costs[0].saved_inputs
+    plain = [method_cost(tiny_model("llama", dtype=dtype), LoraMethod(r=4, target_modules=["q_proj"])) for dtype in DTYPES]
+    assert plain[0] == plain[1]
 
 
 def test_answering_one_at_a_time_is_bound_by_memory_bandwidth_for_all_weights_are_read_each_step():

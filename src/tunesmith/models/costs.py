@@ -15,6 +15,7 @@ from .methods import trainable_count
 from .methods.targets import layer_size, targeted
 
 DROPPED = 3.3  # times an adapter's input that dropout keeps of it: the mask, what is left, and what lies between; fitted
+WIDE_INPUTS, WIDE_OUTPUTS = 2.0, 3.5  # times DoRA's inputs and outputs that are kept in fp32 beside a 16-bit model's; fitted
 COMPUTED_TOKENS = ("prompt", "p_tuning")  # methods whose learned tokens go through the layers; a prefix is keys and values alone
 
 
@@ -56,14 +57,16 @@ def method_cost(model: PreTrainedModel, method: Method) -> MethodCost:
         return MethodCost(trainable, False)
     if method.type != "lora":
         return MethodCost(trainable, False, per_token=trainable)
+    wide = 4 / model.get_input_embeddings().weight.element_size()  # PEFT's own layers compute in fp32 whatever the model does
     targets = [layer_size(layer) for layer in targeted(model, method.target_modules).values()]
     inputs, outputs = (sum(size[side] for size in targets) for side in (0, 1))
     saved = method.r * len(targets)
     if method.lora_dropout:
-        saved += int(DROPPED * inputs)
+        saved += int(DROPPED * inputs * wide)
     if method.use_dora:
         saved += 2 * outputs  # the base's output and the update's, each for the length's gradient
+        saved += int((wide - 1) * (WIDE_INPUTS * inputs + WIDE_OUTPUTS * outputs))
     plain = not method.lora_dropout and not method.use_dora
     copied = sum(a * b for a, b in targets) if plain else 0
-    passes = 12.0 if method.use_dora else 0.0
+    passes = 12.0 * wide if method.use_dora else 0.0
     return MethodCost(trainable, False, per_token=trainable, saved_inputs=saved, weight_passes=passes, copied=copied)
