@@ -111,6 +111,18 @@ def test_an_adapter_that_starts_wrong_is_named(dtype):
         fresh_adapter_changes_nothing(policy, batch_of(ROWS))
 
 
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"init_lora_weights": "orthogonal"}])
+def test_where_rounding_adds_up_over_layers_each_layer_is_compared_with_its_base(monkeypatch, settings):
+    policy = lora_policy(dtype=torch.bfloat16, **settings)
+    monkeypatch.setitem(invariants.FRESH, torch.bfloat16, -1.0)
+    fresh_adapter_changes_nothing(policy, batch_of(ROWS))
+    assert not any(module._forward_hooks for module in policy.model.modules())
+    with torch.no_grad():
+        next(parameter for name, parameter in policy.named_parameters() if "lora_B" in name).normal_(0, 0.05)
+    with pytest.raises(InvariantViolated, match="a fresh adapter changes"):
+        fresh_adapter_changes_nothing(policy, batch_of(ROWS))
+
+
 def test_a_fast_layer_that_rounds_otherwise_than_the_base_is_not_a_wrong_start(monkeypatch):
     policy, right = lora_policy(dtype=torch.bfloat16), fused._LoraProduct.forward
     noise = torch.Generator().manual_seed(0)
