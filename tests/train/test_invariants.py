@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from tests.families import FAMILIES
+from tests.families import FAMILIES, VOCABULARY
 from tests.toys import Rows, batch_of, loaded, make_rows, make_stage, tiny_model, train_stage
 from tests.train.answers import make_policy, make_source, objective_of
 
@@ -17,8 +18,9 @@ from tunesmith.errors import InvariantViolated
 from tunesmith.models import attention, fused
 from tunesmith.models.methods import attach
 from tunesmith.models.policy import Policy
+from tunesmith.models.virtual import virtual_tokens
 from tunesmith.objectives import SFT
-from tunesmith.recipe import LoraMethod
+from tunesmith.recipe import LoraMethod, PrefixMethod
 from tunesmith.rundir import read_events
 from tunesmith.train import invariants
 from tunesmith.train.invariants import (
@@ -111,6 +113,22 @@ def test_an_adapter_that_starts_wrong_is_named(dtype):
         fresh_adapter_changes_nothing(policy, batch_of(ROWS))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prefix_that_makes_rounding_large_is_no_leak_in_16_bits_and_one_in_fp32(monkeypatch, dtype):
+    policy = Policy(attach(loaded(tiny_model("llama", dtype=dtype)), PrefixMethod(num_virtual_tokens=4), seed=0))
+    no_leak(policy, VOCABULARY)
+    right = policy.hidden
+
+    def apart_when_alone(embeddings, forest):
+        states = right(embeddings, forest)
+        prefixed = virtual_tokens(policy.model, dtype) is not None
+        return states + 2 * states.std() if prefixed and len(forest.lengths_B) == 1 else states
+
+    monkeypatch.setattr(policy, "hidden", apart_when_alone)
+    with nullcontext() if dtype == torch.bfloat16 else pytest.raises(InvariantViolated, match="see each other"):
+        no_leak(policy, VOCABULARY)
+
+
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"init_lora_weights": "orthogonal"}])
 def test_where_rounding_adds_up_over_layers_each_layer_is_compared_with_its_base(monkeypatch, settings):
     policy = lora_policy(dtype=torch.bfloat16, **settings)
@@ -121,6 +139,12 @@ def test_where_rounding_adds_up_over_layers_each_layer_is_compared_with_its_base
         next(parameter for name, parameter in policy.named_parameters() if "lora_B" in name).normal_(0, 0.05)
     with pytest.raises(InvariantViolated, match="a fresh adapter changes"):
         fresh_adapter_changes_nothing(policy, batch_of(ROWS))
+
+
+def test_in_fp32_the_log_probabilities_alone_decide(monkeypatch):
+    monkeypatch.setitem(invariants.FRESH, torch.float32, -1.0)
+    with pytest.raises(InvariantViolated, match="a fresh adapter changes"):
+        fresh_adapter_changes_nothing(lora_policy(), batch_of(ROWS))
 
 
 def test_a_fast_layer_that_rounds_otherwise_than_the_base_is_not_a_wrong_start(monkeypatch):

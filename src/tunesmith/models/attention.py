@@ -24,7 +24,7 @@ from .virtual import KeysValues
 
 FOREST = "tunesmith_forest"
 QUERY_BLOCK = 512  # queries at once: bounds the scores of one block to heads x 512 x keys
-STEP = 16  # queries and keys of a block; each shape that oneDNN has not seen costs 1 to 8 ms and 0.7 to 5 MB (AMX)
+STEP = 16  # queries and keys of a block; each shape that oneDNN has not seen costs 1 to 8 ms and up to 3 MB (AMX)
 
 
 class Layout(NamedTuple):
@@ -126,14 +126,10 @@ def in_few_shapes(like: Tensor) -> bool:
     return like.device.type == "cpu" and like.dtype.itemsize == 2
 
 
-def _filling(count: int, step: int) -> int:
-    return -count % step
-
-
 def _gather(x_HTD: Tensor, spans: list[tuple[int, int]], step: int) -> Tensor:
     """The tokens of the spans one after another, filled up with zeros to whole steps."""
     parts = [x_HTD[:, a:b] for a, b in spans]
-    filling = _filling(sum(b - a for a, b in spans), step)
+    filling = -sum(b - a for a, b in spans) % step
     if filling:
         parts.append(x_HTD.new_zeros(x_HTD.shape[0], filling, x_HTD.shape[2]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -142,7 +138,7 @@ def _gather(x_HTD: Tensor, spans: list[tuple[int, int]], step: int) -> Tensor:
 def _queries(x_KGTD: Tensor, begin: int, end: int, step: int) -> Tensor:
     """[Hkv, groups x n, D]: a block's part, filled up with zeros to whole steps."""
     part = x_KGTD[:, :, begin:end]
-    filling = _filling(end - begin, step)
+    filling = -(end - begin) % step
     part = torch.nn.functional.pad(part, (0, 0, 0, filling)) if filling else part
     return part.reshape(x_KGTD.shape[0], -1, x_KGTD.shape[-1])
 
@@ -162,7 +158,7 @@ def _mask(nodes: tuple[Node, ...], groups: int, queries: int, keys: int, step: i
         _masks_of[:] = [nodes]
     key = (groups, queries, keys, step, window)
     if key not in _masks or _masks[key].dtype != like.dtype or _masks[key].device != like.device:
-        n, m = queries + _filling(queries, step), keys + _filling(keys, step)
+        n, m = queries + -queries % step, keys + -keys % step
         age = torch.arange(keys - queries, keys - queries + n, device=like.device)[:, None] - torch.arange(m, device=like.device)[None]
         hidden = (age < 0) if window is None else (age < 0) | (age >= window)
         hidden[queries:] = False

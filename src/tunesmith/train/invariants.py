@@ -44,7 +44,6 @@ START = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # nats
 OWN_LOGPROBS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}  # nats a token
 OWN_GRADIENT = {torch.float32: 0.01, torch.bfloat16: 0.5, torch.float16: 0.2}  # relative
 FRESH = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.02}  # nats a token
-FRESH_LAYER = 1e-2  # relative, of a layer's output in 16 bits: DoRA's norms and orthogonal starts round, and over layers that adds up
 PROBE_B = 0.002
 PROBE_TOKENS = 24
 PROBE_WINDOW = 8  # of sliding attention while it is compared: two short rows are to show it
@@ -182,52 +181,42 @@ def _narrow_windows(causal: PreTrainedModel) -> Iterator[None]:
 
 
 def no_leak(policy: Policy, vocabulary: int) -> None:
-    """Two rows packed together have each row's own hidden states, which do not change with the other's tokens or send it a gradient.
+    """Two rows packed together give each row's own hidden states, and no gradient of the second's loss reaches the first.
 
-    Batches of the same shape round alike, in any dtype; a row alone does not, so in 16 bits it is compared on the base without adapters:
-    a prefix's random keys make rounding as large as the states.
+    Gradients are compared with 0, in any dtype. Hidden states round otherwise alone: in 16 bits they are compared on the base without
+    adapters, since a prefix's random keys make rounding as large as the states.
     """
     generator = np.random.default_rng(0)
     weights = np.r_[0, np.ones(PROBE_TOKENS - 1)].astype(np.float32)
     # in the forest's order: a causal leak shows in the later row only
-    low, middle, high = sorted(generator.integers(0, vocabulary, (3, PROBE_TOKENS)).tolist())
-    embed, differences, reached = policy.backbone.get_input_embeddings(), [], False
-    for place, pair, changed in ((0, (low, middle), (low, high)), (1, (middle, high), (low, high))):
-        states = []
-        for rows in (pair, changed):
-            forest = build_forest([(np.array(row), weights) for row in rows], min_shared=PROBE_TOKENS + 1)
-            node = next(n for n in forest.nodes if n.end - 1 == forest.last_B[place])
-            with torch.enable_grad():
-                inputs = embed(torch.from_numpy(forest.tokens_T)[None].to(policy.causal.device)).detach().requires_grad_()
-                mine = policy.hidden(inputs, forest)[node.start : node.end]
-                (gradient,) = torch.autograd.grad(mine.float().square().sum(), inputs)
-            outside = torch.ones(len(forest.tokens_T), dtype=torch.bool)
-            outside[node.start : node.end] = False
-            reached |= bool(gradient[0][outside].any())
-            states.append(mine.detach().float())
-        differences.append(float((states[0] - states[1]).abs().max() / states[0].std()))
-    with policy.using(None) if policy.causal.dtype != torch.float32 else torch.no_grad():
-        together, alone = (
-            build_forest([(np.array(row), weights) for row in rows], min_shared=PROBE_TOKENS + 1) for rows in (pair, pair[1:])
-        )
-        node = next(n for n in together.nodes if n.end - 1 == together.last_B[1])
-        ours, own = (
-            policy.hidden(embed(torch.from_numpy(forest.tokens_T).to(policy.causal.device)[None]), forest) for forest in (together, alone)
-        )
-        differences.append(float((ours[node.start : node.end] - own).abs().max() / own.float().std()))
-    if reached or not max(differences) <= LEAK[policy.causal.dtype]:
+    ids = sorted(generator.integers(0, vocabulary, (2, PROBE_TOKENS)).tolist())
+    rows = [(np.array(row), weights) for row in ids]
+    embed = policy.backbone.get_input_embeddings()
+    pair, second = build_forest(rows, min_shared=PROBE_TOKENS + 1), build_forest(rows[1:])
+    node = next(n for n in pair.nodes if n.end - 1 == pair.last_B[1])
+    with torch.enable_grad():
+        inputs = embed(torch.from_numpy(pair.tokens_T).to(policy.causal.device)[None]).detach().requires_grad_()
+        together = policy.hidden(inputs, pair)[node.start : node.end]
+        (gradient,) = torch.autograd.grad(together.float().square().sum(), inputs)
+    with torch.no_grad() if policy.causal.dtype == torch.float32 else policy.using(None):
+        together = policy.hidden(inputs.detach(), pair)[node.start : node.end]
+        alone = policy.hidden(embed(torch.from_numpy(second.tokens_T).to(policy.causal.device)[None]), second)
+    outside = torch.ones(len(pair.tokens_T), dtype=torch.bool)
+    outside[node.start : node.end] = False
+    difference = float((together - alone).abs().max() / alone.float().std())
+    if gradient[0][outside].any() or not difference <= LEAK[alone.dtype]:
         raise InvariantViolated(
-            f"packed rows see each other (hidden states differ by {max(differences):.2g} of their spread)",
+            f"packed rows see each other (hidden states differ by {difference:.2g} of their spread)",
             where=policy.causal.config.model_type,
             mend="this model family cannot be packed; tune another, or report it",
         )
 
 
 def fresh_adapter_changes_nothing(policy: Policy, batch: Any) -> None:
-    """With a fresh adapter the log-probabilities are the base's, by the plain layers: a fast one rounds otherwise than the base."""
+    """With a fresh adapter the log-probabilities are the base's; where rounding adds up in 16 bits, each layer's output is its base's."""
     if not isinstance(policy.model, PeftModel):
         return
-    with torch.no_grad(), policy.plain():
+    with torch.no_grad():
         tuned = policy(batch.forest).logprobs
         with policy.using(None):
             base = policy(batch.forest).logprobs
@@ -243,13 +232,12 @@ def fresh_adapter_changes_nothing(policy: Policy, batch: Any) -> None:
 
 
 def _layers_only_round(policy: Policy, batch: Any) -> bool:
-    """Whether each LoRA layer, given what the base's layer before it gives, gives what its own base layer does, up to rounding."""
+    """Whether each LoRA layer, by its plain forward, gives what its base layer gives, up to one rounding of the dtype."""
     apart: list[float] = []
 
-    def compare(layer: LoraLayer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def compare(layer: LoraLayer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         base = layer.get_base_layer()(*inputs)
         apart.append(float((output - base).float().norm() / base.float().norm().clamp_min(1e-12)))
-        return base
 
     hooks = [module.register_forward_hook(compare) for module in policy.model.modules() if isinstance(module, LoraLayer)]
     try:
@@ -258,7 +246,7 @@ def _layers_only_round(policy: Policy, batch: Any) -> bool:
     finally:
         for hook in hooks:
             hook.remove()
-    return bool(apart) and max(apart) <= FRESH_LAYER
+    return bool(apart) and max(apart) <= torch.finfo(policy.causal.dtype).eps
 
 
 def fast_paths_agree(policy: Policy, objective: Objective, batch: Any) -> list[str]:
