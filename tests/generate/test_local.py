@@ -83,10 +83,12 @@ def test_keys_filled_up_to_few_shapes_give_the_same(family, monkeypatch):
     many = len(shapes)
     shapes.clear()
     monkeypatch.setattr(attention, "in_few_shapes", lambda like: True)
-    assert tokens_of(generator(model).generate(prompts, max_new_tokens=40)) == tokens
-    assert len(shapes) < many / 4
-    for scores, expected in zip(generator(model).logprobs(prompts, ANSWERS), whole, strict=True):
+    ours = generator(model)
+    assert tokens_of(ours.generate(prompts, max_new_tokens=40)) == tokens
+    assert 0 < len(shapes) < many / 4
+    for scores, expected in zip(ours.logprobs(prompts, ANSWERS), whole, strict=True):
         np.testing.assert_allclose(scores, expected, atol=1e-5)
+    assert ours.notes == [], "it did not fall back on another engine"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -192,6 +192,7 @@ def test_a_cpu_takes_longer_in_16_bits_than_its_speeds_say_and_a_gpu_does_not(mo
 def test_layers_that_compute_in_fp32_keep_more_numbers_beside_a_16_bit_model(settings):
     costs = [method_cost(tiny_model("llama", dtype=dtype), LoraMethod(r=4, target_modules=["q_proj"], **settings)) for dtype in DTYPES]
     assert costs[1].saved_inputs > 1.5 * costs[0].saved_inputs
+    assert costs[1].weight_passes == 2 * costs[0].weight_passes
     plain = [method_cost(tiny_model("llama", dtype=dtype), LoraMethod(r=4, target_modules=["q_proj"])) for dtype in DTYPES]
     assert plain[0] == plain[1]
 
