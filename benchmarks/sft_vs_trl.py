@@ -4,8 +4,9 @@
 
 Same model, rows, order, optimiser and schedule, batches of 8 rows, bf16 on CPU. Ours is what `tunesmith run` trains with.
 TRL's defaults: fp32 weights under bf16 autocast, gradient checkpointing, padded batches. TRL's packing: the fastest of its
-strategies on CPU, see PACKINGS. Three parts: LoRA and full tuning
-on rows that share nothing (the system turn is cut off), and LoRA on the rows as they are ("shared_prefix"). Losses: short runs of
+strategies on CPU, see PACKINGS. Four parts: LoRA and full tuning on rows that share nothing (the system turn is cut off), LoRA on the
+rows as they are ("shared_prefix", a system turn of 148 tokens), and LoRA under a system turn of 500 tokens ("long_prefix"), which is theirs
+with other rows as examples in it. Losses: short runs of
 their own in fp32 and in bf16, in which TRL's adapter starts from the values of ours.
 """
 
@@ -28,10 +29,11 @@ RATE, RANK, SEED = 2e-4, 16, 0
 FULL_RATE = 2e-5
 LOSS_BATCH = 4  # rows of an update in the runs that compare losses
 LOSS_UPDATES = 3
-PARTS = {  # part: (method, whether rows keep their common system turn, updates of a timed run)
-    "lora": ("lora", False, 3),
-    "full": ("full", False, 3),
-    "shared_prefix": ("lora", True, 2),
+PARTS: dict[str, tuple[str, int | None, int]] = {  # part: (method, tokens of the common system turn, updates of a timed run)
+    "lora": ("lora", 0, 3),
+    "full": ("full", 0, 3),
+    "shared_prefix": ("lora", None, 2),  # as many as it has
+    "long_prefix": ("lora", 500, 2),
 }
 SYSTEMS = ("tunesmith", "trl_default", "trl_packing")
 PACKINGS = {  # TRL's strategies, with its checkpointing off, since that is faster; a step takes as many tokens as 8 rows have on average
@@ -74,10 +76,11 @@ def main() -> None:
 
 def measure(part: str, options: argparse.Namespace, folder: Path) -> dict:
     """All runs of one part: {"runs": {system: [result, ...]}, "losses": {dtype: {system: [loss of each update]}}}."""
-    method, shared, updates = PARTS[part]
+    method, system_tokens, updates = PARTS[part]
     rows_file = str(folder / f"{part}.json")
     count = options.rows or updates * BATCH
-    run_child(__file__, {"system": "rows", "data": options.data, "shared": shared, "count": count, "file": rows_file}, threads=1)
+    about = {"data": options.data, "system_tokens": system_tokens, "count": count, "file": rows_file}
+    run_child(__file__, {"system": "rows", **about}, threads=1)
     spec = {"method": method, "rows": rows_file, "count": count, "batch": BATCH, "dtype": "bfloat16", "packing": options.packing}
     runs: dict[str, list[dict]] = {system: [] for system in SYSTEMS}
     for number in range(options.runs):
@@ -158,7 +161,7 @@ def report(measured: dict, results: dict, options: argparse.Namespace, command: 
 
 
 def make_rows(spec: dict) -> dict:
-    """Renders the rows as tunesmith does and writes them as {"ids", "labels"}; unless `shared`, each row's first turn is cut off."""
+    """Renders the rows as tunesmith does and writes them as {"ids", "labels"}, with a system turn of so many tokens; None: as it is."""
     from tunesmith.data.read import read_records
     from tunesmith.data.render import render_records
     from tunesmith.data.template import load_template
@@ -176,9 +179,15 @@ def make_rows(spec: dict) -> dict:
         if isinstance(row, TemplateError):
             continue
         ids, labels = row.ids.tolist(), [int(i) if w else -100 for i, w in zip(row.ids, row.weights, strict=True)]
-        cut = 0 if spec["shared"] else ids.index(start, 1)
-        if any(label != -100 for label in labels[cut + 1 :]):
-            rows.append({"input_ids": ids[cut:], "labels": labels[cut:]})
+        end = ids.index(start, 1)
+        if any(label != -100 for label in labels[end:]):
+            rows.append((ids[:end], ids[end:], labels[end:]))
+    if spec["system_tokens"]:  # rows that are not trained on go into the system turn, before its end and the line break after it
+        others = loaded.tokenizer.encode("\n".join(loaded.tokenizer.decode(own) for _, own, _ in rows[spec["count"] :]))
+        rows = [(s[:-2] + [i for i in others if i != start][: spec["system_tokens"] - len(s)] + s[-2:], *own) for s, *own in rows]
+    elif spec["system_tokens"] == 0:
+        rows = [([], *own) for _, *own in rows]
+    rows = [{"input_ids": s + ids, "labels": [-100] * len(s) + labels} for s, ids, labels in rows]
     if len(rows) < spec["count"]:
         raise SystemExit(f"{spec['data']} holds {len(rows)} rows, {spec['count']} are wanted: set --rows")
     Path(spec["file"]).write_text(json.dumps({"folder": loaded.identity.folder, "rows": rows[: spec["count"]]}))

@@ -64,7 +64,7 @@ def test_filling_up_stands_beside_learned_tokens(monkeypatch, case):
 @pytest.mark.parametrize("queries", [3, 600])
 def test_a_window_narrower_than_what_is_filled_up_hides_nothing_that_is_needed(monkeypatch, queries):
     fill_up(monkeypatch, True)
-    mask = attention._mask((), 2, queries, queries + 5, 16, 4, torch.zeros(1))
+    mask = attention._mask((), 2, queries, queries + 5, 4, torch.zeros(1))
     real = torch.cat([mask[:queries], mask[len(mask) // 2 :][:queries]])
     age = torch.arange(5, queries + 5)[:, None] - torch.arange(mask.shape[1])[None]
     assert torch.equal(real == 0, ((age >= 0) & (age < 4)).repeat(2, 1))

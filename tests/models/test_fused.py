@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from tunesmith.models import fused
 from tunesmith.models.fused import FastPaths, _LoraProduct, fuse_layers, fuse_lora, is_plain, remove_fast_forwards
 from tunesmith.models.methods import attach
 from tunesmith.models.policy import Policy
@@ -154,11 +155,16 @@ def norm(kind: type[nn.Module]) -> nn.Module:
     return layer
 
 
-def test_rms_norm_equals_the_plain_layer():
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("block", [1, 32, 1 << 16])  # numbers at once: one row, rows in part, all rows
+def test_rms_norm_equals_the_plain_layer(block, turned, monkeypatch):
+    monkeypatch.setattr(fused, "NORM_BLOCK", block)
     layer, plain, paths = norm(LlamaRMSNorm), norm(LlamaRMSNorm), FastPaths()
     fuse_layers(nn.ModuleList([layer]), paths)
     assert paths.used == {"rms_norm": 1}
     x, grad = torch.randn(3, 5, 16), torch.randn(3, 5, 16)
+    if turned:  # as heads are, whose tokens do not lie side by side
+        x, grad = (torch.randn(5, 3, 16).transpose(0, 1) for _ in range(2))
     for a, b in zip(forward_and_gradients(layer, x, grad), forward_and_gradients(plain, x, grad), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 

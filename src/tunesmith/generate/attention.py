@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ..errors import ModelError
-from ..models.attention import STEP, in_few_shapes
+from ..models.attention import KEY_STEP, in_few_shapes
 from .cache import Block, PrefixCache, PrefixLayer
 
 NAME = "tunesmith_shared_prefix"
@@ -117,7 +117,7 @@ def attend(query_NHD: torch.Tensor, layer: PrefixLayer, scaling: float, softcap:
     for number, block in enumerate(blocks):
         end = block.first_query + block.queries
         if in_few_shapes(query_NHD):  # slots beyond are zeros, and hidden
-            end = min(end + -(end - block.first_key) % STEP, layer.keys.shape[2])
+            end = min(end + -(end - block.first_key) % KEY_STEP, layer.keys.shape[2])
         hidden = layout.masks.get((number, window), _UNKNOWN)
         if hidden is _UNKNOWN:
             hidden = hidden_keys(layout.start_B[block.rows], layout.prefix, block, window, end)

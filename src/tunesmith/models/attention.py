@@ -24,7 +24,8 @@ from .virtual import KeysValues
 
 FOREST = "tunesmith_forest"
 QUERY_BLOCK = 512  # queries at once: bounds the scores of one block to heads x 512 x keys
-STEP = 16  # queries and keys of a block; each shape that oneDNN has not seen costs 1 to 8 ms and up to 3 MB (AMX)
+QUERY_STEP, KEY_STEP = 16, 32  # of a block; each shape that oneDNN has not seen costs 1 to 8 ms and up to 3 MB (AMX), and a softmax of
+# bf16 takes twice as long where a row's end does not fill 32
 
 
 class Layout(NamedTuple):
@@ -126,6 +127,11 @@ def in_few_shapes(like: Tensor) -> bool:
     return like.device.type == "cpu" and like.dtype.itemsize == 2
 
 
+def _steps(like: Tensor) -> tuple[int, int]:
+    """What queries and keys of a block are filled up to."""
+    return (QUERY_STEP, KEY_STEP) if in_few_shapes(like) else (1, 1)
+
+
 def _gather(x_HTD: Tensor, spans: list[tuple[int, int]], step: int) -> Tensor:
     """The tokens of the spans one after another, filled up with zeros to whole steps."""
     parts = [x_HTD[:, a:b] for a, b in spans]
@@ -143,11 +149,11 @@ def _queries(x_KGTD: Tensor, begin: int, end: int, step: int) -> Tensor:
     return part.reshape(x_KGTD.shape[0], -1, x_KGTD.shape[-1])
 
 
-_masks: dict[tuple[int, int, int, int, int | None], Tensor] = {}
+_masks: dict[tuple[int, int, int, int | None], Tensor] = {}
 _masks_of: list[tuple[Node, ...]] = []
 
 
-def _mask(nodes: tuple[Node, ...], groups: int, queries: int, keys: int, step: int, window: int | None, like: Tensor) -> Tensor:
+def _mask(nodes: tuple[Node, ...], groups: int, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
     """[groups x n, m]: -inf where a key is after the query, or `window` or more before, else 0; n queries and m keys are whole steps.
 
     The last of the queries sees the last of the keys; what they are filled up with, queries see nothing of and it sees anything. Kept
@@ -156,9 +162,10 @@ def _mask(nodes: tuple[Node, ...], groups: int, queries: int, keys: int, step: i
     if not _masks_of or _masks_of[0] is not nodes:
         _masks.clear()
         _masks_of[:] = [nodes]
-    key = (groups, queries, keys, step, window)
+    key = (groups, queries, keys, window)
     if key not in _masks or _masks[key].dtype != like.dtype or _masks[key].device != like.device:
-        n, m = queries + -queries % step, keys + -keys % step
+        query_step, key_step = _steps(like)
+        n, m = queries + -queries % query_step, keys + -keys % key_step
         age = torch.arange(keys - queries, keys - queries + n, device=like.device)[:, None] - torch.arange(m, device=like.device)[None]
         hidden = (age < 0) if window is None else (age < 0) | (age >= window)
         hidden[queries:] = False
@@ -167,12 +174,12 @@ def _mask(nodes: tuple[Node, ...], groups: int, queries: int, keys: int, step: i
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """fp32 softmax of the masked scores of q[Hkv, groups x n, D] and k[Hkv, m, D], and the derivative of the soft cap there."""
+    """Softmax of the masked scores of q[Hkv, groups x n, D] and k[Hkv, m, D], taken in fp32, and the derivative of the soft cap there."""
     if softcap is None:
-        return torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale), -1, dtype=torch.float32), None
+        return torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale), -1), None
     capped = torch.tanh(torch.bmm(q, k.transpose(1, 2)).float().mul_(scale / softcap))
     slope = 1 - capped * capped
-    return torch.softmax(capped.mul_(softcap).add_(mask), -1), slope
+    return torch.softmax(capped.mul_(softcap).add_(mask), -1).to(q.dtype), slope.to(q.dtype)
 
 
 def packed(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None, softcap: float | None) -> Tensor:
@@ -181,54 +188,55 @@ def packed(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: flo
 
 
 class _ForestAttention(torch.autograd.Function):
-    """Attention with written-out backward; saves q, k, v and the output, recomputes the probabilities."""
+    """Attention with written-out backward; saves q, k and v, recomputes the probabilities.
+
+    In 16 bits, scores and probabilities are rounded to them between products, as the products are: an fp32 copy of either would no longer
+    lie in cache, and the gradients are not nearer to those of fp32 for it (tests/models/test_attention.py).
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, nodes, scale, window, softcap):  # noqa: ANN001
         heads, total, dim = query.shape
         kv_heads = key.shape[0]
         groups = heads // kv_heads
-        step = STEP if in_few_shapes(query) else 1
+        query_step, key_step = _steps(query)
         out_THD = query.new_zeros(total, heads, value.shape[-1])  # a token of no node attends to nothing
         grouped = query.reshape(kv_heads, groups, total, dim)
         for node in nodes:
             for begin, end, spans in _blocks(node):
-                k, v = _gather(key, spans, step), _gather(value, spans, step)
-                q = _queries(grouped, begin, end, step)
-                mask = _mask(nodes, groups, end - begin, sum(b - a for a, b in spans), step, window, q)
+                k, v = _gather(key, spans, key_step), _gather(value, spans, key_step)
+                q = _queries(grouped, begin, end, query_step)
+                mask = _mask(nodes, groups, end - begin, sum(b - a for a, b in spans), window, q)
                 probs, _ = _probabilities(q, k, mask, scale, softcap)
-                o = torch.bmm(probs.to(query.dtype), v)
+                o = torch.bmm(probs, v)
                 out_THD[begin:end] = o.view(heads, -1, o.shape[-1])[:, : end - begin].transpose(0, 1)
-        ctx.save_for_backward(query, key, value, out_THD)
+        ctx.save_for_backward(query, key, value)
         ctx.layout = (nodes, scale, window, softcap)
         return out_THD
 
     @staticmethod
     def backward(ctx, grad_THD):  # noqa: ANN001
-        query, key, value, out_THD = ctx.saved_tensors
+        query, key, value = ctx.saved_tensors
         nodes, scale, window, softcap = ctx.layout
         heads, total, dim = query.shape
         kv_heads = key.shape[0]
         groups = heads // kv_heads
-        step = STEP if in_few_shapes(query) else 1
+        query_step, key_step = _steps(query)
         grouped = query.reshape(kv_heads, groups, total, dim)
         d_out = grad_THD.transpose(0, 1).view(kv_heads, groups, total, -1)
-        weighted = (grad_THD * out_THD).sum(-1, dtype=torch.float32).T.reshape(kv_heads, groups, total, 1)
         d_query = torch.zeros_like(grouped)
         d_key = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
         d_value = torch.zeros(value.shape, dtype=torch.float32, device=key.device)
         for node in nodes:
             for begin, end, spans in _blocks(node):
-                k, v = _gather(key, spans, step), _gather(value, spans, step)
-                q, g = _queries(grouped, begin, end, step), _queries(d_out, begin, end, step)
-                mask = _mask(nodes, groups, end - begin, sum(b - a for a, b in spans), step, window, q)
+                k, v = _gather(key, spans, key_step), _gather(value, spans, key_step)
+                q, g = _queries(grouped, begin, end, query_step), _queries(d_out, begin, end, query_step)
+                mask = _mask(nodes, groups, end - begin, sum(b - a for a, b in spans), window, q)
                 probs, slope = _probabilities(q, k, mask, scale, softcap)
-                dv = torch.bmm(probs.to(g.dtype).transpose(1, 2), g)
-                d_scores = torch.bmm(g, v.transpose(1, 2)).float()
-                d_scores.sub_(_queries(weighted, begin, end, step)).mul_(probs).mul_(scale)
+                dv = torch.bmm(probs.transpose(1, 2), g)
+                d_scores = torch.ops.aten._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), probs, -1, probs.dtype)
                 if slope is not None:
                     d_scores.mul_(slope)
-                d_scores = d_scores.to(q.dtype)
                 d_query[:, :, begin:end] = torch.bmm(d_scores, k).view(kv_heads, groups, -1, dim)[:, :, : end - begin]
                 dk = torch.bmm(d_scores.transpose(1, 2), q)
                 offset = 0
@@ -236,4 +244,5 @@ class _ForestAttention(torch.autograd.Function):
                     d_key[:, a:b] += dk[:, offset : offset + b - a]
                     d_value[:, a:b] += dv[:, offset : offset + b - a]
                     offset += b - a
-        return d_query.view(heads, total, dim), d_key.to(key.dtype), d_value.to(value.dtype), None, None, None, None
+        d_query, d_key = d_query.view(heads, total, dim).mul_(scale), d_key.mul_(scale).to(key.dtype)
+        return d_query, d_key, d_value.to(value.dtype), None, None, None, None

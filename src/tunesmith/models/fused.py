@@ -24,6 +24,8 @@ from transformers.pytorch_utils import Conv1D
 from .miniature import agrees_in_miniature
 from .quantised import dense_weight, is_held_in_bits
 
+NORM_BLOCK = 1 << 16  # numbers that RMSNorm's backward takes at once on a CPU: its fp32 copies stay in cache
+
 
 @dataclass
 class FastPaths:
@@ -105,11 +107,18 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # noqa: ANN001
         x, rstd, weight = ctx.saved_tensors
-        normed = x.float() * rstd
-        d_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        d_normed = (grad * weight).float()
-        along = torch.linalg.vecdot(d_normed, normed).div_(x.shape[-1]).unsqueeze(-1)
-        return d_normed.sub_(normed.mul_(along)).mul_(rstd).to(x.dtype), d_weight, None
+        width = x.shape[-1]
+        rows = max(1, NORM_BLOCK // width) if x.device.type == "cpu" else x.numel()
+        d_x, wide = torch.empty(x.shape, dtype=x.dtype, device=x.device), weight.float()
+        d_weight = torch.zeros_like(wide) if ctx.needs_input_grad[1] else None
+        for x_part, r, g, d_part in zip(*(t.reshape(-1, t.shape[-1]).split(rows) for t in (x, rstd, grad, d_x)), strict=True):
+            normed, g = x_part.float() * r, g.float()
+            if d_weight is not None:
+                d_weight += (g * normed).sum(0)
+            g = g * wide
+            along = torch.linalg.vecdot(g, normed).div_(-width).unsqueeze(-1)
+            d_part.copy_(g.addcmul_(normed, along).mul_(r))
+        return d_x, None if d_weight is None else d_weight.to(weight.dtype), None
 
 
 def _lora_forward(self: LoraLayer, x: Tensor, *args: object, **kwargs: object) -> Tensor:
