@@ -23,7 +23,7 @@ from ..errors import ModelError
 from .virtual import KeysValues
 
 FOREST = "tunesmith_forest"
-QUERY_BLOCK = 512  # queries at once: bounds the scores of one block to heads x 512 x keys
+QUERY_BLOCK = 128  # queries at once: bounds the scores of one block to heads x 128 x keys, and spares those after the block
 QUERY_STEP, KEY_STEP = 16, 32  # of a block; each shape that oneDNN has not seen costs 1 to 8 ms and up to 3 MB (AMX), and a softmax of
 # bf16 takes twice as long where a row's end does not fill 32
 

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .updates import Rule
 
-UPDATE_BLOCK = 1 << 17  # bf16 weights updated at once where the rule allows it: 512 KiB a buffer, which stays in cache
-TIE = (1 << 15) - 1  # a master halfway between two bf16 values may be rounded down; its rest then does not fit 16 bits by one and is cut
+UPDATE_BLOCK = 1 << 18  # bf16 weights updated at once where the rule allows it: 1 MiB a buffer, so that most stays in cache
+HALF = 1 << 15  # half a bf16 step, in units of an fp32's last bit; masters halfway between two bf16 values are rounded away from 0
 
 Piece = tuple[Tensor, Tensor, dict[str, Tensor]]
 """A master, its gradient, and what the rule remembers of it."""
@@ -123,8 +123,9 @@ class Apart:
         for upper, rest, grad, *memory in blocks:
             master = _join(upper, rest)
             yield master, grad.float().mul_(factor), dict(zip(self.memory, memory, strict=True))
-            upper.copy_(master)
-            rest.copy_(_rest(master, upper))
+            bits = master.view(torch.int32)
+            rest.copy_(bits)  # its lower half
+            upper.view(torch.int16).copy_(bits.add_(HALF).bitwise_right_shift_(16))
 
     def begin_at(self, value: Tensor) -> None:
         """Takes fp32 values as the masters, if they round to the weights held."""
@@ -172,6 +173,8 @@ def _join(held: Tensor, rest: Tensor) -> Tensor:
 
 
 def _rest(master: Tensor, held: Tensor) -> Tensor:
-    """What `_join` needs besides the bf16 tensor to give the master back: numbers of 16 bits, held in 32."""
+    """What `_join` needs besides a bf16 tensor that the master rounds to: numbers of 16 bits, held in 32. One that was rounded down from
+    halfway is cut by an fp32's last bit.
+    """
     upper = held.float().view(torch.int32)
-    return torch.sub(master.view(torch.int32), upper, out=upper).clamp_(max=TIE)
+    return torch.sub(master.view(torch.int32), upper, out=upper).clamp_(max=HALF - 1)
