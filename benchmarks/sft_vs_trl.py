@@ -184,7 +184,12 @@ def make_rows(spec: dict) -> dict:
             rows.append((ids[:end], ids[end:], labels[end:]))
     if spec["system_tokens"]:  # rows that are not trained on go into the system turn, before its end and the line break after it
         others = loaded.tokenizer.encode("\n".join(loaded.tokenizer.decode(own) for _, own, _ in rows[spec["count"] :]))
-        rows = [(s[:-2] + [i for i in others if i != start][: spec["system_tokens"] - len(s)] + s[-2:], *own) for s, *own in rows]
+        others = [token for token in others if token != start]
+        rows = [(s[:-2] + others[: max(0, spec["system_tokens"] - len(s))] + s[-2:], *own) for s, *own in rows]
+        if any(len(s) != spec["system_tokens"] for s, *_ in rows):
+            raise SystemExit(
+                f"{spec['data']} does not give system turns of {spec['system_tokens']} tokens: set --rows, or leave that part out"
+            )
     elif spec["system_tokens"] == 0:
         rows = [([], *own) for _, *own in rows]
     rows = [{"input_ids": s + ids, "labels": [-100] * len(s) + labels} for s, ids, labels in rows]

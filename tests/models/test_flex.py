@@ -173,6 +173,19 @@ def test_compiled_it_is_traced_whole_and_not_again_for_every_batch(backward_on_c
     assert counter.frame_count <= 6, "with and without a window, one block and more, with and without whole blocks that are seen"
 
 
+def test_the_trial_has_blocks_that_are_seen_whole_in_part_and_not(backward_on_cpu, monkeypatch):
+    made, right = [], flex_module.flex_masks
+    monkeypatch.setattr(flex_module, "flex_masks", lambda *given: made.append(right(*given)) or made[-1])
+    policy = Policy(tiny_model("llama"))
+    use_flex(policy.causal, policy.fast_paths)
+    (masks,) = made
+    mask = masks[None]
+    whole, part = mask.full_kv_num_blocks.flatten(), mask.kv_num_blocks.flatten()
+    assert whole.max() >= 3
+    assert part.max() >= 1
+    assert (whole + part).min() < len(whole)
+
+
 def test_where_flex_attention_does_not_run_the_packed_one_stays():
     policy = Policy(tiny_model("llama"))
     assert policy.causal.config._attn_implementation == FOREST

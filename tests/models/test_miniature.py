@@ -59,6 +59,12 @@ def test_a_fault_of_some_percent_takes_the_path_out_in_every_dtype(monkeypatch, 
     assert "computes something else" in paths.refused[path]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_not_a_number_takes_the_path_out(monkeypatch, dtype):
+    break_it(monkeypatch, "_RMSNorm", "backward", 0, factor=float("nan"), only_in_16_bits=False)
+    assert set(policy(dtype).fast_paths.used) == ALL - {"rms_norm"}
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault[0]}.{fault[1]}[{fault[2]}]")
 def test_a_fault_that_only_16_bits_have_is_seen(monkeypatch, fault):
     *whose, path = fault

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -137,6 +138,18 @@ def test_where_rounding_adds_up_over_layers_each_layer_is_compared_with_its_base
     assert not any(module._forward_hooks for module in policy.model.modules())
     with torch.no_grad():
         next(parameter for name, parameter in policy.named_parameters() if "lora_B" in name).normal_(0, 0.05)
+    with pytest.raises(InvariantViolated, match="a fresh adapter changes"):
+        fresh_adapter_changes_nothing(policy, batch_of(ROWS))
+
+
+@pytest.mark.parametrize("fault", [0.004, float("nan")])
+def test_layers_that_change_a_little_or_give_no_number_are_not_rounding(monkeypatch, fault):
+    policy = lora_policy(dtype=torch.bfloat16)
+    monkeypatch.setitem(invariants.FRESH, torch.bfloat16, -1.0)
+    parameters = [p for name, p in policy.named_parameters() if "lora_B" in name]
+    with torch.no_grad():
+        for parameter in parameters if math.isfinite(fault) else parameters[-1:]:
+            parameter.normal_().mul_(fault)
     with pytest.raises(InvariantViolated, match="a fresh adapter changes"):
         fresh_adapter_changes_nothing(policy, batch_of(ROWS))
 

@@ -130,6 +130,14 @@ def test_a_master_is_held_to_the_last_bit_beside_its_bf16_weight():
     assert torch.equal(weights.data[1000:], values[1000:].bfloat16())
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -0x400000])  # CUDA's, and a processor's of either sign
+def test_a_master_that_is_not_a_number_leaves_a_weight_that_is_none(bits):
+    weights = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    for master, _, _ in Apart("weight", weights, AdamW(make_stage())).pieces(1.0):
+        master.copy_(torch.full((4,), bits, dtype=torch.int32).view(torch.float32))
+    assert weights.isnan().all()
+
+
 def test_adamw_on_bf16_weights_would_round_most_updates_away():
     rows = make_rows(8)
     policy = Policy(tiny_model("llama", dtype=torch.bfloat16))

@@ -18,12 +18,13 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from ..data.forest import Node
-from .attention import QUERY_BLOCK, Layout, forest_attention, packed
+from .attention import Layout, forest_attention, packed
 from .fused import FastPaths
 
 FLEX = "tunesmith_forest_flex"
 FLEX_ATTENTION = "flex_attention"  # among the fast paths
 MASK_BLOCK = 128  # queries, and keys, of which a mask's block says whether any are seen: torch's own default
+TRIED = 4 * MASK_BLOCK  # tokens of the trial's long node, so that some blocks are seen whole, some in part, and some not
 AGREES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative to the largest number
 
 
@@ -140,14 +141,14 @@ def _agrees(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    nodes = (Node(0, 20, ()), Node(20, 50, ((0, 20),)), Node(50, QUERY_BLOCK, ((0, 20), (20, 50))), Node(QUERY_BLOCK, QUERY_BLOCK + 9, ()))
+    nodes = (Node(0, 20, ()), Node(20, 50, ((0, 20),)), Node(50, TRIED, ((0, 20), (20, 50))), Node(TRIED, TRIED + 9, ()))
     windows = (None, 16) if getattr(config, "sliding_window", None) else (None,)
-    layout = Layout(nodes, None, flex_masks(nodes, QUERY_BLOCK + 9, QUERY_BLOCK + 9, {*windows}, model.device))
+    layout = Layout(nodes, None, flex_masks(nodes, TRIED + 9, TRIED + 9, {*windows}, model.device))
     kernels: tuple[Callable[..., Tensor], ...] = (packed, flex)
     generator, found = torch.Generator().manual_seed(0), []
-    shapes = [(count, QUERY_BLOCK + 9, width) for count in (heads, *[getattr(config, "num_key_value_heads", None) or heads] * 2)]
+    shapes = [(count, TRIED + 9, width) for count in (heads, *[getattr(config, "num_key_value_heads", None) or heads] * 2)]
     given = [torch.randn(shape, generator=generator).to(model.device, model.dtype).requires_grad_() for shape in shapes]
-    toward = torch.randn(QUERY_BLOCK + 9, heads, width, generator=generator).to(model.device, model.dtype)
+    toward = torch.randn(TRIED + 9, heads, width, generator=generator).to(model.device, model.dtype)
     with torch.enable_grad():
         for kernel in kernels:
             outs = [kernel(*given, layout, width**-0.5, window, getattr(config, "attn_logit_softcapping", None)) for window in windows]

@@ -28,7 +28,8 @@ def agrees_in_miniature(module: nn.Module, fast: Forward, dtype: torch.dtype, *,
     prepare: what is done to a module before it takes the fast forward.
     """
     plain = _results(_small(module), type(module).forward, torch.float32)
-    if _farthest(_results(_small(module, prepare=prepare), fast, torch.float32), plain) > EXACT:
+    found = _results(_small(module, prepare=prepare), fast, torch.float32)
+    if not all(_apart(a, b) <= EXACT for a, b in zip(found, plain, strict=True)):
         return False
     if dtype.itemsize != 2:
         return True
@@ -91,7 +92,3 @@ def _results(small: nn.Module, forward: Forward, dtype: torch.dtype) -> list[Ten
 
 def _apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp_min(1e-12))
-
-
-def _farthest(a: list[Tensor], b: list[Tensor]) -> float:
-    return max(_apart(one, other) for one, other in zip(a, b, strict=True))

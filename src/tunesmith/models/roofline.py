@@ -26,7 +26,7 @@ PASSES_HIDDEN, PASSES_INNER = (
 FORWARD_SHARE = 0.35  # of those passes, what a forward alone takes
 BESIDE = 1.15  # what training takes over the sum of its parts; 135M on two cores in fp32, LoRA 1.33 and full 1.07
 # What a CPU takes in 16 bits over that, in training and in a forward pass: its speeds are measured on what lies in cache, and a product is
-# as fast as that in one direction only. 135M with AMX: 1.5 (full) to 2.2 (LoRA), and 1.8 to 2.3.
+# as fast as that in one direction only. 135M with AMX: 1.5 (full) to 2.2 (LoRA), and 1.8 to 2.3; not measured without AMX.
 TRAIN_IN_16_BITS, FORWARD_IN_16_BITS = 1.75, 1.95
 TRAIN_CALLS, FORWARD_CALLS = 260, 80  # operations of one layer on one batch, with their backward or alone
 DECODE_CALLS = 90  # of one layer in one decoding step

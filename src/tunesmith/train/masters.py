@@ -18,6 +18,7 @@ from .updates import Rule
 
 UPDATE_BLOCK = 1 << 18  # bf16 weights updated at once where the rule allows it: 1 MiB a buffer, so that most stays in cache
 HALF = 1 << 15  # half a bf16 step, in units of an fp32's last bit; masters halfway between two bf16 values are rounded away from 0
+NAN = 0x7FFF7FFF  # above it, rounding would make of CUDA's NaN a number
 
 Piece = tuple[Tensor, Tensor, dict[str, Tensor]]
 """A master, its gradient, and what the rule remembers of it."""
@@ -125,10 +126,10 @@ class Apart:
             yield master, grad.float().mul_(factor), dict(zip(self.memory, memory, strict=True))
             bits = master.view(torch.int32)
             rest.copy_(bits)  # its lower half
-            upper.view(torch.int16).copy_(bits.add_(HALF).bitwise_right_shift_(16))
+            upper.view(torch.int16).copy_(bits.clamp_(max=NAN).add_(HALF).bitwise_right_shift_(16))
 
     def begin_at(self, value: Tensor) -> None:
-        """Takes fp32 values as the masters, if they round to the weights held."""
+        """Takes fp32 values as the masters, if all round to the weights held, as torch rounds; else leaves all as they are."""
         parameter = self.parameters[0]
         if value.dtype != torch.float32 or value.shape != parameter.shape:
             return
