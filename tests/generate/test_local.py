@@ -327,6 +327,17 @@ def test_a_prompt_beyond_the_context_is_refused_and_one_near_it_is_cut_at_its_en
 
 
 @pytest.mark.parametrize("kind", ["engine", "fallback"])
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_row_that_ended_with_the_context_does_not_go_on_beyond_it_beside_the_others(family, kind):
+    model, prompts = tiny_model(family), [[5 + i % 40 for i in range(126)], *prompts_with_prefix(9)]  # of 128 learned positions
+    ours = generator(model, batch_size=16)
+    ours._checked = kind == "fallback"  # without an engine
+    found = tokens_of(ours.generate(prompts, max_new_tokens=9))
+    assert found == [plain_greedy(model, prompt, 9 if i else 2, {0}) for i, prompt in enumerate(prompts)]
+    assert max(map(len, found[1:])) > 2
+
+
+@pytest.mark.parametrize("kind", ["engine", "fallback"])
 def test_weights_that_are_nan_are_an_error_and_not_an_answer(kind):
     model = tiny_model("llama")
     ours = generator(model)

@@ -8,6 +8,7 @@ Run it under `attention_implementation(model, attention.NAME)`.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 
@@ -46,6 +47,7 @@ class Engine:
         self.decoder, self.lm_head = model.get_decoder(), model.get_output_embeddings()
         self.config = model.config.get_text_config()
         self.layers = self.config.num_hidden_layers
+        self.last_position = (getattr(self.config, "max_position_embeddings", None) or sys.maxsize) - 1
 
     def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
         """Logits [S, V] of hidden states, with the scaling and soft-capping that the model's config names."""
@@ -53,8 +55,9 @@ class Engine:
 
     def forward(self, cache: PrefixCache, **inputs: torch.Tensor) -> torch.Tensor:
         """Hidden states of one pass, [N, H] for rows [1, N], [B, H] for a step [B, 1]. inputs: `input_ids`, or `inputs_embeds`."""
+        positions = cache.positions().clamp(max=self.last_position)  # a finished row goes on beside the others until it is dropped
         with attending(cache):
-            output = self.decoder(**inputs, position_ids=cache.positions(), cache=cache, use_cache=True)
+            output = self.decoder(**inputs, position_ids=positions, cache=cache, use_cache=True)
         return output.last_hidden_state.flatten(0, 1)
 
     def prefix(self, ids: Sequence[int]) -> PrefixKV | None:

@@ -6,6 +6,7 @@ aside for the while, so that none of its settings apply; tokens are still chosen
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -47,6 +48,7 @@ class Fallback:
 
     def __init__(self, model: torch.nn.Module, batch_size: int):
         self.model, self.batch_size = model, batch_size
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
     def generate(self, rows: list[Row], sampling: Sampling, stop_ids: frozenset[int]) -> None:
         """Moves every row to its end."""
@@ -56,7 +58,10 @@ class Fallback:
             return
         with _own_generation_config(self.model, max(row.limit for row in rows)) as config:
             for batch in batches([len(row.prompt) + row.limit for row in rows], self.batch_size):
-                self._generate_batch([rows[i] for i in batch], config, sampling, stop_ids)
+                together = [rows[i] for i in batch]
+                last = max(len(row.prompt) for row in together) + max(row.limit for row in together)
+                for part in [together] if last <= self.context else [[row] for row in together]:  # rows that have ended go on to the end
+                    self._generate_batch(part, config, sampling, stop_ids)
 
     def _generate_batch(self, rows: list[Row], config: GenerationConfig, sampling: Sampling, stop_ids: frozenset[int]) -> None:
         longest = max(len(row.prompt) for row in rows)
