@@ -18,14 +18,20 @@ COMMAND = "python benchmarks/methods.py --banking banking77 --write docs/methods
 LEFT = "NOT MEASURED: the series has not come to this. It takes hours on two cores and goes on where it was stopped."
 
 
-def write_page(target: Path, done: Mapping[str, Any], methods: Mapping[str, Any], rates: Mapping[str, list[float]]) -> None:
+def write_page(
+    target: Path,
+    done: Mapping[str, Any],
+    methods: Mapping[str, Any],
+    rates: Mapping[str, list[float]],
+    defaults: Mapping[str, float | None],
+) -> None:
     """Writes TARGET-table.md, which docs/methods.md includes by its own words around it, and TARGET.svg."""
     target.parent.mkdir(parents=True, exist_ok=True)
     known = [name for name in methods if _runs(done, "quickstart", name) or _runs(done, "banking77", name)]
     sections = {
         "What each costs": _costs(done, known),
         "What each reaches, and what it forgets": _scores(done, known),
-        "The sweep of learning rates": _rates(done, methods, rates),
+        "The sweep of learning rates": _rates(done, methods, rates, defaults),
         "Does it hold what the field says?": _claims(done, known),
     }
     parts = [f"# Methods, measured\n\n    {COMMAND}", *(f"## {title}\n\n{text or LEFT}" for title, text in sections.items())]
@@ -113,7 +119,7 @@ def _scores(done: Mapping[str, Any], known: list[str]) -> str:
             spread = f" ± {stdev(v['value'] for v in values):.3f}" if len(values) > 1 else ""
             low, high = mean(v["low"] for v in values), mean(v["high"] for v in values)
             cells.append(
-                f"{mean(v['value'] for v in values):.3f}{spread} [{low:.3f}, {high:.3f}] ({len(values)} seeds, n = {values[0]['n']})"
+                f"{mean(v['value'] for v in values):.3f}{spread} [{low:.3f}, {high:.3f}] ({len(values)} seed{'s' if len(values) > 1 else ''}, n = {values[0]['n']})"
             )
             forgotten = _forgetting(done, task, name)
             cells.append(MISSING if forgotten is None else f"{forgotten:.2f}")
@@ -123,20 +129,27 @@ def _scores(done: Mapping[str, Any], known: list[str]) -> str:
     return f"{words}\n\n" + table(header, rows) if rows else ""
 
 
-def _rates(done: Mapping[str, Any], methods: Mapping[str, Any], rates: Mapping[str, list[float]]) -> str:
+def _rates(
+    done: Mapping[str, Any], methods: Mapping[str, Any], rates: Mapping[str, list[float]], defaults: Mapping[str, float | None]
+) -> str:
     rows, where = [], set()
     for name in methods:
         tried = {rate: done[key] for rate in rates[name] if (key := f"sweep {name} rate={rate:g}") in done}
         losses = {rate: math.inf if run["validation_loss"] is None else run["validation_loss"] for rate, run in tried.items()}
         best = min(losses, key=losses.__getitem__) if len(losses) == len(rates[name]) else None
         said = [
-            (f"{rate:g}: {loss:.4f}" if math.isfinite(loss) else f"{rate:g}: not finite") + (" (best)" if rate == best else "")
+            (f"{rate:g}: {loss:.4f}" if math.isfinite(loss) else f"{rate:g}: not finite")
+            + (" (best)" if rate == best else "")
+            + (" (default)" if rate == defaults[name] else "")
             for rate, loss in losses.items()
         ]
         said += [f"{rate:g}: {MISSING}" for rate in rates[name] if rate not in losses]
         rows.append([name, ", ".join(said)])
         where |= {run["machine"] for run in tried.values()}
-    words = f"Validation loss after one epoch of the quickstart's task, one seed; {'; '.join(sorted(where))}."
+    words = (
+        f"Validation loss after one epoch of the quickstart's task, one seed; {'; '.join(sorted(where))}. A method's default is the lowest "
+        "rate whose loss is within 3% of the best."
+    )
     return f"{words}\n\n" + table(["method", "rate: loss"], rows) if where else ""
 
 

@@ -50,6 +50,7 @@ RATES = {
 USUAL_RATES = [2e-4, 5e-4, 1.5e-3]
 SEEDS = (0, 1, 2)
 BEYOND, FURTHER = 2, 3.0  # rates tried beyond a grid whose end is best, at most, and how many times further each is
+NEARLY_BEST = 0.03  # of the best loss: the lowest rate that comes so near is the method's default (src/tunesmith/train/rates.py)
 SWEEP_EPOCHS = 1  # of a run that only chooses the rate
 BANKING_ROWS, BANKING_TEST = 1000, 500
 TASKS = ("quickstart", "banking77")
@@ -70,7 +71,8 @@ def main() -> None:
         done[job["key"]] = run_child(__file__, job, threads=wanted.threads) | {"machine": machine(wanted.threads)}
         _write(results, done)
     if wanted.write:
-        write_page(Path(wanted.write), done, METHODS, {name: rates_of(done, name) for name in METHODS})
+        rates, defaults = ({name: found(done, name) for name in METHODS} for found in (rates_of, default_rate))
+        write_page(Path(wanted.write), done, METHODS, rates, defaults)
     if wanted.json:
         print(json.dumps({"jobs": len(done), "rates": {name: best_rate(done, name) for name in METHODS}}))
 
@@ -147,6 +149,13 @@ def best_rate(done: dict[str, Any], name: str) -> float | None:
     rates = rates_of(done, name)
     losses = _losses(done, name, rates)
     return None if None in losses else rates[losses.index(min(losses))]
+
+
+def default_rate(done: dict[str, Any], name: str) -> float | None:
+    """The rate that a stage takes which names none: the lowest that is nearly best, once all of a method's have been tried."""
+    rates = rates_of(done, name)
+    losses = _losses(done, name, rates)
+    return None if None in losses else next(r for r, loss in zip(rates, losses, strict=True) if loss <= (1 + NEARLY_BEST) * min(losses))
 
 
 def _losses(done: dict[str, Any], name: str, rates: list[float]) -> list[float | None]:

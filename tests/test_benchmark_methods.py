@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.recipe import load_recipe
+from tunesmith.recipe import Stage, load_recipe
+from tunesmith.train.rates import SWEPT, swept_as
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +57,18 @@ def test_a_sweep_whose_end_is_best_goes_on_beyond_it_at_most_twice(methods, monk
     assert left({2e-4: 0.2, 5e-4: 0.4, 1.5e-3: None}) == [("sweep lora rate=6.7e-05", 6.7e-5)]
 
 
+def test_a_methods_default_is_the_lowest_rate_of_the_committed_sweep_that_is_nearly_best(methods):
+    done = swept(methods, "lora", [0.309, 0.305, 0.3]) | {"sweep lora rate=0.0045": {"validation_loss": 5.0}}
+    assert methods.default_rate(done, "lora") == 2e-4
+    assert methods.default_rate(swept(methods, "lora", [0.31, 0.3, 0.4]), "lora") == 5e-4
+    assert methods.default_rate({}, "lora") is None
+    committed = methods._read(ROOT / "benchmarks" / "results" / "methods.json")
+    assert {name: methods.default_rate(committed, name) for name in methods.METHODS} == SWEPT
+    for name, method in methods.METHODS.items():
+        settings = Stage(name="s", objective="sft", method=method).method
+        assert swept_as(settings, quantised=name == "qlora") == name
+
+
 def test_what_is_done_is_not_done_again(methods, monkeypatch):
     asked = wanted(methods, monkeypatch, "--only", "lora", "--seeds", "0", "--banking", "somewhere")
     done = swept(methods, "lora", [0.5, 0.3, 0.4]) | {"quickstart lora seed=0": {}}
@@ -90,10 +103,11 @@ def test_the_page_says_of_each_claim_whether_it_holds_with_the_figures(methods, 
     done = {f"quickstart lora seed={seed}": run(20_000, 0.5 + 0.1 * seed, 2e9) for seed in (0, 1, 2)}
     done |= {"quickstart full seed=0": run(1_000_000, 0.5, 4e9), "latency lora": {"base": 10.0, "live": 15.0, "merged": 12.0}}
     done |= {f"sweep lora rate={rate}": {"validation_loss": loss, "machine": "1 core"} for rate, loss in (("0.0001", 0.25), ("0.1", None))}
-    methods.write_page(tmp_path / "methods", done, methods.METHODS, {name: [1e-4, 0.1] for name in methods.METHODS})
+    grids = {name: [1e-4, 0.1] for name in methods.METHODS}
+    methods.write_page(tmp_path / "methods", done, methods.METHODS, grids, dict.fromkeys(grids) | {"lora": 1e-4})
     page = (tmp_path / "methods-measured.md").read_text()
     assert "holds (50 to 50 times)" in page
-    assert "0.0001: 0.2500 (best), 0.1: not finite" in page
+    assert "0.0001: 0.2500 (best) (default), 0.1: not finite" in page
     assert "Full tuning has the best ceiling, quickstart: not reproduced (full 0.500, lora 0.600)" in page
     assert "LoRA needs little memory: holds (0.50 of full tuning's peak)" in page
     assert "LoRA costs nothing once it is merged: not reproduced (1.20 of the base's time a token; live 1.50)" in page
@@ -107,7 +121,7 @@ def test_the_page_says_of_each_claim_whether_it_holds_with_the_figures(methods, 
 def test_what_the_series_has_not_come_to_reads_not_measured_and_no_rate_is_the_best_of_half_a_grid(methods, tmp_path):
     done = {f"sweep lora rate={rate}": {"validation_loss": loss, "machine": "1 core"} for rate, loss in (("0.0001", 0.25), ("0.1", 0.5))}
     grids = {name: [1e-4, 0.1] for name in methods.METHODS} | {"lora": [1e-4, 1e-3, 0.1]}
-    methods.write_page(tmp_path / "methods", done, methods.METHODS, grids)
+    methods.write_page(tmp_path / "methods", done, methods.METHODS, grids, dict.fromkeys(grids))
     page = (tmp_path / "methods-measured.md").read_text()
     assert page.count("NOT MEASURED") == 3  # costs, scores, claims
     assert "| lora | 0.0001: 0.2500, 0.1: 0.5000, 0.001: not measured |" in page

@@ -164,7 +164,11 @@ def _rows_of(stage: Stage) -> Wanted:
 def _derived_stages(session: Session) -> list[Stage]:
     """Every stage with its open settings filled in. Raises RecipeError where a stage cannot start from what it names."""
     done: dict[str, Stage] = {}
-    processes = session.recipe.launch.processes
+    known = {
+        "processes": session.recipe.launch.processes,
+        "width": session.loaded.model.config.get_text_config().hidden_size,
+        "quantised": session.recipe.model.quantization is not None,
+    }
     for stage in session.recipe.stages:
         start = None if stage.start_from in done else locate_start(stage, session.run.path)
         if start is not None:
@@ -173,12 +177,12 @@ def _derived_stages(session: Session) -> list[Stage]:
         if stage.start_from in done:
             inherited = done[stage.start_from].method
         elif start is not None:
-            own = derive_stage(stage.model_copy(update={"method": None}), rows, start=start, processes=processes)
+            own = derive_stage(stage.model_copy(update={"method": None}), rows, start=start, **known)
             inherited = (resolve_method(own, session.loaded, start) if is_adapter(start) else own).method
         else:
             inherited = None
         derived = stage if stage.method else stage.model_copy(update={"method": inherited})
-        derived = resolve_method(derive_stage(derived, rows, start=start, processes=processes), session.loaded)
+        derived = resolve_method(derive_stage(derived, rows, start=start, **known), session.loaded)
         _require_same_method(derived, stage, inherited)
         done[stage.name] = derived
     return list(done.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,7 +15,6 @@ Targets = list[str] | Literal["all-linear"]
 class FullMethod(Section):
     """Every parameter trains; fp32 master weights."""
 
-    default_learning_rate: ClassVar[float] = 5e-5
     type: Literal["full"] = "full"
     """The method's name."""
 
@@ -23,7 +22,6 @@ class FullMethod(Section):
 class PartialMethod(Section):
     """Some of the model's own parameters train: named modules, or the last layers; the result is a whole model."""
 
-    default_learning_rate: ClassVar[float] = 1e-4
     type: Literal["partial"] = "partial"
     """The method's name."""
     modules: list[str] | None = None
@@ -41,7 +39,6 @@ class PartialMethod(Section):
 class LoraMethod(Section):
     """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685); names as in PEFT's LoraConfig. On a quantised base it is QLoRA."""
 
-    default_learning_rate: ClassVar[float] = 5e-4
     type: Literal["lora"] = "lora"
     """The method's name."""
     r: Positive = 16
@@ -73,7 +70,6 @@ class LoraMethod(Section):
 class Ia3Method(Section):
     """Learned scales of keys, values and inner activations (Liu et al. 2022, arXiv:2205.05638)."""
 
-    default_learning_rate: ClassVar[float] = 5e-3
     type: Literal["ia3"] = "ia3"
     """The method's name."""
     target_modules: list[str] | None = None
@@ -86,7 +82,6 @@ class BottleneckMethod(Section):
     """Small networks within the layers (Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00052; He et al. 2021,
     arXiv:2110.04366)."""
 
-    default_learning_rate: ClassVar[float] = 5e-4
     type: Literal["bottleneck"] = "bottleneck"
     """The method's name."""
     architecture: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
@@ -102,7 +97,6 @@ class BottleneckMethod(Section):
 class PrefixMethod(Section):
     """Learned keys and values before every layer's own (prefix tuning, Li & Liang 2021, arXiv:2101.00190)."""
 
-    default_learning_rate: ClassVar[float] = 1e-2
     type: Literal["prefix"] = "prefix"
     """The method's name."""
     num_virtual_tokens: Positive = 20
@@ -122,7 +116,6 @@ class PrefixMethod(Section):
 class PromptMethod(Section):
     """Learned embeddings before every row (prompt tuning, Lester et al. 2021, arXiv:2104.08691)."""
 
-    default_learning_rate: ClassVar[float] = 1e-2
     type: Literal["prompt"] = "prompt"
     """The method's name."""
     num_virtual_tokens: Positive = 20
@@ -134,7 +127,6 @@ class PromptMethod(Section):
 class PTuningMethod(Section):
     """Learned embeddings before every row, made by a small network (P-tuning, Liu et al. 2021, arXiv:2103.10385)."""
 
-    default_learning_rate: ClassVar[float] = 1e-3
     type: Literal["p_tuning"] = "p_tuning"
     """The method's name."""
     num_virtual_tokens: Positive = 20

@@ -42,7 +42,7 @@ class Stage(Section):
     watch: WatchSection = WatchSection()
     """When such a stage is stopped."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate; derived from the method."""
+    """Peak learning rate; derived from the method, the model's width and the objective."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
     """Passes over the training rows; max_steps wins."""
     max_steps: Positive | None = None

@@ -57,6 +57,7 @@ from .loss_scale import LossScale
 from .memory import keep_freed_memory, memory_may_run_out, return_freed_memory
 from .offline import judge_reward_model
 from .optimiser import Optimiser
+from .rates import WIDTH, usual_rate
 from .rollouts import steps_per_pass
 from .scoring import Gold, locate_result, named_files, named_models
 from .signals import StopRequest
@@ -72,12 +73,15 @@ EVALUATIONS = 5  # in a stage that samples, where the recipe names no steps betw
 UNFINGERPRINTED = {"save_steps", "save_total_limit", "logging_steps", "gradient_checkpointing", "activation_offload", "name", "data"}
 
 
-def derive_stage(stage: Stage, rows: int, *, start: Path | None = None, processes: int = 1) -> Stage:
+def derive_stage(
+    stage: Stage, rows: int, *, start: Path | None = None, processes: int = 1, width: int = WIDTH, quantised: bool = False
+) -> Stage:
     """The stage with every setting that the recipe left open given its value.
 
     The micro-batch, its accumulation and checkpointing are those of a machine with room for them: `fitting` lowers them where it has not.
-    rows: training items of an epoch. processes: those whose batches make an update together. Raises RecipeError where its optimiser or
-    its offloading cannot work on this machine, or where its warm-up outlasts its updates.
+    rows: training items of an epoch. processes: those whose batches make an update together. width: the model's hidden size.
+    quantised: whether its weights are held in bits. Raises RecipeError where its optimiser or its offloading cannot work on this
+    machine, or where its warm-up outlasts its updates.
     """
     require_optimiser(stage)
     if stage.activation_offload:
@@ -98,7 +102,7 @@ def derive_stage(stage: Stage, rows: int, *, start: Path | None = None, processe
     method = stage.method or method_of(start)
     derived = {
         "method": method,
-        "learning_rate": stage.learning_rate or method.default_learning_rate,
+        "learning_rate": stage.learning_rate or usual_rate(method, stage.objective, width=width, quantised=quantised),
         "max_steps": total,
         "warmup_steps": total // 20 if stage.warmup_steps is None else stage.warmup_steps,
         "eval_steps": stage.eval_steps or between,
