@@ -118,9 +118,8 @@ def _scores(done: Mapping[str, Any], known: list[str]) -> str:
             values = [_value(run, task) for run in runs]
             spread = f" ± {stdev(v['value'] for v in values):.3f}" if len(values) > 1 else ""
             low, high = mean(v["low"] for v in values), mean(v["high"] for v in values)
-            cells.append(
-                f"{mean(v['value'] for v in values):.3f}{spread} [{low:.3f}, {high:.3f}] ({len(values)} seed{'s' if len(values) > 1 else ''}, n = {values[0]['n']})"
-            )
+            seeds = f"{len(values)} seed" + ("s" if len(values) > 1 else "")
+            cells.append(f"{mean(v['value'] for v in values):.3f}{spread} [{low:.3f}, {high:.3f}] ({seeds}, n = {values[0]['n']})")
             forgotten = _forgetting(done, task, name)
             cells.append(MISSING if forgotten is None else f"{forgotten:.2f}")
         rows.append(cells)
