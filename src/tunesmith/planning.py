@@ -10,7 +10,8 @@ import numpy as np
 
 from .errors import DoesNotFit
 from .evaluate import Task, TemplateEncoder
-from .evaluate.candidates import ANSWER_ROOM, encode_items
+from .evaluate.candidates import ANSWER_ROOM, CHECKED_ALONE, CHECKED_TOKENS, encode_items, is_checked_alone
+from .evaluate.inputs import TUNED
 from .evaluate.run import GUARDED
 from .fitting import (
     Update,
@@ -223,6 +224,12 @@ def _candidate(session: Session, shape: Shape, machine: Machine, name: str) -> P
         held = len(session.tasks.validation.items)
         parts += [phase for length in before for phase in section.few_shot_sets * answers(held, length)]
     usual = sum(before) / len(before)
+    if name == TUNED and is_checked_alone(task, section, str(session.loaded.dtype).removeprefix("torch.")):
+        count, prompt = CHECKED_ALONE, shared + own
+        how = {"items": count, "new_tokens": min(answer, CHECKED_TOKENS), "context": prompt}
+        for size in (1, count):
+            asked = Tokens(count * prompt, count, count * prompt**2 / 2, count / size)
+            parts += [forward_phase(what, shape, machine, asked), decode_phase(what, shape, machine, batch=size, **how)]
     return together(what, [*parts, *answers(items, usual), forward_phase(what, shape, machine, rows(items, usual, own + answer, answer))])
 
 

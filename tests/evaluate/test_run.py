@@ -230,6 +230,7 @@ def test_bf16_answers_that_depend_on_the_batch_are_counted_once_and_noted():
     result = setup.run(save=lambda unit, payload: kept.update({unit: payload}))
     words = "3 of 16 answers differ in bf16 when generated alone (tuned, the first 32 tokens)"
     assert words in result.evaluation["notes"]
+    assert result.seconds["alone.tuned"] > 0
     again = Setup(dtype="bfloat16")
     assert words in again.run(done=kept).evaluation["notes"]
     assert again.tuned.calls == []

@@ -70,6 +70,14 @@ def test_a_candidate_reads_the_prompts_answers_them_and_scores_the_references(sh
     assert not [phase for phase in plan["phases"] if "classical" in phase["name"]]
 
 
+def test_in_16_bits_some_answers_of_the_tuned_model_are_made_again_one_by_one_and_together(shape, monkeypatch):
+    monkeypatch.setattr(planning, "is_checked_alone", lambda task, section, dtype: dtype == "float32")  # as the tiny model is
+    plan, prompt = evaluated("zero_shot", "tuned", task=task(ITEMS)), SHARED + OWN
+    once = work(shape, 16 * prompt, 16, 16 * prompt**2 / 2) + work(shape, 16 * ANSWER, 16 * ANSWER, 16 * ANSWER * (prompt + ANSWER / 2))
+    usual = flops(plan, "evaluate zero_shot")
+    assert flops(plan, "evaluate tuned") == pytest.approx(usual + 2 * once)
+
+
 def test_few_shot_answers_the_validation_items_with_each_set_of_each_size_and_then_the_task(shape):
     settings = {"few_shot_k": [2, 4], "few_shot_sets": 3}
     plan = evaluated("few_shot", task=task(ITEMS), validation=task(HELD), **settings)

@@ -15,17 +15,24 @@ from typing import Any
 
 from ..generate.protocol import GREEDY, Generator, Sampling
 from ..recipe.evaluate import EvaluateSection
-from .candidates import Asked, Example, decoding, encode_items, encode_messages, generate_answers, is_constrained, with_examples
+from .candidates import (
+    CHECKED_ALONE,
+    CHECKED_TOKENS,
+    Asked,
+    Example,
+    decoding,
+    encode_items,
+    encode_messages,
+    generate_answers,
+    is_checked_alone,
+    is_constrained,
+    with_examples,
+)
 from .few_shot import ExampleSet, Trial, choose, draw_sets, selection_json
 from .inputs import BASE, TUNED, EvaluationInputs
 from .perplexity import ReferenceNats, reference_nats
 from .scoring import Scored, generation_json, score_answers, score_labels, score_references
 from .task import Item, Task
-
-CHECKED_ALONE = 16
-"""Prompts whose bf16 answers are made again one by one; fewer items are not worth it."""
-CHECKED_TOKENS = 64
-"""The longest of those answers, in tokens."""
 
 
 @dataclass
@@ -159,7 +166,7 @@ class Work:
 
     def _disagreement(self, task: Task) -> None:
         """Notes how many of some bf16 answers depend on what else is in the batch: its rounding is no property of the model."""
-        if self.inputs.dtype == "float32" or len(task.items) < CHECKED_ALONE or self.section.temperature:
+        if not is_checked_alone(task, self.section, self.inputs.dtype):
             return
         from ..generate.local import batch_disagreement  # imported here: torch, which the rest of the evaluation does without
 
@@ -171,6 +178,7 @@ class Work:
 
         what = f"tuned: {len(prompts)} answers together and alone"
         payload = self.unit(f"{task.name}.tuned.alone", [self.model_id(TUNED), limit, prompts], compare, what)
+        self.seconds["alone.tuned"] = payload["seconds"]
         different = round(payload["share"] * len(prompts))
         self.notes.append(f"{different} of {len(prompts)} answers differ in bf16 when generated alone (tuned, the first {limit} tokens)")
 

@@ -15,12 +15,17 @@ from typing import Any
 from ..data.records import Message
 from ..errors import DataRefused, ModelError, TunesmithError
 from ..generate.protocol import GREEDY, Constraint, Generator, Sampling
+from ..recipe.evaluate import EvaluateSection
 from .encode import Encoder
 from .task import Item, Task
 
 COST_ORDER = ("zero_shot", "few_shot", "classical", "tuned")
 """From the least to the most that a user has to do and keep; the recommendation prefers the earlier. Stages come before tuned."""
 CONSTRAINED = frozenset({"zero_shot", "few_shot"})
+CHECKED_ALONE = 16
+"""Prompts whose bf16 answers are made again one by one; fewer items are not worth it."""
+CHECKED_TOKENS = 64
+"""The longest of those answers, in tokens."""
 ANSWER_ROOM = 1.5
 """The longest answer allowed, over the longest reference known."""
 
@@ -155,6 +160,11 @@ def encodable(task: Task, encoder: Encoder, *, max_new_tokens: int, context_leng
 def encode_messages(encoder: Encoder, messages: Sequence[Message], item: Item) -> list[int]:
     """Token ids of a prompt, with the item's tools where it has some."""
     return [int(token) for token in encoder.prompt(messages, item.tools)]
+
+
+def is_checked_alone(task: Task, section: EvaluateSection, dtype: str) -> bool:
+    """Whether answers of the tuned model are made again one by one: greedy ones, in 16 bits."""
+    return dtype != "float32" and len(task.items) >= CHECKED_ALONE and not section.temperature
 
 
 def generate_answers(

@@ -26,7 +26,8 @@ GUARDED = ("zero_shot", "tuned")
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """evaluation: evaluation.json's content. samples: "TASK.CANDIDATE" to its lines. seconds: the same keys, and few_shot.selection.
+    """evaluation: evaluation.json's content. samples: "TASK.CANDIDATE" to its lines. seconds: the same keys, and of what lies
+    beside them.
 
     The seconds are apart so that the evaluation of a resumed run is byte-equal to an unbroken one's.
     """
