@@ -53,6 +53,12 @@ def _accuracy(done: Mapping[str, Any], task: str, name: str) -> float | None:
     return mean(_value(run, task)["value"] for run in runs) if runs else None
 
 
+def _interval(done: Mapping[str, Any], task: str, name: str) -> tuple[float, float]:
+    """The means of the runs' intervals over the test items."""
+    values = [_value(run, task) for run in _runs(done, task, name)]
+    return mean(v["low"] for v in values), mean(v["high"] for v in values)
+
+
 def _forgetting(done: Mapping[str, Any], task: str, name: str) -> float | None:
     """The tuned model's perplexity on general text over the base's, mean over the seeds."""
     base = [run["scores"]["general"].get("zero_shot") for run in _runs(done, task, "lora")]
@@ -109,7 +115,7 @@ def _scores(done: Mapping[str, Any], known: list[str]) -> str:
     tasks = [task for task in METRIC if any(_runs(done, task, name) for name in known)]
     rows = []
     for name in known:
-        cells = [name]
+        cells = [f"{name} ({next(_runs(done, task, name)[0]['rate'] for task in tasks if _runs(done, task, name)):g})"]
         for task in tasks:
             runs = _runs(done, task, name)
             if not runs:
@@ -123,7 +129,10 @@ def _scores(done: Mapping[str, Any], known: list[str]) -> str:
             forgotten = _forgetting(done, task, name)
             cells.append(MISSING if forgotten is None else f"{forgotten:.2f}")
         rows.append(cells)
-    header = ["method", *(cell for task in tasks for cell in (f"{task}: exact match", "perplexity on general text, over the base's"))]
+    header = [
+        "method (rate)",
+        *(cell for task in tasks for cell in (f"{task}: exact match", "perplexity on general text, over the base's")),
+    ]
     words = "Mean over the seeds ± its standard deviation; in brackets the means of the runs' 95% intervals over the test items."
     return f"{words}\n\n" + table(header, rows) if rows else ""
 
@@ -174,7 +183,9 @@ def _claims(done: Mapping[str, Any], known: list[str]) -> str:
             continue
         best = max(others, key=others.__getitem__)
         verdict = "holds" if ceiling >= others[best] else "not reproduced"
-        lines.append(f"- Full tuning has the best ceiling, {task}: {verdict} (full {ceiling:.3f}, {best} {others[best]:.3f}).")
+        (low, high), (other_low, other_high) = (_interval(done, task, name) for name in ("full", best))
+        apart = "" if low > other_high or other_low > high else "; the intervals overlap, so that the two are not told apart"
+        lines.append(f"- Full tuning has the best ceiling, {task}: {verdict} (full {ceiling:.3f}, {best} {others[best]:.3f}{apart}).")
     lora, times = next(iter(_runs(done, "quickstart", "lora")), None), done.get("latency lora")
     if lora and full:
         ratio = lora["peak_memory_bytes"] / full["peak_memory_bytes"]

@@ -86,6 +86,7 @@ def run(trainable: int, accuracy: float, memory: float) -> dict:
     """A made-up result."""
     score = {"value": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05, "n": 165}
     return {
+        "rate": 0.001,
         "trainable": trainable,
         "parameters": 1_000_000,
         "tokens_per_second": 100.0,
@@ -108,14 +109,23 @@ def test_the_page_says_of_each_claim_whether_it_holds_with_the_figures(methods, 
     page = (tmp_path / "methods-measured.md").read_text()
     assert "holds (50 to 50 times)" in page
     assert "0.0001: 0.2500 (best) (default), 0.1: not finite" in page
-    assert "Full tuning has the best ceiling, quickstart: not reproduced (full 0.500, lora 0.600)" in page
+    assert "Full tuning has the best ceiling, quickstart: not reproduced (full 0.500, lora 0.600" in page
     assert "LoRA needs little memory: holds (0.50 of full tuning's peak)" in page
     assert "LoRA costs nothing once it is merged: not reproduced (1.20 of the base's time a token; live 1.50)" in page
+    assert "| lora (0.001) |" in page
     assert "0.600 ± 0.100 [0.550, 0.650] (3 seeds, n = 165)" in page
     assert "| 1.50 |" in page  # perplexity 12 over the base's 8
     assert "On the quickstart's task; 2 cores; 4 cores." in page  # where the costs were measured
     assert "banking77: exact match" not in page
     assert "lora" in (tmp_path / "methods.svg").read_text()
+
+
+@pytest.mark.parametrize(("full", "told"), [(0.9, True), (0.65, False)])
+def test_methods_whose_intervals_overlap_are_not_told_apart(methods, full, told):
+    done = {"quickstart lora seed=0": run(20_000, 0.6, 2e9), "quickstart full seed=0": run(1_000_000, full, 4e9)}
+    said = sys.modules["_methods_page"]._claims(done, ["full", "lora"])
+    assert "best ceiling, quickstart: holds" in said
+    assert ("not told apart" in said) is not told
 
 
 def test_what_the_series_has_not_come_to_reads_not_measured_and_no_rate_is_the_best_of_half_a_grid(methods, tmp_path):

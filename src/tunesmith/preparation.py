@@ -184,6 +184,9 @@ def _derived_stages(session: Session) -> list[Stage]:
         derived = stage if stage.method else stage.model_copy(update={"method": inherited})
         derived = resolve_method(derive_stage(derived, rows, start=start, **known), session.loaded)
         _require_same_method(derived, stage, inherited)
+        if stage.learning_rate is None:
+            whose = f"{derived.method.type}, {stage.objective.type} and a model {known['width']} wide"
+            session.data.notes.append(f"stage {stage.name}: learning rate {derived.learning_rate:g}, derived for {whose}")
         done[stage.name] = derived
     return list(done.values())
 

@@ -50,3 +50,11 @@ def test_a_whole_model_on_a_quantised_base_is_refused_before_anything_is_trained
     with pytest.raises(RecipeError, match="in too few bits for an update"):
         tunesmith.run(made, out=tmp_path / "run")
     assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_a_rate_that_was_derived_is_in_the_recipe_and_said(tiny, tmp_path):
+    said = tunesmith.plan(recipe(tmp_path, tiny, stages=[stage(method=PISSA, learning_rate=None), stage("two")]))
+    assert "learning_rate: 0.00013" in said["recipe"]  # pissa's, by LoRA+'s ratio
+    assert [note for note in said["notes"] if "learning rate" in note] == [
+        "stage sft: learning rate 0.00013, derived for lora, sft and a model 32 wide"
+    ]

@@ -33,3 +33,8 @@ def test_variants_have_rates_of_their_own_and_a_recipes_rate_wins():
     assert rate(pissa) == rate(pissa, quantised=True) == SWEPT["pissa"]
     assert rate({"type": "bottleneck", "architecture": "houlsby"}) == SWEPT["houlsby"]
     assert rate("lora", width=9999, learning_rate=3e-5) == 3e-5
+
+
+def test_what_trains_fastest_goes_at_the_swept_rate():
+    assert rate({"type": "lora", "r": 16, "use_rslora": True}) == pytest.approx(SWEPT["lora"] / 4, rel=0.02)
+    assert rate({"type": "lora", "loraplus_lr_ratio": 16}) == pytest.approx(SWEPT["lora"] / 16, rel=0.02)

@@ -252,6 +252,9 @@ def _data_lines(train: Inspection, tested: Inspection | None, doubt: str | None,
     return lines
 
 
+RATE = "learning_rate: derived from the method, the model's width and the objective, and said by plan; write one to override it"
+
+
 def _stage_lines(train: Inspection) -> list[str]:
     epochs = 3 if len(train.read.records) < MANY_ROWS else 1
     if train.rows_are != "conversation":
@@ -261,7 +264,7 @@ def _stage_lines(train: Inspection) -> list[str]:
             _line(f"  - name: {objective}", f"its result lies in stages/{objective}/model"),
             _line(f"    objective: {{type: {objective}, beta: 0.1}}", what),
             _line("    method: {type: lora, r: 16}", "an adapter of rank 16; `full` trains every weight"),
-            _line("    learning_rate: 2.0e-4", "peak; a tenth of it or less suits `full`"),
+            "  " + _comment(RATE),
             _line("    num_train_epochs: 1", "passes over the training rows; preferences are soon learned by heart"),
         ]
     return [
@@ -269,7 +272,7 @@ def _stage_lines(train: Inspection) -> list[str]:
         _line("  - name: sft", "its result lies in stages/sft/model"),
         _line("    objective: sft", "supervised fine-tuning: the loss falls on the answers"),
         _line("    method: {type: lora, r: 16}", "an adapter of rank 16; `full` trains every weight"),
-        _line("    learning_rate: 5.0e-4", "peak; a tenth of it suits `full`"),
+        "  " + _comment(RATE),
         _line(f"    num_train_epochs: {epochs}", "passes over the training rows"),
     ]
 

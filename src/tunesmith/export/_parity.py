@@ -99,8 +99,8 @@ def require_equal(parity: Parity, where: Path) -> None:
     """Raises AdapterError where the written model is not the live one; a number that is not finite is not equal."""
     if not parity.kl_mean <= MAX_KL:
         raise AdapterError(
-            f"the model written is not the live one: KL {parity.kl_mean:.3g} nats a token on {parity.prompts} rows (at most {MAX_KL:g}); "
-            "nothing was written",
+            f"the model written does not say what the live one says: KL {parity.kl_mean:.3g} nats a token on {parity.prompts} rows "
+            f"(at most {MAX_KL:g}); nothing was written",
             where=str(where),
-            mend="use a wider dtype (--dtype float32), or of an adapter --to adapter",
+            mend="16 bits round away an update of few or small steps: write --dtype float32; an adapter leaves as it is by --to adapter",
         )

@@ -85,6 +85,8 @@ def _read(path: Path) -> str:
         raise RecipeError(f"not UTF-8 text (byte {error.start})", where=str(path), mend="save the recipe as UTF-8") from error
     except OSError as error:
         mend = "check the path; `tunesmith init FILE` writes a recipe"
+        if (path / "recipe.yaml").is_file():
+            mend = f"give the recipe itself: {path / 'recipe.yaml'}"
         raise MissingFile(f"cannot read the recipe: {error.strerror}", where=str(path), mend=mend) from error
 
 
@@ -179,7 +181,11 @@ def _step(holder: Any, part: str, path: KeyPath, place: str) -> str | int:
     if not isinstance(holder, list):
         raise RecipeError(f"`{dotted(path)}` has no keys", where=place, mend="use a key of the recipe")
     if not part.isdecimal() or int(part) >= len(holder):
-        raise RecipeError(f"`{dotted(path)}` has {len(holder)} entries, counted from 0", where=place, mend="use an index that is there")
+        raise RecipeError(
+            f"`{part}` is none of the {len(holder)} entries of `{dotted(path)}`, which are counted from 0",
+            where=place,
+            mend=f"write an index, such as {dotted((*path, '0'))}",
+        )
     return int(part)
 
 

@@ -8,6 +8,8 @@ comparisons or rewards, take a tenth.
 
 from __future__ import annotations
 
+import math
+
 from ..recipe.method import Method
 from ..recipe.objective import Objective
 
@@ -34,6 +36,8 @@ OTHERWISE = 0.1  # of a method's rate, in preferences and reinforcement
 def usual_rate(method: Method, objective: Objective, *, width: int, quantised: bool) -> float:
     """A peak rate for AdamW, to two digits. width: the model's hidden size. quantised: whether its weights are held in bits."""
     rate = SWEPT[swept_as(method, quantised=quantised)] * min(1.0, WIDTH / width)
+    if method.type == "lora":  # what trains fastest goes at the swept rate: rsLoRA's scale is so much larger, LoRA+'s B so much faster
+        rate /= method.loraplus_lr_ratio * (math.sqrt(method.r) if method.use_rslora else 1.0)
     return float(f"{rate if objective.type in SUPERVISED else OTHERWISE * rate:.2g}")
 
 
