@@ -185,7 +185,7 @@ def _claims(done: Mapping[str, Any], known: list[str]) -> str:
         verdict = "holds" if ceiling >= others[best] else "not reproduced"
         (low, high), (other_low, other_high) = (_interval(done, task, name) for name in ("full", best))
         apart = "" if low > other_high or other_low > high else "; the intervals overlap, so that the two are not told apart"
-        lines.append(f"- Full tuning has the best ceiling, {task}: {verdict} (full {ceiling:.3f}, {best} {others[best]:.3f}{apart}).")
+        lines.append(f"- Full tuning has the best ceiling, {task}: {verdict} (full {ceiling:.3f}, {best} {others[best]:.3f}){apart}.")
     lora, times = next(iter(_runs(done, "quickstart", "lora")), None), done.get("latency lora")
     if lora and full:
         ratio = lora["peak_memory_bytes"] / full["peak_memory_bytes"]

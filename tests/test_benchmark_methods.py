@@ -109,7 +109,7 @@ def test_the_page_says_of_each_claim_whether_it_holds_with_the_figures(methods, 
     page = (tmp_path / "methods-measured.md").read_text()
     assert "holds (50 to 50 times)" in page
     assert "0.0001: 0.2500 (best) (default), 0.1: not finite" in page
-    assert "Full tuning has the best ceiling, quickstart: not reproduced (full 0.500, lora 0.600" in page
+    assert "Full tuning has the best ceiling, quickstart: not reproduced (full 0.500, lora 0.600)" in page
     assert "LoRA needs little memory: holds (0.50 of full tuning's peak)" in page
     assert "LoRA costs nothing once it is merged: not reproduced (1.20 of the base's time a token; live 1.50)" in page
     assert "| lora (0.001) |" in page

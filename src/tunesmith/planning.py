@@ -37,6 +37,7 @@ from .models.roofline import (
     forward_phase,
     model_shape,
     phase_json,
+    reading_phase,
     storage_phase,
     together,
     train_phase,
@@ -200,7 +201,6 @@ def _candidate(session: Session, shape: Shape, machine: Machine, name: str) -> P
     section, task, what = session.recipe.evaluate, session.tasks.task, f"evaluate {name}"
     items = len(task.items)
     answer = session.data.ledger.tokens["supervised"] / max(1, session.data.ledger.rows_trained)
-    longest = min(ANSWER_ROOM * answer, section.max_new_tokens)
     shared = _shared_beginning(session)
     own = max(1.0, session.data.lengths["mean"] - answer - shared)
 
@@ -209,14 +209,17 @@ def _candidate(session: Session, shape: Shape, machine: Machine, name: str) -> P
         pairs = count * length * (before + length / 2) + before**2 / 2
         return Tokens(before + count * length, count * supervised, pairs, math.ceil(count / section.batch_size))
 
-    def answers(count: int, before: float) -> list[Phase]:
-        how = {"new_tokens": answer, "batch": section.batch_size, "context": before + own, "longest": longest}
-        return [forward_phase(what, shape, machine, rows(count, before, own, 1)), decode_phase(what, shape, machine, items=count, **how)]
+    def answers(count: int, before: float, limit: int = section.max_new_tokens) -> list[Phase]:
+        """That many prompts, read and answered."""
+        said = min(answer, limit)
+        longest = said if count == 1 else min(ANSWER_ROOM * answer, limit)
+        how = {"items": count, "new_tokens": said, "batch": section.batch_size, "context": before + own, "longest": longest}
+        return [reading_phase(what, shape, machine, rows(count, before, own, 1)), decode_phase(what, shape, machine, **how)]
 
     if task.is_text:
         return _scored(session, shape, machine, what, task)
     if not task.wants_answers:  # each of two answers is scored, by the model and by what it is compared with
-        return forward_phase(what, shape, machine, rows(4 * items, shared, own + answer, answer))
+        return reading_phase(what, shape, machine, rows(4 * items, shared, own + answer, answer))
     ks = section.few_shot_k if name == "few_shot" else [0]
     before = [shared + k * (own + answer) for k in ks]
     parts = []
@@ -225,12 +228,8 @@ def _candidate(session: Session, shape: Shape, machine: Machine, name: str) -> P
         parts += [phase for length in before for phase in section.few_shot_sets * answers(held, length)]
     usual = sum(before) / len(before)
     if name == TUNED and is_checked_alone(task, section, str(session.loaded.dtype).removeprefix("torch.")):
-        count, prompt = CHECKED_ALONE, shared + own
-        how = {"items": count, "new_tokens": min(answer, CHECKED_TOKENS), "context": prompt}
-        for size in (1, count):
-            asked = Tokens(count * prompt, count, count * prompt**2 / 2, count / size)
-            parts += [forward_phase(what, shape, machine, asked), decode_phase(what, shape, machine, batch=size, **how)]
-    return together(what, [*parts, *answers(items, usual), forward_phase(what, shape, machine, rows(items, usual, own + answer, answer))])
+        parts += [*CHECKED_ALONE * answers(1, shared, CHECKED_TOKENS), *answers(CHECKED_ALONE, shared, CHECKED_TOKENS)]
+    return together(what, [*parts, *answers(items, usual), reading_phase(what, shape, machine, rows(items, usual, own + answer, answer))])
 
 
 def _scored(session: Session, shape: Shape, machine: Machine, what: str, task: Task, passes: int = 1) -> Phase:
@@ -240,7 +239,7 @@ def _scored(session: Session, shape: Shape, machine: Machine, what: str, task: T
     prompts, references = (np.array([len(ids) for ids in part], float) for part in (asked.prompts, asked.references))
     batches = math.ceil(len(prompts) / session.recipe.evaluate.batch_size)
     work = Tokens((prompts + references).sum(), references.sum(), ((prompts + references) ** 2).sum() / 2, batches)
-    return forward_phase(what, shape, machine, work.times(passes))
+    return reading_phase(what, shape, machine, work.times(passes))
 
 
 def _evaluation_footprint(session: Session, shape: Shape, trained: Footprint) -> Footprint:

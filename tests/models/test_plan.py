@@ -14,13 +14,17 @@ from tunesmith.models.machine import Machine
 from tunesmith.models.methods import resolve
 from tunesmith.models.policy import Policy
 from tunesmith.models.roofline import (
+    DECODE_CALLS,
+    DECODE_CALLS_IN_16_BITS,
     FORWARD_IN_16_BITS,
+    READING_IN_16_BITS,
     TRAIN_IN_16_BITS,
     Shape,
     Tokens,
     decode_phase,
     forward_phase,
     model_shape,
+    reading_phase,
     storage_phase,
     together,
     train_phase,
@@ -181,8 +185,12 @@ def test_a_cpu_takes_longer_in_16_bits_than_its_speeds_say_and_a_gpu_does_not(mo
     for make, factor in (
         (lambda: train_phase(SHAPE, MACHINE, LORA, RANK_16, WORK), TRAIN_IN_16_BITS),
         (lambda: forward_phase("validate", SHAPE, MACHINE, WORK), FORWARD_IN_16_BITS),
+        (lambda: reading_phase("score", SHAPE, MACHINE, WORK), FORWARD_IN_16_BITS * READING_IN_16_BITS),
     ):
         assert seconds(make, cuda=False) == pytest.approx(factor * seconds(make, cuda=True))
+    decoding = [seconds(lambda: said(items=1), cuda) for cuda in (False, True)]
+    more_calls = 40 * SHAPE.layers * (DECODE_CALLS_IN_16_BITS - DECODE_CALLS)
+    assert decoding[0] - decoding[1] == pytest.approx(more_calls * MACHINE.call_seconds)
     in_fp32 = replace(SHAPE, itemsize=4)
     for cuda in (False, True):
         assert seconds(lambda: forward_phase("validate", in_fp32, MACHINE, WORK), cuda) == forward_phase("", in_fp32, MACHINE, WORK).seconds

@@ -72,10 +72,9 @@ def test_a_candidate_reads_the_prompts_answers_them_and_scores_the_references(sh
 
 def test_in_16_bits_some_answers_of_the_tuned_model_are_made_again_one_by_one_and_together(shape, monkeypatch):
     monkeypatch.setattr(planning, "is_checked_alone", lambda task, section, dtype: dtype == "float32")  # as the tiny model is
-    plan, prompt = evaluated("zero_shot", "tuned", task=task(ITEMS)), SHARED + OWN
-    once = work(shape, 16 * prompt, 16, 16 * prompt**2 / 2) + work(shape, 16 * ANSWER, 16 * ANSWER, 16 * ANSWER * (prompt + ANSWER / 2))
-    usual = flops(plan, "evaluate zero_shot")
-    assert flops(plan, "evaluate tuned") == pytest.approx(usual + 2 * once)
+    plan = evaluated("zero_shot", "tuned", task=task(ITEMS))
+    again = 16 * answered(shape, 1, SHARED) + answered(shape, 16, SHARED)
+    assert flops(plan, "evaluate tuned") == pytest.approx(flops(plan, "evaluate zero_shot") + again)
 
 
 def test_few_shot_answers_the_validation_items_with_each_set_of_each_size_and_then_the_task(shape):

@@ -112,8 +112,8 @@ def test_the_mend_of_a_wrong_value_says_what_the_setting_means(write):
     [
         ("stages.0.learning_rat=1", ["unknown key `stages.0.learning_rat`", "did you mean `learning_rate`?"]),
         ("stages.0.learning_rate=fast", ["stages.0.learning_rate", "valid number"]),
-        ("stages.7.learning_rate=1", ["none of the 2 entries of `stages`"]),
-        ("stages.last.learning_rate=1", ["none of the 2 entries of `stages`"]),
+        ("stages.7.learning_rate=1", ["`stages` has 2 entries"]),
+        ("stages.last.learning_rate=1", ["`stages` has 2 entries"]),
         ("name.first=1", ["name", "valid string"]),
         ("model.new.deep=1", ["unknown key `model.new`"]),
         ("seed.0.1=1", ["`seed`", "valid integer"]),

@@ -252,7 +252,7 @@ def _data_lines(train: Inspection, tested: Inspection | None, doubt: str | None,
     return lines
 
 
-RATE = "learning_rate: derived from the method, the model's width and the objective, and said by plan; write one to override it"
+RATE_IS_DERIVED = "learning_rate: derived from the method, the model's width and the objective, and said by plan; write one to override it"
 
 
 def _stage_lines(train: Inspection) -> list[str]:
@@ -264,7 +264,7 @@ def _stage_lines(train: Inspection) -> list[str]:
             _line(f"  - name: {objective}", f"its result lies in stages/{objective}/model"),
             _line(f"    objective: {{type: {objective}, beta: 0.1}}", what),
             _line("    method: {type: lora, r: 16}", "an adapter of rank 16; `full` trains every weight"),
-            "  " + _comment(RATE),
+            _comment(RATE_IS_DERIVED, indent=4),
             _line("    num_train_epochs: 1", "passes over the training rows; preferences are soon learned by heart"),
         ]
     return [
@@ -272,7 +272,7 @@ def _stage_lines(train: Inspection) -> list[str]:
         _line("  - name: sft", "its result lies in stages/sft/model"),
         _line("    objective: sft", "supervised fine-tuning: the loss falls on the answers"),
         _line("    method: {type: lora, r: 16}", "an adapter of rank 16; `full` trains every weight"),
-        "  " + _comment(RATE),
+        _comment(RATE_IS_DERIVED, indent=4),
         _line(f"    num_train_epochs: {epochs}", "passes over the training rows"),
     ]
 
@@ -313,8 +313,8 @@ def _line(setting: str, comment: str) -> str:
     return f"{setting.ljust(_COMMENT_COLUMN)} # {' '.join(comment.split())}"
 
 
-def _comment(text: str) -> str:
-    return f"  # {' '.join(_printable(text).split())}"
+def _comment(text: str, indent: int = 2) -> str:
+    return f"{' ' * indent}# {' '.join(_printable(text).split())}"
 
 
 def _block(key: str, text: str) -> list[str]:

@@ -26,8 +26,8 @@ GUARDED = ("zero_shot", "tuned")
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """evaluation: evaluation.json's content. samples: "TASK.CANDIDATE" to its lines. seconds: the same keys, and of what lies
-    beside them.
+    """evaluation: evaluation.json's content. samples: "TASK.CANDIDATE" to its lines. seconds: the same keys, few_shot.selection and
+    alone.tuned.
 
     The seconds are apart so that the evaluation of a resumed run is byte-equal to an unbroken one's.
     """

@@ -102,5 +102,5 @@ def require_equal(parity: Parity, where: Path) -> None:
             f"the model written does not say what the live one says: KL {parity.kl_mean:.3g} nats a token on {parity.prompts} rows "
             f"(at most {MAX_KL:g}); nothing was written",
             where=str(where),
-            mend="16 bits round away an update of few or small steps: write --dtype float32; an adapter leaves as it is by --to adapter",
+            mend="in 16 bits a small update may be rounded away: write --dtype float32; an adapter leaves as it is by --to adapter",
         )

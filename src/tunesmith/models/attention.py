@@ -204,7 +204,7 @@ class _ForestAttention(torch.autograd.Function):
     """Attention with written-out backward; saves q, k and v, recomputes the probabilities.
 
     In 16 bits, scores and probabilities are rounded to them between products, as the products are: an fp32 copy of either would no longer
-    lie in cache. Outputs are as near to fp32's as those of the models' own attention, gradients up to a sixth further off, or nearer
+    lie in cache. Outputs are as near to fp32's as those of the models' own attention, gradients up to a fifth further off, or nearer
     (tests/models/test_attention.py).
     """
 

@@ -28,8 +28,12 @@ BESIDE = 1.15  # what training takes over the sum of its parts; 135M on two core
 # What a CPU takes in 16 bits over that, in training and in a forward pass: its speeds are measured on what lies in cache, and a product is
 # as fast as that in one direction only. 135M with AMX: 1.5 (full) to 2.2 (LoRA), and 1.8 to 2.3; not measured without AMX.
 TRAIN_IN_16_BITS, FORWARD_IN_16_BITS = 1.75, 1.95
+# Over the latter, where a model answers and scores by transformers' own layers; in parts of the quickstart's evaluation 1.3 to 2.3.
+READING_IN_16_BITS = 1.5
 TRAIN_CALLS, FORWARD_CALLS = 260, 80  # operations of one layer on one batch, with their backward or alone
-DECODE_CALLS = 90  # of one layer in one decoding step
+# Of one layer in one decoding step. In 16 bits with AMX a step of one row takes 2 ms a layer beside the weights that it reads: a thousand
+# times the small call that is measured.
+DECODE_CALLS, DECODE_CALLS_IN_16_BITS = 90, 1300
 FEW_QUERIES = 3.0  # times what attention's speed says: one query a row is small products, with scores and weights written out
 OPTIMISER_PASSES = {"adamw_torch_fused": 10, "adamw_8bit": 8, "paged_adamw_8bit": 8, "adafactor": 12, "muon": 14}
 MASTER_BYTES = 4  # a trained number's, which each of those passes reads or writes, and a checkpoint holds beside its moments
@@ -123,12 +127,17 @@ def train_phase(shape: Shape, machine: Machine, stage: Stage, cost: MethodCost, 
 
 
 def forward_phase(name: str, shape: Shape, machine: Machine, work: Tokens) -> Phase:
-    """A forward pass: validation, perplexity, prompts."""
+    """A forward pass as training makes it: validation, log-probabilities."""
     flops = 2.0 * shape.linear * work.computed + 2.0 * shape.vocabulary * shape.hidden * work.supervised
     attention = 4.0 * shape.hidden * shape.layers * work.pairs
     near = FORWARD_SHARE * _elementwise(shape, work.computed) + work.supervised * shape.vocabulary * 4 * 3
     found = _phase(name, machine, flops, attention, near, work.batches * shape.weights, work.batches * shape.layers * FORWARD_CALLS)
     return _slower(found, FORWARD_IN_16_BITS if _on_cpu_in_16_bits(shape) else 1.0)
+
+
+def reading_phase(name: str, shape: Shape, machine: Machine, work: Tokens) -> Phase:
+    """A forward pass of a model that answers: over prompts, or over references, which it scores."""
+    return _slower(forward_phase(name, shape, machine, work), READING_IN_16_BITS if _on_cpu_in_16_bits(shape) else 1.0)
 
 
 def decode_phase(
@@ -143,7 +152,7 @@ def decode_phase(
     attention = 4.0 * shape.hidden * shape.layers * said * (context + new_tokens / 2)
     near = said * (shape.vocabulary * 4 * 3 + FORWARD_SHARE * _elementwise(shape, 1))
     steps = (longest or new_tokens) * math.ceil(items / batch)
-    calls = steps * shape.layers * DECODE_CALLS
+    calls = steps * shape.layers * (DECODE_CALLS_IN_16_BITS if _on_cpu_in_16_bits(shape) else DECODE_CALLS)
     slower = replace(machine, attention_flops_per_second=machine.attention_flops_per_second / FEW_QUERIES)
     return _phase(name, slower, flops, attention, near, 0.0, calls, read=steps * shape.weights)
 

@@ -182,7 +182,7 @@ def _step(holder: Any, part: str, path: KeyPath, place: str) -> str | int:
         raise RecipeError(f"`{dotted(path)}` has no keys", where=place, mend="use a key of the recipe")
     if not part.isdecimal() or int(part) >= len(holder):
         raise RecipeError(
-            f"`{part}` is none of the {len(holder)} entries of `{dotted(path)}`, which are counted from 0",
+            f"`{dotted(path)}` has {len(holder)} entries, counted from 0, and `{part}` is none of them",
             where=place,
             mend=f"write an index, such as {dotted((*path, '0'))}",
         )
