@@ -15,6 +15,16 @@ STATE_BYTES, GRADIENT_BYTES = 12, 4  # a trained number: fp32 master and two mom
 MERGED_COST = 0.05  # a merged model is as fast as the base if its time is within this share
 MISSING = "not measured"
 COMMAND = "python benchmarks/methods.py --banking banking77 --write docs/methods"
+COSTS = [
+    "method",
+    "trained (share)",
+    "optimiser and gradients (of full)",
+    "peak memory",
+    "tokens/s",
+    "result",
+    "time a token, over the base's",
+    "merged",
+]
 LEFT = "NOT MEASURED: the series has not come to this. It takes hours on two cores and goes on where it was stopped."
 
 
@@ -29,7 +39,7 @@ def write_page(
     target.parent.mkdir(parents=True, exist_ok=True)
     known = [name for name in methods if _runs(done, "quickstart", name) or _runs(done, "banking77", name)]
     sections = {
-        "What each costs": _costs(done, known),
+        "What each costs": _costs(done, methods),
         "What each reaches, and what it forgets": _scores(done, known),
         "The sweep of learning rates": _rates(done, methods, rates, defaults),
         "Does it hold what the field says?": _claims(done, known),
@@ -69,46 +79,32 @@ def _forgetting(done: Mapping[str, Any], task: str, name: str) -> float | None:
     return mean(run["scores"]["general"]["tuned"]["perplexity"]["value"] for run in runs) / base[0]["perplexity"]["value"]
 
 
-def _costs(done: Mapping[str, Any], known: list[str]) -> str:
-    full = next(iter(_runs(done, "quickstart", "full")), None)
-    rows = []
-    for name in known:
-        runs = _runs(done, "quickstart", name)
-        if not runs:
+def _costs(done: Mapping[str, Any], methods: Mapping[str, Any]) -> str:
+    full = done.get("costs full")
+    rows, where = [], set()
+    for name in methods:
+        one = done.get(f"costs {name}")
+        if one is None:
+            rows.append([name, *[MISSING] * (len(COSTS) - 1)])
             continue
-        one, times = runs[0], done.get(f"latency {name}")
+        times = one["token_milliseconds"]
         state = one["trainable"] * (STATE_BYTES + GRADIENT_BYTES)
         of_full = f"{one['trainable'] / full['trainable']:.2%}" if full else MISSING
-        memory = f"{mean(run['peak_memory_bytes'] for run in runs) / 1e9:.2f} GB"
-        served = (
-            MISSING
-            if times is None
-            else f"{times.get('merged', times['live']) / times['base']:.2f}" + ("" if "merged" in times else " (live)")
-        )
         rows.append(
             [
                 name,
                 f"{one['trainable']:,} ({one['trainable'] / one['parameters']:.2%})",
                 f"{state / 1e6:,.1f} MB ({of_full})",
-                memory,
-                f"{mean(run['tokens_per_second'] for run in runs):,.0f}",
+                f"{one['peak_memory_bytes'] / 1e9:.2f} GB",
+                f"{one['tokens_per_second']:,.0f}",
                 f"{one['result_bytes'] / 1e6:,.2f} MB",
-                served,
+                f"{times['live'] / times['base']:.2f}",
+                f"{times['merged'] / times['base']:.2f}" if "merged" in times else "-",
             ]
         )
-    if not rows:
-        return ""
-    header = [
-        "method",
-        "trained (share)",
-        "optimiser and gradients (of full)",
-        "peak memory",
-        "tokens/s",
-        "result",
-        "time a token, over the base",
-    ]
-    where = sorted({run["machine"] for name in known for run in _runs(done, "quickstart", name)})
-    return f"On the quickstart's task; {'; '.join(where)}.\n\n" + table(header, rows)
+        where.add(one["machine"])
+    words = f"Some updates, and answers to short prompts one at a time. On the quickstart's task; {'; '.join(sorted(where))}."
+    return f"{words}\n\n" + table(COSTS, rows) if where else ""
 
 
 def _scores(done: Mapping[str, Any], known: list[str]) -> str:
@@ -164,13 +160,10 @@ def _rates(
 def _claims(done: Mapping[str, Any], known: list[str]) -> str:
     """What is said of methods, each with this benchmark's figure."""
     lines = []
-    full = next(iter(_runs(done, "quickstart", "full")), None)
-    if full:
-        shares = {
-            name: full["trainable"] / _runs(done, "quickstart", name)[0]["trainable"]
-            for name in known
-            if name != "full" and _runs(done, "quickstart", name)
-        }
+    costs = {key.removeprefix("costs "): found for key, found in done.items() if key.startswith("costs ")}
+    full, lora = costs.get("full"), costs.get("lora")
+    shares = {name: full["trainable"] / found["trainable"] for name, found in costs.items() if name != "full"} if full else {}
+    if shares:
         inside = [name for name, factor in shares.items() if factor >= 10]
         least, most = min(shares.values()), max(shares.values())
         held = "holds" if len(inside) == len(shares) else f"holds for {', '.join(inside) or 'none'}"
@@ -186,14 +179,13 @@ def _claims(done: Mapping[str, Any], known: list[str]) -> str:
         (low, high), (other_low, other_high) = (_interval(done, task, name) for name in ("full", best))
         apart = "" if low > other_high or other_low > high else "; the intervals overlap, so that the two are not told apart"
         lines.append(f"- Full tuning has the best ceiling, {task}: {verdict} (full {ceiling:.3f}, {best} {others[best]:.3f}){apart}.")
-    lora, times = next(iter(_runs(done, "quickstart", "lora")), None), done.get("latency lora")
     if lora and full:
         ratio = lora["peak_memory_bytes"] / full["peak_memory_bytes"]
         lines.append(f"- LoRA needs little memory: {'holds' if ratio < 1 else 'not reproduced'} ({ratio:.2f} of full tuning's peak).")
-    if times and "merged" in times:
-        cost = times["merged"] / times["base"]
+    if lora:
+        times = lora["token_milliseconds"]
+        cost, live = (times[name] / times["base"] for name in ("merged", "live"))
         verdict = "holds" if cost <= 1 + MERGED_COST else "not reproduced"
-        live = times["live"] / times["base"]
         lines.append(f"- LoRA costs nothing once it is merged: {verdict} ({cost:.2f} of the base's time a token; live {live:.2f}).")
     return "\n".join(lines)
 
@@ -203,9 +195,9 @@ def _picture(done: Mapping[str, Any], known: list[str]) -> str:
     from math import log10
 
     points = [
-        (name, log10(runs[0]["trainable"]), _accuracy(done, "quickstart", name))
+        (name, log10(done[f"costs {name}"]["trainable"]), _accuracy(done, "quickstart", name))
         for name in known
-        if (runs := _runs(done, "quickstart", name))
+        if _runs(done, "quickstart", name) and f"costs {name}" in done
     ]
     width, height, margin = 640, 320, 44
     low, high = min((x for _, x, _ in points), default=3) - 0.3, max((x for _, x, _ in points), default=9) + 0.6

@@ -3,9 +3,9 @@
     python benchmarks/methods.py --banking banking77 --write docs/methods
 
 First a sweep finds each method's rate, by validation loss, on the quickstart's task and one seed, going on beyond an end of its grid that
-turns out best; then each runs on both tasks with each
-seed; then answers are timed. Every finished job is a line of the results file (`--results`), so that an interrupted series goes on where it
-stopped. `--only lora,full` and `--phases sweep,runs,latency` take parts. `--write` makes the tables and the picture from what is there.
+turns out best; then a few updates and answers of each are timed, which wants an idle machine; then each runs on both tasks with each seed.
+Every finished job is a line of the results file (`--results`), so that an interrupted series goes on where it stopped. `--only lora,full`
+and `--phases sweep,costs,runs` take parts. `--write` makes the tables and the picture from what is there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ USUAL_RATES = [2e-4, 5e-4, 1.5e-3]
 SEEDS = (0, 1, 2)
 BEYOND, FURTHER = 2, 3.0  # rates tried beyond a grid whose end is best, at most, and how many times further each is
 NEARLY_BEST = 0.03  # of the best loss: the lowest rate that comes so near is the method's default (src/tunesmith/train/rates.py)
+PHASES = ("sweep", "costs", "runs")
 SWEEP_EPOCHS = 1  # of a run that only chooses the rate
+WARM_UP, TIMED = 3, 12  # updates whose costs are measured
 BANKING_ROWS, BANKING_TEST = 1000, 500
 TASKS = ("quickstart", "banking77")
 
@@ -60,7 +62,7 @@ def main() -> None:
     """Runs what is missing, and writes the page."""
     spec = child_spec()
     if spec is not None:
-        answer(_latency(spec) if spec["system"] == "latency" else _run(spec))
+        answer(_costs(spec) if spec["steps"] else _run(spec))
         return
     wanted = _arguments()
     results = Path(wanted.results)
@@ -81,7 +83,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--banking", help="the folder of Banking77's train.csv and test.csv; without it that task is left out")
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(METHODS))
-    parser.add_argument("--phases", type=lambda text: text.split(","), default=["sweep", "runs", "latency"])
+    parser.add_argument("--phases", type=lambda text: text.split(","), default=list(PHASES))
     parser.add_argument("--seeds", type=lambda text: [int(one) for one in text.split(",")], default=list(SEEDS))
     parser.add_argument("--out", default="runs/methods", help="the folder of the runs")
     parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results" / "methods.json"))
@@ -104,10 +106,11 @@ def _write(results: Path, done: dict[str, Any]) -> None:
 
 
 def _jobs(wanted: argparse.Namespace, done: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is not done yet, of the phases whose earlier ones are: the sweep first, then the runs, then the latencies."""
-    jobs = []
+    """What is not done yet, of the phases whose earlier ones are: the sweep first, then the costs, then the runs."""
+    jobs: list[dict[str, Any]] = []
     for name in wanted.only:
-        sweep = [_job(wanted, "quickstart", name, 0, rate, epochs=SWEEP_EPOCHS) for rate in rates_of(done, name)]
+        rates = rates_of(done, name)
+        sweep = [_job(wanted, f"sweep {name} rate={rate:g}", name, rate, epochs=SWEEP_EPOCHS) for rate in rates]
         missing = [job for job in sweep if job["key"] not in done]
         if "sweep" in wanted.phases and missing:
             jobs += missing
@@ -115,21 +118,21 @@ def _jobs(wanted: argparse.Namespace, done: dict[str, Any]) -> list[dict[str, An
         rate = best_rate(done, name)
         if rate is None:
             continue
+        if "costs" in wanted.phases:
+            jobs.append(_job(wanted, f"costs {name}", name, rate, steps=WARM_UP + TIMED))
         if "runs" in wanted.phases:
             tasks = [task for task in TASKS if task != "banking77" or wanted.banking]
-            jobs += [_job(wanted, task, name, seed, rate) for seed in wanted.seeds for task in tasks]
-        first = f"quickstart {name} seed=0"
-        if "latency" in wanted.phases and first in done:
-            run = str(Path(wanted.out) / first.replace(" ", "-"))
-            jobs.append({"system": "latency", "key": f"latency {name}", "run": run, "method": name})
+            jobs += [
+                _job(wanted, f"{task} {name} seed={seed}", name, rate, task=task, seed=seed) for seed in wanted.seeds for task in tasks
+            ]
     return [job for job in jobs if job["key"] not in done]
 
 
-def _job(wanted: argparse.Namespace, task: str, name: str, seed: int, rate: float, *, epochs: int | None = None) -> dict[str, Any]:
-    key = f"{task} {name} seed={seed}" if epochs is None else f"sweep {name} rate={rate:g}"
+def _job(wanted: argparse.Namespace, key: str, name: str, rate: float, **what: Any) -> dict[str, Any]:
+    """A job's specification. what: its task and seed, or else the quickstart's and 0; epochs or steps of a job that only trains."""
+    what = {"task": TASKS[0], "seed": 0, "epochs": None, "steps": None} | what
     out = str(Path(wanted.out) / key.replace(" ", "-"))
-    words = {"task": task, "method": name, "seed": seed, "rate": rate, "epochs": epochs, "banking": wanted.banking, "sets": wanted.sets}
-    return {"system": key, "key": key, "out": out, **words}
+    return {"system": key, "key": key, "out": out, "method": name, "rate": rate, **what, "banking": wanted.banking, "sets": wanted.sets}
 
 
 def rates_of(done: dict[str, Any], name: str) -> list[float]:
@@ -166,7 +169,7 @@ def _losses(done: dict[str, Any], name: str, rates: list[float]) -> list[float |
 
 def recipe_of(spec: dict[str, Any]) -> dict[str, Any]:
     """A job's recipe. Settings of both tasks were fixed before any test row was read."""
-    name, task, epochs = spec["method"], spec["task"], spec["epochs"]
+    name, task, epochs, steps = spec["method"], spec["task"], spec["epochs"], spec.get("steps")
     stage = {"name": "sft", "objective": "sft", "method": METHODS[name], "learning_rate": spec["rate"], "num_train_epochs": 2}
     general = str(ROOT / "recipes" / "helpdesk" / "general.jsonl")
     candidates = ["tuned", "zero_shot"] if (name, spec["seed"]) == ("lora", 0) else ["tuned"]
@@ -193,8 +196,8 @@ def recipe_of(spec: dict[str, Any]) -> dict[str, Any]:
         files = {part: str(folder / f"{part}.csv") for part in ("train", "test")}
         whole["data"] = {**files, "columns": columns, "test_overlap": "drop"}
         stage |= {"num_train_epochs": 3, "per_device_train_batch_size": 16}
-    if epochs:
-        stage["num_train_epochs"] = epochs
+    if epochs or steps:
+        stage |= {"max_steps": steps} if steps else {"num_train_epochs": epochs}
         whole["evaluate"] = {"candidates": ["tuned"]}
     return whole
 
@@ -219,8 +222,6 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     """In a child: the run, or only its training where it chooses a rate."""
     import tunesmith
     from tunesmith.errors import NonFinite
-    from tunesmith.models.load import load_model
-    from tunesmith.models.methods import resolve, trainable_count
     from tunesmith.rundir import read_events
 
     recipe, out = recipe_of(spec), Path(spec["out"])
@@ -230,21 +231,10 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
         if not spec["epochs"]:
             raise
         return {"validation_loss": None, "rate": spec["rate"], "reason": str(error)}
-    events = read_events(out)
-    steps = [event for event in events if "loss" in event]
-    held_out = [event["eval_loss"] for event in events if event.get("event") == "evaluated"]
-    resolved = tunesmith.load_recipe(out / "recipe.yaml")
-    model = load_model(resolved.model).model
-    method = resolve(model, resolved.stages[0].method)
+    held_out = [event["eval_loss"] for event in read_events(out) if event.get("event") == "evaluated"]
     metrics = (result.evaluation or {}).get("tasks", {})
     return {
         "validation_loss": held_out[-1],
-        "trainable": trainable_count(model, method),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens_per_second": sum(event["tokens"] for event in steps[2:])
-        / sum(event["tokens"] / event["tokens_per_second"] for event in steps[2:]),
-        "peak_memory_bytes": max(event["peak_memory_bytes"] for event in steps),
-        "result_bytes": sum(file.stat().st_size for file in (out / "model").glob("*.safetensors")),
         "seconds": result.plan["measured"]["seconds"],
         "rate": spec["rate"],
         "scores": {
@@ -253,11 +243,34 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-PROMPTS, NEW_TOKENS, ROUNDS = 8, 32, 3  # of the timing: prompts, each alone, answers of equal length, median of the rounds
+def _costs(spec: dict[str, Any]) -> dict[str, Any]:
+    """In a child: some updates, and answers of what they make."""
+    import tunesmith
+    from tunesmith.models.load import load_model
+    from tunesmith.models.methods import resolve, trainable_count
+    from tunesmith.rundir import read_events
+
+    out = Path(spec["out"])
+    tunesmith.train(recipe_of(spec), out=out, sets=spec["sets"], resume=True)
+    steps = [event for event in read_events(out) if "loss" in event]
+    timed = steps[WARM_UP:]
+    resolved = tunesmith.load_recipe(out / "recipe.yaml")
+    model = load_model(resolved.model).model
+    return {
+        "trainable": trainable_count(model, resolve(model, resolved.stages[0].method)),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens_per_second": sum(event["tokens"] for event in timed) / sum(event["tokens"] / event["tokens_per_second"] for event in timed),
+        "peak_memory_bytes": max(event["peak_memory_bytes"] for event in steps),
+        "result_bytes": sum(file.stat().st_size for file in (out / "model").glob("*.safetensors")),
+        "token_milliseconds": _latency(out),
+    }
 
 
-def _latency(spec: dict[str, Any]) -> dict[str, Any]:
-    """In a child: milliseconds a token of the result as it is served (merged where that is possible) and of the base, taking turns."""
+PROMPTS, NEW_TOKENS, ROUNDS = 4, 32, 3  # of the timing: prompts, each alone, answers of equal length, median of the rounds
+
+
+def _latency(run: Path) -> dict[str, float]:
+    """Milliseconds a token of a run's result, live and merged where that is possible, and of its base, taking turns."""
     import time
     from statistics import median
 
@@ -267,7 +280,6 @@ def _latency(spec: dict[str, Any]) -> dict[str, Any]:
     from tunesmith.models.load import load_model
     from tunesmith.recipe import ModelSection
 
-    run = Path(spec["run"])
     section = tunesmith.load_recipe(run / "recipe.yaml").model
     base = load_model(section)
     live = tunesmith.load(run)

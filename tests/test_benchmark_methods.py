@@ -37,12 +37,12 @@ def test_a_method_is_swept_before_it_runs_and_runs_at_the_rate_of_lowest_validat
     assert [job["key"] for job in methods._jobs(asked, {})] == [f"sweep lora rate={rate:g}" for rate in methods.USUAL_RATES]
     done = swept(methods, "lora", [0.5, 0.3, 0.4])
     jobs = methods._jobs(asked, done)
-    assert [job["key"] for job in jobs] == ["quickstart lora seed=0", "quickstart lora seed=1"]
+    assert [job["key"] for job in jobs] == ["costs lora", "quickstart lora seed=0", "quickstart lora seed=1"]
     assert {job["rate"] for job in jobs} == {methods.USUAL_RATES[1]}
 
 
 def test_a_sweep_whose_end_is_best_goes_on_beyond_it_at_most_twice(methods, monkeypatch):
-    asked = wanted(methods, monkeypatch, "--only", "lora", "--seeds", "0")
+    asked = wanted(methods, monkeypatch, "--only", "lora", "--seeds", "0", "--phases", "sweep,runs")
 
     def left(losses: dict[float, float | None]) -> list[tuple[str, float]]:
         """What is to be done next, and its rate; a loss of None did not stay finite."""
@@ -72,7 +72,8 @@ def test_a_methods_default_is_the_lowest_rate_of_the_committed_sweep_that_is_nea
 def test_what_is_done_is_not_done_again(methods, monkeypatch):
     asked = wanted(methods, monkeypatch, "--only", "lora", "--seeds", "0", "--banking", "somewhere")
     done = swept(methods, "lora", [0.5, 0.3, 0.4]) | {"quickstart lora seed=0": {}}
-    assert [job["key"] for job in methods._jobs(asked, done)] == ["banking77 lora seed=0", "latency lora"]
+    assert [job["key"] for job in methods._jobs(asked, done)] == ["costs lora", "banking77 lora seed=0"]
+    assert [job["key"] for job in methods._jobs(asked, done | {"costs lora": {}})] == ["banking77 lora seed=0"]
 
 
 def test_every_methods_recipe_is_one_that_the_loader_takes(methods, tmp_path):
@@ -80,19 +81,14 @@ def test_every_methods_recipe_is_one_that_the_loader_takes(methods, tmp_path):
         spec = {"task": "quickstart", "method": name, "seed": 1, "rate": 1e-3, "epochs": None, "banking": None, "out": str(tmp_path / "x")}
         recipe = load_recipe(methods.recipe_of(spec))
         assert recipe.stages[0].method.type == methods.METHODS[name]["type"]
+        assert load_recipe(methods.recipe_of(spec | {"steps": 5})).stages[0].max_steps == 5
 
 
-def run(trainable: int, accuracy: float, memory: float) -> dict:
+def run(accuracy: float) -> dict:
     """A made-up result."""
     score = {"value": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05, "n": 165}
     return {
         "rate": 0.001,
-        "trainable": trainable,
-        "parameters": 1_000_000,
-        "tokens_per_second": 100.0,
-        "peak_memory_bytes": memory,
-        "result_bytes": 4 * trainable,
-        "machine": f"{memory / 1e9:.0f} cores",
         "scores": {
             "task": {"tuned": {"exact_match": score}},
             "general": {"tuned": {"perplexity": {"value": 12.0}}, "zero_shot": {"perplexity": {"value": 8.0}}},
@@ -100,9 +96,23 @@ def run(trainable: int, accuracy: float, memory: float) -> dict:
     }
 
 
+def costs(trainable: int, memory: float, **times: float) -> dict:
+    """Made-up costs."""
+    return {
+        "trainable": trainable,
+        "parameters": 1_000_000,
+        "tokens_per_second": 100.0,
+        "peak_memory_bytes": memory,
+        "result_bytes": 4 * trainable,
+        "token_milliseconds": times,
+        "machine": f"{memory / 1e9:.0f} cores",
+    }
+
+
 def test_the_page_says_of_each_claim_whether_it_holds_with_the_figures(methods, tmp_path):
-    done = {f"quickstart lora seed={seed}": run(20_000, 0.5 + 0.1 * seed, 2e9) for seed in (0, 1, 2)}
-    done |= {"quickstart full seed=0": run(1_000_000, 0.5, 4e9), "latency lora": {"base": 10.0, "live": 15.0, "merged": 12.0}}
+    done = {f"quickstart lora seed={seed}": run(0.5 + 0.1 * seed) for seed in (0, 1, 2)}
+    done |= {"quickstart full seed=0": run(0.5), "costs full": costs(1_000_000, 4e9, base=10.0, live=10.0)}
+    done |= {"costs lora": costs(20_000, 2e9, base=10.0, live=15.0, merged=12.0)}
     done |= {f"sweep lora rate={rate}": {"validation_loss": loss, "machine": "1 core"} for rate, loss in (("0.0001", 0.25), ("0.1", None))}
     grids = {name: [1e-4, 0.1] for name in methods.METHODS}
     methods.write_page(tmp_path / "methods", done, methods.METHODS, grids, dict.fromkeys(grids) | {"lora": 1e-4})
@@ -116,13 +126,16 @@ def test_the_page_says_of_each_claim_whether_it_holds_with_the_figures(methods, 
     assert "0.600 ± 0.100 [0.550, 0.650] (3 seeds, n = 165)" in page
     assert "| 1.50 |" in page  # perplexity 12 over the base's 8
     assert "On the quickstart's task; 2 cores; 4 cores." in page  # where the costs were measured
+    assert "| lora | 20,000 (2.00%) | 0.3 MB (2.00%) | 2.00 GB | 100 | 0.08 MB | 1.50 | 1.20 |" in page
+    assert "| 100 | 4.00 MB | 1.00 | - |" in page
+    assert f"| ia3 |{' not measured |' * 7}" in page
     assert "banking77: exact match" not in page
     assert "lora" in (tmp_path / "methods.svg").read_text()
 
 
 @pytest.mark.parametrize(("full", "told"), [(0.9, True), (0.65, False)])
 def test_methods_whose_intervals_overlap_are_not_told_apart(methods, full, told):
-    done = {"quickstart lora seed=0": run(20_000, 0.6, 2e9), "quickstart full seed=0": run(1_000_000, full, 4e9)}
+    done = {"quickstart lora seed=0": run(0.6), "quickstart full seed=0": run(full)}
     said = sys.modules["_methods_page"]._claims(done, ["full", "lora"])
     assert "best ceiling, quickstart: holds" in said
     assert ("not told apart" in said) is not told

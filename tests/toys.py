@@ -116,13 +116,6 @@ class ItemsOf(list):
         self.records: list[Any] = [None] * len(items)
 
 
-def rounded(master: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A weight's master in the weight's own dtype; in bf16, those halfway between two values away from 0 (torch takes the even one)."""
-    if dtype != torch.bfloat16:
-        return master.to(dtype)
-    return (master.view(torch.int32) + 0x8000 >> 16).to(torch.int16).view(torch.bfloat16)
-
-
 def items_of(rows: Sequence[Row]) -> ItemsOf:
     """Rows as items of one row each."""
     return ItemsOf([(row,) for row in rows], rows)

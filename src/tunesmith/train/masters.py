@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .updates import Rule
 
 UPDATE_BLOCK = 1 << 18  # bf16 weights updated at once where the rule allows it: 1 MiB a buffer, so that most stays in cache
-HALF = 1 << 15  # half a bf16 step, in units of an fp32's last bit; masters halfway between two bf16 values are rounded away from 0
+HALF = 1 << 15  # half a bf16 step, in units of an fp32's last bit: a rest goes from -HALF to HALF - 1, so that one at HALF is cut by one
 NAN = 0x7FFF7FFF  # above it, rounding would make of CUDA's NaN a number
 
 Piece = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -125,11 +125,11 @@ class Apart:
             master = _join(upper, rest)
             yield master, grad.float().mul_(factor), dict(zip(self.memory, memory, strict=True))
             bits = master.view(torch.int32)
-            rest.copy_(bits)  # its lower half
+            rest.copy_(bits).clamp_(min=1 - HALF)  # its lower half; halfway between two bf16 values one more, which rounds away from 0
             upper.view(torch.int16).copy_(bits.clamp_(max=NAN).add_(HALF).bitwise_right_shift_(16))
 
     def begin_at(self, value: Tensor) -> None:
-        """Takes fp32 values as the masters, if all round to the weights held, as torch rounds; else leaves all as they are."""
+        """Takes fp32 values as the masters, if all round to the weights held; else leaves all as they are."""
         parameter = self.parameters[0]
         if value.dtype != torch.float32 or value.shape != parameter.shape:
             return
@@ -174,8 +174,6 @@ def _join(held: Tensor, rest: Tensor) -> Tensor:
 
 
 def _rest(master: Tensor, held: Tensor) -> Tensor:
-    """What `_join` needs besides a bf16 tensor that the master rounds to: numbers of 16 bits, held in 32. One that was rounded down from
-    halfway is cut by an fp32's last bit.
-    """
+    """What `_join` needs besides a bf16 tensor that the master rounds to: numbers of 16 bits, held in 32."""
     upper = held.float().view(torch.int32)
     return torch.sub(master.view(torch.int32), upper, out=upper).clamp_(max=HALF - 1)
