@@ -32,8 +32,8 @@ VARIANTS = [(None, 1.0, False), (5.0, 1.0, False), (None, 0.25, False), (None, 1
 @pytest.mark.parametrize("softcap, scale, has_bias", VARIANTS)
 @pytest.mark.parametrize("seed", range(8))
 def test_values_and_gradients_are_those_of_log_softmax(seed, softcap, scale, has_bias, trains, monkeypatch):
-    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * V * 7)  # seven tokens a chunk, the last one ragged
-    monkeypatch.setattr(head, "CHUNKS_AT_ONCE", 1 + 15 * (seed % 2))  # gradients computed again, or kept
+    few, many = 4 * V * 7, 4 * V * 7 * 16  # seven tokens a chunk, the last one ragged
+    monkeypatch.setitem(head.ROOM, "cpu", head.Room(few, few, many if seed % 2 else few))  # gradients kept, or computed again
     hidden, weight, bias, targets, grad = inputs(seed)
     ours = [
         hidden.clone().requires_grad_(),
@@ -66,9 +66,8 @@ def test_in_bf16_the_gradient_points_where_the_exact_one_does(trains):
 @pytest.mark.parametrize("at_once, passes", [(1, 2), (16, 1)], ids=["computed again", "gradient kept"])
 def test_the_full_logits_never_exist(monkeypatch, at_once, passes):
     seen = []
-    monkeypatch.setattr(head, "CHUNKS_AT_ONCE", at_once)
     plain = head._logits
-    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * V * 5)
+    monkeypatch.setitem(head.ROOM, "cpu", head.Room(4 * V * 5, 4 * V * 5, 4 * V * 5 * at_once))
     monkeypatch.setattr(head, "_logits", lambda h, *rest: seen.append(len(h)) or plain(h, *rest))
     hidden, weight, _, targets, _ = inputs(0)
     token_logprobs(hidden.requires_grad_(), weight.requires_grad_(), targets)[0].sum().backward()

@@ -6,9 +6,11 @@ batches of 1 to 32 rows.
 
 from __future__ import annotations
 
+import torch
+
 from ..recipe import Stage
 from .costs import MethodCost
-from .head import CHUNK_BYTES, CHUNKS_AT_ONCE
+from .head import room_on
 from .roofline import RECOMPUTED, Shape
 
 SAVED_HIDDEN, SAVED_INNER = 11, 3  # vectors of each width that the backward pass keeps, per token and layer
@@ -43,9 +45,12 @@ def train_footprint(
     saved = batch_tokens * (layers * vectors + cost.saved_inputs * layers / shape.layers + kept) * shape.itemsize
     if not cost.whole:
         saved += shape.linear // shape.layers * shape.itemsize  # a layer's weights while they move beside the update's
-    logits = HEAD_CHUNKS * CHUNK_BYTES
+    room = room_on("cuda" if torch.cuda.is_available() else "cpu")
+    logits = HEAD_CHUNKS * room.chunk
     if cost.weight_gradients == 1.0:  # the logits' gradient of many chunks, in the model's dtype, and the head's own in fp32
-        logits += CHUNKS_AT_ONCE * CHUNK_BYTES * shape.itemsize // 4 + shape.vocabulary * shape.hidden * 4
+        logits += room.trained * shape.itemsize // 4 + shape.vocabulary * shape.hidden * 4
+    else:
+        logits += room.frozen * shape.itemsize // 4
     halved = cost.whole and shape.itemsize == 2
     added_up = (stage.gradient_accumulation_steps or 1) > 1
     parts = {

@@ -1,20 +1,39 @@
-"""The language-model head on supervised tokens only, in chunks: log-probabilities without the full logits.
+"""The language-model head on supervised tokens only: log-probabilities without the full logits.
 
 For hidden states h[S, H], head weight W[V, H] and targets[S] it gives log softmax(W h)[target] and, if asked, the entropy.
 Where the head is frozen the gradient towards h is formed in the forward pass (d logp / d h = W[target] - p W, exact), so that
 the logits are computed once. Where it trains, their gradient is kept from the forward pass if it is small, else computed again in the
-backward pass. Log-sum-exp is fp32.
+backward pass. Products are of many tokens, in the model's dtype; what lies between them takes fewer at a time, in fp32 and in cache, and
+leaves the logits' gradient in the logits' place.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 8 * 2**20  # of fp32 logits held at once
-CHUNKS_AT_ONCE = 16  # of logits' gradients, in the model's dtype, behind one product for the gradient of a head that trains
+
+class Room(NamedTuple):
+    """Bytes of logits, counted as fp32, that are held at once."""
+
+    chunk: int
+    """In fp32."""
+    frozen: int
+    """In the model's dtype, of a head that does not train."""
+    trained: int
+    """In the model's dtype, of one that does: its gradient is as large as the head, and is made once for all of these."""
+
+
+ROOM = {"cpu": Room(2 * 2**20, 32 * 2**20, 128 * 2**20), "cuda": Room(32 * 2**20, 128 * 2**20, 512 * 2**20)}
+"""A chunk stays in a processor's cache; a GPU wants work enough for all of it."""
+
+
+def room_on(device: str) -> Room:
+    """Of a kind of device."""
+    return ROOM.get(device, ROOM["cuda"])
 
 
 def token_logprobs(
@@ -35,8 +54,12 @@ def token_logprobs(
     return logprobs_S, entropy_S if entropy else None
 
 
-def _chunk(vocabulary: int) -> int:
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
+def _spans(count: int, size: int) -> Iterator[slice]:
+    return (slice(a, min(a + size, count)) for a in range(0, count, size))
+
+
+def _rows(room: int, vocabulary: int) -> int:
+    return max(1, room // (4 * vocabulary))
 
 
 def logit_shape(config: Any) -> tuple[float | None, float]:
@@ -52,35 +75,40 @@ def shape_logits(raw_SV: Tensor, softcap: float | None, scale: float) -> Tensor:
     return raw_SV if softcap is None else raw_SV.div_(softcap).tanh_().mul_(softcap)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> tuple[Tensor, Tensor | None]:
-    """fp32 logits[S, V] and d logits / d scaled products, which is None where it is 1."""
-    logits = shape_logits(torch.nn.functional.linear(hidden, weight, bias).float(), softcap, scale)
+def _logits(raw: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor | None]:
+    """fp32 logits[S, V] of the head's products and d logits / d scaled products, which is None where it is 1."""
+    logits = shape_logits(raw.float(), softcap, scale)
     return logits, None if softcap is None else 1 - (logits / softcap).square_()
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, softcap, scale, want_entropy):  # noqa: ANN001
-        count, size = hidden.shape[0], _chunk(weight.shape[0])
+        count, vocabulary = hidden.shape[0], weight.shape[0]
+        frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        room = room_on(hidden.device.type)
+        size, at_once = (_rows(part, vocabulary) for part in (room.chunk, room.frozen if frozen else room.trained))
         logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprobs) if want_entropy else logprobs.new_empty(0)
-        frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
         slope_SH = torch.empty_like(hidden) if frozen and hidden.requires_grad else None
-        keep = not frozen and hidden.requires_grad and count <= CHUNKS_AT_ONCE * size
-        d_raw_SV = hidden.new_empty(count, weight.shape[0]) if keep else None
-        for a in range(0, count, size):
-            h, t = hidden[a : a + size], targets[a : a + size]
-            logits, curve = _logits(h, weight, bias, softcap, scale)
-            logp = torch.log_softmax(logits, -1)
-            logprobs[a : a + size] = logp.gather(1, t[:, None])[:, 0]
-            if want_entropy:
-                entropy[a : a + size] = -torch.linalg.vecdot(logp.exp(), logp)
+        keep = not frozen and hidden.requires_grad and count <= at_once
+        raw_SV = None
+        for block in _spans(count, at_once):
+            raw_SV = torch.nn.functional.linear(hidden[block], weight, bias)
+            probs, goals = logprobs[block], targets[block]
+            for chunk in _spans(len(raw_SV), size):
+                logits, curve = _logits(raw_SV[chunk], softcap, scale)
+                logp, t = torch.log_softmax(logits, -1), goals[chunk]
+                probs[chunk] = logp.gather(1, t[:, None])[:, 0]
+                if want_entropy:
+                    entropy[block][chunk] = -torch.linalg.vecdot(logp.exp(), logp)
+                if keep or slope_SH is not None:
+                    raw_SV[chunk] = _d_raw(logp.exp_(), t, curve, scale)
             if slope_SH is not None:
-                slope_SH[a : a + size] = _d_raw(logp.exp_(), t, curve, scale).to(weight.dtype) @ weight
-            if d_raw_SV is not None:
-                d_raw_SV[a : a + size] = _d_raw(logp.exp_(), t, curve, scale)
-        ctx.save_for_backward(hidden, weight, bias, targets, slope_SH, d_raw_SV)
+                slope_SH[block] = raw_SV.to(weight.dtype) @ weight
+        ctx.save_for_backward(hidden, weight, bias, targets, slope_SH, raw_SV if keep else None)
         ctx.shape = (softcap, scale)
+        ctx.rows = (size, at_once)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -89,29 +117,27 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets, slope_SH, kept_SV = ctx.saved_tensors
         if slope_SH is not None:
             return (slope_SH * grad_S[:, None]).to(hidden.dtype), None, None, None, None, None, None
-        softcap, scale = ctx.shape
+        (softcap, scale), (size, at_once) = ctx.shape, ctx.rows
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = None
         d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if bias is not None and needs_bias else None
-        size, count = _chunk(weight.shape[0]), hidden.shape[0]
-        for begin in range(0, count, CHUNKS_AT_ONCE * size):
-            end = min(begin + CHUNKS_AT_ONCE * size, count)
+        for block in _spans(hidden.shape[0], at_once):
             d_raw_SV = kept_SV
             if d_raw_SV is None:
-                d_raw_SV = hidden.new_empty(end - begin, weight.shape[0])
-                for a in range(begin, end, size):
-                    b = min(a + size, end)
-                    logits, curve = _logits(hidden[a:b], weight, bias, softcap, scale)
-                    d_raw_SV[a - begin : b - begin] = _d_raw(torch.softmax(logits, -1), targets[a:b], curve, scale)
-            grad_S1 = grad_S[begin:end, None]
+                d_raw_SV = torch.nn.functional.linear(hidden[block], weight, bias)
+                goals = targets[block]
+                for chunk in _spans(len(d_raw_SV), size):
+                    logits, curve = _logits(d_raw_SV[chunk], softcap, scale)
+                    d_raw_SV[chunk] = _d_raw(torch.softmax(logits, -1), goals[chunk], curve, scale)
+            grad_S1 = grad_S[block, None]
             if d_bias is not None:
                 d_bias += (d_raw_SV.T @ grad_S1.to(d_raw_SV.dtype))[:, 0]
             if d_hidden is not None:
-                d_hidden[begin:end] = (d_raw_SV @ weight) * grad_S1
+                d_hidden[block] = (d_raw_SV @ weight) * grad_S1
             if needs_weight:
-                part = d_raw_SV.T @ (hidden[begin:end] * grad_S1).to(hidden.dtype)
-                if end - begin < count:
+                part = d_raw_SV.T @ (hidden[block] * grad_S1).to(hidden.dtype)
+                if at_once < hidden.shape[0]:
                     part = part.float()
                 d_weight = part if d_weight is None else d_weight.add_(part)
         return (

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import DoesNotFit
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's mallopt parameters
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's mallopt parameters
 _NEVER = 2**31 - 1  # bytes
 
 
@@ -45,16 +45,17 @@ def return_freed_memory() -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to keep large blocks that are freed from here on; returns whether the C library took it.
+    """Tells glibc to keep blocks of any size that are freed from here on; returns whether the C library took it.
 
-    Activations are otherwise page-faulted in anew each step. To be called once the model and the optimiser stand.
+    Activations and gradients are otherwise page-faulted in anew each step. (A threshold for what is mapped apart would not do: it goes up to
+    32 MiB, and the gradient of a head is larger.) To be called once the model and the optimiser stand.
     """
     return_freed_memory()
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 25)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
 
 
 @contextmanager
