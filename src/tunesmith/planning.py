@@ -38,6 +38,7 @@ from .models.roofline import (
     model_shape,
     phase_json,
     reading_phase,
+    start_phase,
     storage_phase,
     together,
     train_phase,
@@ -142,7 +143,7 @@ def _stage_phases(session: Session, shape: Shape, machine: Machine, stage: Stage
     checkpoints, state = math.ceil(steps / stage.save_steps), (MASTER_BYTES + MOMENTS[stage.optim]) * cost.trainable
     save = storage_phase(f"save {name}", machine, checkpoints * state + MASTER_BYTES * cost.trainable)  # the result's weights, last
     save = replace(save, seconds=save.seconds + FOLDER_SECONDS * (checkpoints + 1))
-    start = forward_phase(f"start {name}", shape, machine, probe_work(session, stage, cost).times(CHECKS))
+    start = start_phase(f"start {name}", shape, machine, probe_work(session, stage, cost).times(CHECKS))
     if learns_from_answers(stage):
         return [start, _sampling(session, shape, machine, stage, update), train, save]
 

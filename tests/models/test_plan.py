@@ -9,15 +9,17 @@ import torch
 from tests.toys import batch_of, loaded, make_rows, make_stage, tiny_model
 
 from tunesmith.models.costs import MethodCost, method_cost
-from tunesmith.models.footprint import generation_bytes, train_footprint
+from tunesmith.models.footprint import HOLES_IN_16_BITS, generation_bytes, train_footprint
 from tunesmith.models.machine import Machine
 from tunesmith.models.methods import resolve
 from tunesmith.models.policy import Policy
 from tunesmith.models.roofline import (
+    ATTENTION_IN_16_BITS,
     DECODE_CALLS,
     DECODE_CALLS_IN_16_BITS,
     FORWARD_IN_16_BITS,
     READING_IN_16_BITS,
+    START_IN_16_BITS,
     TRAIN_IN_16_BITS,
     Shape,
     Tokens,
@@ -25,6 +27,7 @@ from tunesmith.models.roofline import (
     forward_phase,
     model_shape,
     reading_phase,
+    start_phase,
     storage_phase,
     together,
     train_phase,
@@ -70,6 +73,16 @@ def test_memory_grows_with_tokens_trained_weights_and_what_the_bare_process_hold
     assert memory(tokens=1000) < memory(tokens=2000) < memory(tokens=4000)
     assert memory(trainable=1000) < memory(trainable=10_000_000)
     assert memory(bare=2 * GIB) - memory(bare=GIB) == GIB
+
+
+def test_on_a_cpu_in_16_bits_what_layers_keep_leaves_holes(monkeypatch):
+    def activations(cuda: bool, tokens: int) -> int:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        return train_footprint(SHAPE, LORA, RANK_16, bare=0, batch_tokens=tokens)["activations"]
+
+    on_cpu, on_gpu = (activations(cuda, 2000) - activations(cuda, 1000) for cuda in (False, True))
+    kept = 1000 * 30 * (11 * 576 + 3 * 1536) * 2
+    assert on_cpu - on_gpu == pytest.approx((HOLES_IN_16_BITS - 1) * kept, rel=1e-3)
 
 
 def test_offloaded_activations_are_those_of_one_layer():
@@ -188,6 +201,14 @@ def test_a_cpu_takes_longer_in_16_bits_than_its_speeds_say_and_a_gpu_does_not(mo
         (lambda: reading_phase("score", SHAPE, MACHINE, WORK), FORWARD_IN_16_BITS * READING_IN_16_BITS),
     ):
         assert seconds(make, cuda=False) == pytest.approx(factor * seconds(make, cuda=True))
+    attending = [
+        seconds(lambda: train_phase(SHAPE, MACHINE, LORA, RANK_16, replace(WORK, pairs=1e7)), cuda)
+        - seconds(lambda: train_phase(SHAPE, MACHINE, LORA, RANK_16, WORK), cuda)
+        for cuda in (False, True)
+    ]
+    assert attending[0] == pytest.approx(ATTENTION_IN_16_BITS * TRAIN_IN_16_BITS * attending[1])
+    starting = [seconds(lambda: start_phase("start", SHAPE, MACHINE, WORK), cuda) for cuda in (False, True)]
+    assert starting[0] == pytest.approx(START_IN_16_BITS + FORWARD_IN_16_BITS * starting[1])
     decoding = [seconds(lambda: said(items=1), cuda) for cuda in (False, True)]
     more_calls = 40 * SHAPE.layers * (DECODE_CALLS_IN_16_BITS - DECODE_CALLS)
     assert decoding[0] - decoding[1] == pytest.approx(more_calls * MACHINE.call_seconds)

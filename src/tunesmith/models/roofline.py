@@ -26,8 +26,10 @@ PASSES_HIDDEN, PASSES_INNER = (
 FORWARD_SHARE = 0.35  # of those passes, what a forward alone takes
 BESIDE = 1.15  # what training takes over the sum of its parts; 135M on two cores in fp32, LoRA 1.33 and full 1.07
 # What a CPU takes in 16 bits over that, in training and in a forward pass: its speeds are measured on what lies in cache, and a product is
-# as fast as that in one direction only. 135M with AMX: 1.5 (full) to 2.2 (LoRA), and 1.8 to 2.3; not measured without AMX.
-TRAIN_IN_16_BITS, FORWARD_IN_16_BITS = 1.75, 1.95
+# as fast as that in one direction only. 135M with AMX: 1.5 (full) to 2.3 (LoRA), and 1.8 to 2.3; not measured without AMX.
+TRAIN_IN_16_BITS, FORWARD_IN_16_BITS = 2.0, 1.95
+ATTENTION_IN_16_BITS = 0.4  # of what torch's kernel, which is measured, takes; rows of 1,200 tokens
+START_IN_16_BITS = 2.5  # seconds beside a start's passes, in which each product's kernel is made
 # Over the latter, where a model answers and scores by transformers' own layers; in parts of the quickstart's evaluation 1.3 to 2.3.
 READING_IN_16_BITS = 1.5
 TRAIN_CALLS, FORWARD_CALLS = 260, 80  # operations of one layer on one batch, with their backward or alone
@@ -117,13 +119,14 @@ def train_phase(shape: Shape, machine: Machine, stage: Stage, cost: MethodCost, 
     flops = 2.0 * shape.linear * tokens * passes + 6.0 * cost.per_token * tokens
     flops += 2.0 * shape.vocabulary * shape.hidden * work.supervised * heads
     attention = 4.0 * shape.hidden * shape.layers * work.pairs * (1 + again + ATTENTION_BACKWARD * cost.depth)
+    attention *= ATTENTION_IN_16_BITS if on_cpu_in_16_bits(shape) else 1.0
     near = _elementwise(shape, tokens) * (1 - (1 - cost.depth) * (1 - FORWARD_SHARE) + again * FORWARD_SHARE)
     near += 2.0 * cost.saved_inputs * tokens * shape.itemsize + work.supervised * shape.vocabulary * 4 * 6
     moved = work.batches * shape.weights * (passes + cost.weight_passes)
     moved += stage.max_steps * cost.trainable * MASTER_BYTES * OPTIMISER_PASSES[stage.optim]
     calls = work.batches * shape.layers * (TRAIN_CALLS + again * FORWARD_CALLS)
     found = _phase(f"train {stage.name}", machine, flops, attention, near, moved, calls)
-    return _slower(found, BESIDE * (TRAIN_IN_16_BITS if _on_cpu_in_16_bits(shape) else 1.0))
+    return _slower(found, BESIDE * (TRAIN_IN_16_BITS if on_cpu_in_16_bits(shape) else 1.0))
 
 
 def forward_phase(name: str, shape: Shape, machine: Machine, work: Tokens) -> Phase:
@@ -132,12 +135,18 @@ def forward_phase(name: str, shape: Shape, machine: Machine, work: Tokens) -> Ph
     attention = 4.0 * shape.hidden * shape.layers * work.pairs
     near = FORWARD_SHARE * _elementwise(shape, work.computed) + work.supervised * shape.vocabulary * 4 * 3
     found = _phase(name, machine, flops, attention, near, work.batches * shape.weights, work.batches * shape.layers * FORWARD_CALLS)
-    return _slower(found, FORWARD_IN_16_BITS if _on_cpu_in_16_bits(shape) else 1.0)
+    return _slower(found, FORWARD_IN_16_BITS if on_cpu_in_16_bits(shape) else 1.0)
+
+
+def start_phase(name: str, shape: Shape, machine: Machine, work: Tokens) -> Phase:
+    """The passes before a stage's first update, by which it is checked."""
+    found = forward_phase(name, shape, machine, work)
+    return replace(found, seconds=found.seconds + START_IN_16_BITS) if on_cpu_in_16_bits(shape) else found
 
 
 def reading_phase(name: str, shape: Shape, machine: Machine, work: Tokens) -> Phase:
     """A forward pass of a model that answers: over prompts, or over references, which it scores."""
-    return _slower(forward_phase(name, shape, machine, work), READING_IN_16_BITS if _on_cpu_in_16_bits(shape) else 1.0)
+    return _slower(forward_phase(name, shape, machine, work), READING_IN_16_BITS if on_cpu_in_16_bits(shape) else 1.0)
 
 
 def decode_phase(
@@ -152,7 +161,7 @@ def decode_phase(
     attention = 4.0 * shape.hidden * shape.layers * said * (context + new_tokens / 2)
     near = said * (shape.vocabulary * 4 * 3 + FORWARD_SHARE * _elementwise(shape, 1))
     steps = (longest or new_tokens) * math.ceil(items / batch)
-    calls = steps * shape.layers * (DECODE_CALLS_IN_16_BITS if _on_cpu_in_16_bits(shape) else DECODE_CALLS)
+    calls = steps * shape.layers * (DECODE_CALLS_IN_16_BITS if on_cpu_in_16_bits(shape) else DECODE_CALLS)
     slower = replace(machine, attention_flops_per_second=machine.attention_flops_per_second / FEW_QUERIES)
     return _phase(name, slower, flops, attention, near, 0.0, calls, read=steps * shape.weights)
 
@@ -174,7 +183,8 @@ def phase_json(phase: Phase) -> dict[str, Any]:
     return asdict(phase)
 
 
-def _on_cpu_in_16_bits(shape: Shape) -> bool:
+def on_cpu_in_16_bits(shape: Shape) -> bool:
+    """Whether a model's products are made in 16 bits by a processor."""
     return shape.itemsize == 2 and not torch.cuda.is_available()
 
 

@@ -47,8 +47,8 @@ def return_freed_memory() -> None:
 def keep_freed_memory() -> bool:
     """Tells glibc to keep blocks of any size that are freed from here on; returns whether the C library took it.
 
-    Activations and gradients are otherwise page-faulted in anew each step. (A threshold for what is mapped apart would not do: it goes up to
-    32 MiB, and the gradient of a head is larger.) To be called once the model and the optimiser stand.
+    Activations and gradients are otherwise page-faulted in anew each step. (A threshold of mapping blocks apart would not do: 32 MiB is its
+    most, and the gradient of a head is larger.) To be called once the model and the optimiser stand.
     """
     return_freed_memory()
     try:
