@@ -17,7 +17,7 @@ from .data.prepare import PreparedData, Rendering, prepare_data
 from .data.read import locate
 from .data.render import TrainOn
 from .data.template import load_template
-from .errors import MissingFile, RecipeError
+from .errors import MissingFile, RecipeError, TunesmithError
 from .evaluate import TemplateEncoder, check_gates, derive_max_new_tokens
 from .fitting import fit_stages
 from .models.load import LoadedModel, load_model
@@ -28,7 +28,7 @@ from .score.rewards import make_rewards
 from .session import Session
 from .tasks import encodable_tasks, make_tasks
 from .train.scoring import locate_result, named_files, named_models
-from .train.stage import add_new_tokens, derive_stage, locate_start, resolve_method, stage_fingerprint
+from .train.stage import UNFINGERPRINTED, add_new_tokens, derive_stage, locate_start, resolve_method, stage_fingerprint
 from .train.work import kind_of, learns_from_answers
 
 
@@ -238,10 +238,25 @@ def _require_same_result(session: Session, stage: Stage) -> None:
     fingerprint = stage_fingerprint(*made_of, session.recipe.launch.processes)
     if card.get("fingerprint") != fingerprint:
         raise RecipeError(
-            f"the result of stage {stage.name} was trained with other settings or data",
+            f"the result of stage {stage.name} was trained with other settings or data{_changed(session, stage, seed)}",
             where=str(folder),
             mend=f"use the recipe it was trained with ({session.run.path / 'recipe.yaml'}), or another folder with --out",
         )
+
+
+def _changed(session: Session, stage: Stage, seed: int) -> str:
+    """Which settings of a stage differ from those in the run's own recipe, in brackets; empty where none does or none can be read."""
+    try:
+        saved = load_recipe(session.run.path / "recipe.yaml")
+    except TunesmithError:
+        return ""
+    for old in saved.stages:
+        if old.name == stage.name:
+            began = saved.seed if old.seed is None else old.seed
+            was, now = (one.model_dump(mode="json") | {"seed": drawn} for one, drawn in ((old, began), (stage, seed)))
+            changed = [f"{key}: {was[key]}, now {value}" for key, value in now.items() if key not in UNFINGERPRINTED and was[key] != value]
+            return f" ({'; '.join(changed)})" if changed else ""
+    return ""
 
 
 def _resolved(session: Session, max_new_tokens: int) -> Recipe:

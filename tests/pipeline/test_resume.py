@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -116,16 +117,24 @@ def test_the_saved_recipe_repeats_the_run(given, tmp_path):
     assert first | {"output": None} == second | {"output": None}
 
 
-@pytest.mark.parametrize("sets", [["stages.1.learning_rate=3e-3"], ["seed=5"], ["data.validation=0.3"]])
-def test_a_result_trained_with_other_settings_or_data_is_refused_and_the_run_directory_left_as_it_was(given, sets):
+@pytest.mark.parametrize(
+    ("sets", "changed"),
+    [
+        (["stages.1.learning_rate=3e-3"], r" \(learning_rate: .*, now 0.003\)$"),
+        (["seed=5"], r" \(seed: \d+, now 5\)$"),
+        (["data.validation=0.3"], "other settings or data$"),
+    ],
+)
+def test_a_result_trained_with_other_settings_or_data_is_refused_and_the_run_directory_left_as_it_was(given, sets, changed):
     made, unbroken, _ = given
     before = {name: content for name, content in tree(unbroken).items() if not name.startswith("data/tokens/")}
     for verb in (
         lambda: tunesmith.run(made, sets=sets, out=unbroken, resume=True),
         lambda: tunesmith.evaluate(made, sets=sets, out=unbroken),
     ):
-        with pytest.raises(RecipeError, match="trained with other settings or data"):
+        with pytest.raises(RecipeError, match="trained with other settings or data") as caught:
             verb()
+        assert re.search(changed, caught.value.what)
     after = tree(unbroken)
     assert [name for name in before if name != "events.jsonl" and after[name] != before[name]] == []
 

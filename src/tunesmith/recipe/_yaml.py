@@ -16,6 +16,10 @@ from ..errors import RecipeError
 MAX_BYTES = 200_000  # a recipe is written by hand; ten of its longest would fit
 MAX_NODES = 50_000  # what an alias bomb would pass long before memory is gone
 
+UNREADABLE = (
+    "look at this line and the one above: one section's keys begin in one column, and text with `: ` or ` #` in it stands in quotes"
+)
+
 Lines = dict[tuple[str | int, ...], int]
 
 _TAG = "tag:yaml.org,2002:"
@@ -78,7 +82,7 @@ def parse_yaml(text: str, where: str) -> tuple[Any, Lines]:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}" if mark else where
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"not readable as YAML: {problem}", where=place, mend="plain mappings, lists, text and numbers only") from error
+        raise RecipeError(f"not readable as YAML: {problem}", where=place, mend=UNREADABLE) from error
     except RecursionError as error:
         raise RecipeError("nested too deeply", where=where, mend="a recipe is four levels deep") from error
     except ValueError as error:
