@@ -75,6 +75,16 @@ def test_the_full_logits_never_exist(monkeypatch, at_once, passes):
     assert sum(seen) == passes * S
 
 
+@pytest.mark.parametrize("trains, products", [(True, [15, 8]), (False, [10, 10, 3])], ids=["trainable", "frozen"])
+def test_a_product_makes_as_many_logits_as_there_is_room_for(monkeypatch, trains, products):
+    seen, plain = [], torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda h, *rest: seen.append(len(h)) or plain(h, *rest))
+    monkeypatch.setitem(head.ROOM, "cpu", head.Room(4 * V * 5, 4 * V * 10, 4 * V * 15))
+    hidden, weight, _, targets, _ = inputs(0)
+    token_logprobs(hidden.requires_grad_(), weight.requires_grad_(trains), targets)
+    assert seen == products
+
+
 def test_no_supervised_token_gives_no_logprobs_and_no_gradient():
     hidden, weight, _, targets, _ = inputs(0)
     hidden.requires_grad_()

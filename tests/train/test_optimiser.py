@@ -14,6 +14,7 @@ from tunesmith.models.methods import attach
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import SFT
 from tunesmith.recipe import Ia3Method
+from tunesmith.train import masters
 from tunesmith.train.masters import Apart
 from tunesmith.train.optimiser import Optimiser
 from tunesmith.train.schedule import learning_rate
@@ -113,6 +114,20 @@ def test_masters_of_bf16_weights_begin_at_the_stored_values_and_not_at_their_rou
     optimiser.start_from((name, torch.zeros_like(p.data)) for name, p in stored.items() if p.dim() >= 2)  # another model's: refused
     for name, master in zip(optimiser.names, optimiser.masters, strict=True):
         torch.testing.assert_close(master, stored[name].data, rtol=2e-7, atol=0)
+
+
+def test_weights_that_are_updated_in_blocks_move_as_all_at_once_do(monkeypatch):
+    moved = {}
+    for block in (100, 1 << 20):
+        monkeypatch.setitem(masters.UPDATE_BLOCK, "cpu", block)
+        weights = torch.nn.Parameter(torch.randn(30, 11, generator=torch.Generator().manual_seed(0)).bfloat16())
+        optimiser = Optimiser([("weight", weights)], make_stage(optim="adamw_torch_fused"))
+        for step in range(3):
+            (weights.float() * torch.randn(30, 11, generator=torch.Generator().manual_seed(step))).sum().backward()
+            optimiser.step(1e-2, torch.tensor(2.0))
+            optimiser.zero_grad()
+        moved[block] = (weights.data.clone(), optimiser.masters[0].clone())
+    assert all(torch.equal(few, many) for few, many in zip(*moved.values(), strict=True))
 
 
 def test_a_master_is_held_to_the_last_bit_beside_its_bf16_weight():

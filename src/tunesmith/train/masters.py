@@ -16,7 +16,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .updates import Rule
 
-UPDATE_BLOCK = 1 << 18  # bf16 weights updated at once where the rule allows it: 1 MiB a buffer, so that most stays in cache
+UPDATE_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 25}
+"""bf16 weights updated at once where the rule allows it: on a processor 1 MiB a buffer, so that most stays in cache."""
+
 HALF = 1 << 15  # half a bf16 step, in units of an fp32's last bit: a rest goes from -HALF to HALF - 1, so that one at HALF is cut by one
 NAN = 0x7FFF7FFF  # above it, rounding would make of CUDA's NaN a number
 
@@ -28,6 +30,10 @@ def local(tensor: Tensor) -> Tensor:
     """What of a tensor lies in this process: all of it, or of a DTensor its shard, in the same memory."""
     held = tensor.detach()
     return held.to_local() if isinstance(held, DTensor) else held
+
+
+def _block(held: Tensor) -> int:
+    return UPDATE_BLOCK.get(held.device.type, UPDATE_BLOCK["cuda"])
 
 
 class Run:
@@ -101,7 +107,7 @@ class Apart:
         """The gradient's squared norm, fp32."""
         if self.gradient is None:
             return torch.zeros((), device=local(self.parameters[0]).device)
-        parts = self.gradient.reshape(-1).split(UPDATE_BLOCK)
+        parts = self.gradient.reshape(-1).split(_block(self.gradient))
         return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]).square().sum()
 
     @property
@@ -120,7 +126,7 @@ class Apart:
             held.copy_(master)
             return
         parts = (held, self.rest, gradient, *self.memory.values())
-        blocks = zip(*(part.view(-1).split(UPDATE_BLOCK) for part in parts), strict=True) if self.rule.joins else [parts]
+        blocks = zip(*(part.view(-1).split(_block(held)) for part in parts), strict=True) if self.rule.joins else [parts]
         for upper, rest, grad, *memory in blocks:
             master = _join(upper, rest)
             yield master, grad.float().mul_(factor), dict(zip(self.memory, memory, strict=True))
