@@ -2,8 +2,9 @@
 
     python benchmarks/methods.py --banking banking77 --write docs/methods
 
-First a sweep finds each method's rate, by validation loss, on the quickstart's task and one seed, going on beyond an end of its grid that
-turns out best; then a few updates and answers of each are timed, which wants an idle machine; then each runs on both tasks with each seed.
+One method after another: first a sweep finds its rate, by validation loss, on the quickstart's task and one seed, going on beyond an end
+of its grid that turns out best; then a few updates and answers are timed, which wants an idle machine; then it runs on both tasks with
+each seed.
 Every finished job is a line of the results file (`--results`), so that an interrupted series goes on where it stopped. `--only lora,full`
 and `--phases sweep,costs,runs` take parts. `--write` makes the tables and the picture from what is there.
 """
@@ -15,6 +16,7 @@ import csv
 import json
 import math
 import random
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -251,7 +253,8 @@ def _costs(spec: dict[str, Any]) -> dict[str, Any]:
     from tunesmith.rundir import read_events
 
     out = Path(spec["out"])
-    tunesmith.train(recipe_of(spec), out=out, sets=spec["sets"], resume=True)
+    shutil.rmtree(out, ignore_errors=True)  # a broken-off one's updates and this one's kernels would be mixed
+    tunesmith.train(recipe_of(spec), out=out, sets=spec["sets"])
     steps = [event for event in read_events(out) if "loss" in event]
     timed = steps[WARM_UP:]
     resolved = tunesmith.load_recipe(out / "recipe.yaml")

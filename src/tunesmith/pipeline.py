@@ -5,7 +5,6 @@ run = train (data, plan, stages) -> evaluate -> report
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 from collections import Counter
@@ -34,7 +33,7 @@ from .rundir import RunDirectory, rank, storage, storage_failures, sync, write_j
 from .score.gold import Gold, gold_function, lost_words, means_of_checks
 from .session import Report, Session
 from .train.devices import first_goes_ahead, of_first, process_group
-from .train.memory import peak_memory_bytes
+from .train.memory import peak_memory_bytes, return_freed_memory
 from .train.signals import StopRequest
 from .train.stage import StageInputs, is_finished, locate_start, run_stage
 from .train.trackers import Trackers, require_trackers
@@ -267,7 +266,7 @@ def _train_stage(session: Session, stage: Stage, report: Report) -> None:
         del inputs
     # What comes next starts from what the disk holds, so that a resumed run does exactly the same; the stage's weights go first.
     session.loaded = None
-    gc.collect()
+    return_freed_memory()
     session.loaded = fresh_base(session)
 
 

@@ -31,6 +31,8 @@ from .train.scoring import locate_result, named_files, named_models
 from .train.stage import UNFINGERPRINTED, add_new_tokens, derive_stage, locate_start, resolve_method, stage_fingerprint
 from .train.work import kind_of, learns_from_answers
 
+FROM_ROWS = {"max_steps", "warmup_steps", "eval_steps"}  # settings that, left open, follow from the number of rows
+
 
 def require_files(recipe: Recipe) -> None:
     """Names a missing local file, or a gate's unknown metric, before anything is loaded. Raises MissingFile or RecipeError."""
@@ -245,18 +247,34 @@ def _require_same_result(session: Session, stage: Stage) -> None:
 
 
 def _changed(session: Session, stage: Stage, seed: int) -> str:
-    """Which settings of a stage differ from those in the run's own recipe, in brackets; empty where none does or none can be read."""
+    """Which settings of a stage and its data differ from those in the run's own recipe, in brackets; empty where that cannot be told.
+
+    A number of updates that the recipe does not name follows from its data, and is left out.
+    """
     try:
         saved = load_recipe(session.run.path / "recipe.yaml")
     except TunesmithError:
         return ""
-    for old in saved.stages:
-        if old.name == stage.name:
-            began = saved.seed if old.seed is None else old.seed
-            was, now = (one.model_dump(mode="json") | {"seed": drawn} for one, drawn in ((old, began), (stage, seed)))
-            changed = [f"{key}: {was[key]}, now {value}" for key, value in now.items() if key not in UNFINGERPRINTED and was[key] != value]
-            return f" ({'; '.join(changed)})" if changed else ""
-    return ""
+    old = next((one for one in saved.stages if one.name == stage.name), None)
+    if old is None:
+        return ""
+    named = next(one for one in session.recipe.stages if one.name == stage.name).model_fields_set
+    unlike = (UNFINGERPRINTED | FROM_ROWS) - (named & FROM_ROWS)
+    data = _fixed(stage.data or session.recipe.data, session.data_of(stage))
+    was = _flat(old.model_dump(mode="json", exclude=unlike)) | {"seed": saved.seed if old.seed is None else old.seed}
+    now = _flat(stage.model_dump(mode="json", exclude=unlike)) | {"seed": seed}
+    was |= _flat((old.data or saved.data).model_dump(mode="json"), "data.")
+    now |= _flat(data.model_dump(mode="json"), "data.")
+    changed = [f"{key}: {was.get(key)}, now {now.get(key)}" for key in now | was if was.get(key) != now.get(key)]
+    return f" ({'; '.join(changed)})" if changed else ""
+
+
+def _flat(settings: dict[str, Any], place: str = "") -> dict[str, Any]:
+    """Settings by their dotted places."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{place}{key}.") if isinstance(value, dict) else {place + key: value}
+    return flat
 
 
 def _resolved(session: Session, max_new_tokens: int) -> Recipe:

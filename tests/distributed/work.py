@@ -21,7 +21,7 @@ WORK: dict[str, tuple[dict[str, Any], Any]] = {
     # an update has four rows; the last of an epoch two, in one batch, which the other process repeats
     "sft": ({"method": LoraMethod(r=4)}, make_rows(10)),
     "full": ({"method": FullMethod()}, make_rows(10)),
-    # of rows by which no weight's gradient is rounding alone: AdamW takes a step of the rate's size there, whichever way
+    # of rows by which no weight moved by rounding alone: where a gradient is that, AdamW takes a step of the rate's size, whichever way
     "dpo": ({"objective": "dpo", "method": LoraMethod(r=4)}, make_items(9, seed=3)),
     "kto": ({"objective": "kto", "method": LoraMethod(r=4)}, make_items(9, answers=1)),
     "ppo": (PPO, make_prompts(7)),

@@ -32,8 +32,8 @@ VARIANTS = [(None, 1.0, False), (5.0, 1.0, False), (None, 0.25, False), (None, 1
 @pytest.mark.parametrize("softcap, scale, has_bias", VARIANTS)
 @pytest.mark.parametrize("seed", range(8))
 def test_values_and_gradients_are_those_of_log_softmax(seed, softcap, scale, has_bias, trains, monkeypatch):
-    few, many = 4 * V * 7, 4 * V * 7 * 16  # seven tokens a chunk, the last one ragged
-    monkeypatch.setitem(head.ROOM, "cpu", head.Room(few, few, many if seed % 2 else few))  # gradients kept, or computed again
+    chunk, few, many = 4 * V * 3, 4 * V * 7, 4 * V * 7 * 16  # tokens of a chunk, of a product, and of one with all; the last ones ragged
+    monkeypatch.setitem(head.ROOM, "cpu", head.Room(chunk, few, many if seed % 2 else few))  # gradients kept, or computed again
     hidden, weight, bias, targets, grad = inputs(seed)
     ours = [
         hidden.clone().requires_grad_(),
@@ -55,7 +55,8 @@ def test_values_and_gradients_are_those_of_log_softmax(seed, softcap, scale, has
 
 
 @pytest.mark.parametrize("trains", [True, False], ids=["trainable", "frozen"])
-def test_in_bf16_the_gradient_points_where_the_exact_one_does(trains):
+def test_in_bf16_the_gradient_points_where_the_exact_one_does(trains, monkeypatch):
+    monkeypatch.setitem(head.ROOM, "cpu", head.Room(4 * V * 3, 4 * V * 7, 4 * V * 7))
     hidden, weight, _, targets, grad = inputs(0, torch.bfloat16)
     mine, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
     (token_logprobs(mine, weight.clone().requires_grad_(trains), targets)[0] * grad).sum().backward()
@@ -64,7 +65,7 @@ def test_in_bf16_the_gradient_points_where_the_exact_one_does(trains):
 
 
 @pytest.mark.parametrize("at_once, passes", [(1, 2), (16, 1)], ids=["computed again", "gradient kept"])
-def test_the_full_logits_never_exist(monkeypatch, at_once, passes):
+def test_the_full_logits_never_exist_in_fp32_beside_those_of_the_product(monkeypatch, at_once, passes):
     seen = []
     plain = head._logits
     monkeypatch.setitem(head.ROOM, "cpu", head.Room(4 * V * 5, 4 * V * 5, 4 * V * 5 * at_once))

@@ -122,7 +122,8 @@ def test_the_saved_recipe_repeats_the_run(given, tmp_path):
     [
         (["stages.1.learning_rate=3e-3"], r" \(learning_rate: .*, now 0.003\)$"),
         (["seed=5"], r" \(seed: \d+, now 5\)$"),
-        (["data.validation=0.3"], r" \(eval_steps: 5, now 4\)$"),  # of fewer rows
+        (["data.validation=0.3"], r" \(data.validation: .*, now 0.3\)$"),
+        (["stages.0.method={type: lora, r: 16, lora_alpha: 7}"], r" \(method\.lora_alpha: \d+(\.0)?, now 7(\.0)?\)$"),
     ],
 )
 def test_a_result_trained_with_other_settings_or_data_is_refused_and_the_run_directory_left_as_it_was(given, sets, changed):

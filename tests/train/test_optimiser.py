@@ -130,7 +130,7 @@ def test_weights_that_are_updated_in_blocks_move_as_all_at_once_do(monkeypatch):
     assert all(torch.equal(few, many) for few, many in zip(*moved.values(), strict=True))
 
 
-def test_a_master_is_held_to_the_last_bit_beside_its_bf16_weight():
+def test_a_master_is_held_beside_its_bf16_weight_to_the_last_bit_but_one_halfway_moves_by_it():
     draw = torch.Generator().manual_seed(0)
     values = torch.randn(10_000, generator=draw) * torch.logspace(-30, 30, 10_000)
     bits = values.view(torch.int32)

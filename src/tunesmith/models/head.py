@@ -94,6 +94,7 @@ class _TokenLogprobs(torch.autograd.Function):
         keep = not frozen and hidden.requires_grad and count <= at_once
         raw_SV = None
         for block in _spans(count, at_once):
+            raw_SV = None  # the last one's goes before the next is made
             raw_SV = torch.nn.functional.linear(hidden[block], weight, bias)
             probs, goals = logprobs[block], targets[block]
             for chunk in _spans(len(raw_SV), size):
@@ -123,7 +124,7 @@ class _TokenLogprobs(torch.autograd.Function):
         d_weight = None
         d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if bias is not None and needs_bias else None
         for block in _spans(hidden.shape[0], at_once):
-            d_raw_SV = kept_SV
+            d_raw_SV = kept_SV  # the last block's goes before the next is made
             if d_raw_SV is None:
                 d_raw_SV = torch.nn.functional.linear(hidden[block], weight, bias)
                 goals = targets[block]
@@ -137,9 +138,10 @@ class _TokenLogprobs(torch.autograd.Function):
                 d_hidden[block] = (d_raw_SV @ weight) * grad_S1
             if needs_weight:
                 part = d_raw_SV.T @ (hidden[block] * grad_S1).to(hidden.dtype)
-                if at_once < hidden.shape[0]:
-                    part = part.float()
-                d_weight = part if d_weight is None else d_weight.add_(part)
+                if d_weight is not None:
+                    d_weight.add_(part)
+                else:
+                    d_weight = part.float() if at_once < hidden.shape[0] else part
         return (
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),

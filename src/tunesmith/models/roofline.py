@@ -28,7 +28,7 @@ BESIDE = 1.15  # what training takes over the sum of its parts; 135M on two core
 # What a CPU takes in 16 bits over that, in training and in a forward pass: its speeds are measured on what lies in cache, and a product is
 # as fast as that in one direction only. 135M with AMX: 1.5 (full) to 2.3 (LoRA), and 1.8 to 2.3; not measured without AMX.
 TRAIN_IN_16_BITS, FORWARD_IN_16_BITS = 2.0, 1.95
-ATTENTION_IN_16_BITS = 0.4  # of what torch's kernel, which is measured, takes; rows of 1,200 tokens
+ATTENTION_IN_16_BITS = 0.4  # of the time of torch's kernel, which is measured, in training; FORWARD_IN_16_BITS was set without it
 START_IN_16_BITS = 2.5  # seconds beside a start's passes, in which each product's kernel is made
 # Over the latter, where a model answers and scores by transformers' own layers; in parts of the quickstart's evaluation 1.3 to 2.3.
 READING_IN_16_BITS = 1.5
@@ -119,7 +119,8 @@ def train_phase(shape: Shape, machine: Machine, stage: Stage, cost: MethodCost, 
     flops = 2.0 * shape.linear * tokens * passes + 6.0 * cost.per_token * tokens
     flops += 2.0 * shape.vocabulary * shape.hidden * work.supervised * heads
     attention = 4.0 * shape.hidden * shape.layers * work.pairs * (1 + again + ATTENTION_BACKWARD * cost.depth)
-    attention *= ATTENTION_IN_16_BITS if on_cpu_in_16_bits(shape) else 1.0
+    faster = ATTENTION_IN_16_BITS if on_cpu_in_16_bits(shape) else 1.0
+    machine = replace(machine, attention_flops_per_second=machine.attention_flops_per_second / faster)
     near = _elementwise(shape, tokens) * (1 - (1 - cost.depth) * (1 - FORWARD_SHARE) + again * FORWARD_SHARE)
     near += 2.0 * cost.saved_inputs * tokens * shape.itemsize + work.supervised * shape.vocabulary * 4 * 6
     moved = work.batches * shape.weights * (passes + cost.weight_passes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import resource
 import sys
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ import torch
 
 from ..errors import DoesNotFit
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's mallopt parameters
-_NEVER = 2**31 - 1  # bytes
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # glibc's mallopt parameters
+_NEVER = -1
+_MAPPED, _LARGE = 65536, 1 << 25  # how many blocks may be mapped apart, glibc's own value; of what size on, its largest
 
 
 def peak_memory_bytes() -> int:
@@ -39,9 +41,16 @@ def held_bytes() -> int:
 
 
 def return_freed_memory() -> None:
-    """Gives what is free by now back to the system: to be called between phases whose blocks are of other sizes, where holes would stay."""
+    """Gives what nothing refers to any more back to the system, and lets glibc map large blocks apart again, as before `keep_freed_memory`.
+
+    To be called between phases whose blocks are of other sizes, where holes would stay.
+    """
+    gc.collect()
     with suppress(OSError, AttributeError):  # a C library without it
-        ctypes.CDLL(None).malloc_trim(0)
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        library.mallopt(_M_MMAP_MAX, _MAPPED)
+        library.malloc_trim(0)
 
 
 def keep_freed_memory() -> bool:
