@@ -60,6 +60,8 @@ def make_tasks(recipe: Recipe, data: PreparedData, stage_data: Collection[Prepar
         notes = (*notes, f"choices are made on the first {MOST_VALIDATION_ITEMS} of {len(held)} validation rows")
     if task and task.labels:
         notes = (*notes, *_unknown_labels(task, given=recipe.task.labels != "auto"))
+    if recipe.task.labels == "auto":
+        notes = (*notes, *_alike(labels or []))
     _check_sources(recipe, task)
     check_gates(recipe.evaluate.gates, task)
     for one, where in ((task, "data.test"), (general, "evaluate.general")):
@@ -132,6 +134,15 @@ def _unknown_labels(task: Task, *, given: bool) -> tuple[str, ...]:
         )
     what = f"{len(odd)} of {len(task.items)} test items have an answer that no training row has, which counts as wrong for every candidate"
     return (f"{what} that is held to the labels",) if odd else ()
+
+
+def _alike(labels: Sequence[str]) -> tuple[str, ...]:
+    """A note on labels found in the rows that differ in capitals or blanks alone: as likely one label that is written in two ways."""
+    written: dict[str, list[str]] = {}
+    for label in labels:
+        written.setdefault(" ".join(label.casefold().split()), []).append(label)
+    twice = ["/".join(ways) for ways in written.values() if len(ways) > 1]
+    return (f"labels that differ in capitals or blanks alone count as different ones: {', '.join(twice[:5])}",) if twice else ()
 
 
 def _schema(path: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tests.pipeline.helpers import LABELS, conversations, read_json, recipe, wei
 from tests.toys import model_folder
 
 import tunesmith
+from tunesmith import tasks
 from tunesmith.errors import DataRefused, ModelError
 
 
@@ -105,6 +106,22 @@ def test_a_test_row_with_another_answer_than_the_labels_is_refused_or_where_they
     with pytest.raises(DataRefused, match=r"1 of 6 references are none of task\.labels"):
         tunesmith.run(made, out=tmp_path / "refused")
     assert not (tmp_path / "refused" / "stages").exists()
+
+
+@pytest.mark.parametrize(("labels", "said"), [(["refund", "Refund ", "other"], "refund/Refund "), (["refund", "re fund"], None)])
+def test_labels_that_differ_in_capitals_or_blanks_alone_are_named(labels, said):
+    notes = tasks._alike(labels)
+    assert notes == (() if said is None else (f"labels that differ in capitals or blanks alone count as different ones: {said}",))
+
+
+def test_a_label_that_is_written_in_two_ways_is_named_by_the_run(tiny, tmp_path):
+    made = recipe(tmp_path, tiny, task={"labels": "auto"})
+    rows = [json.loads(line) for line in Path(made["data"]["train"]).read_text().splitlines()]
+    was = rows[0]["messages"][1]["content"]
+    rows[0]["messages"][1]["content"] = was.upper()
+    write_rows(Path(made["data"]["train"]), rows)
+    notes = tunesmith.run(made, out=tmp_path / "run").evaluation["notes"]
+    assert any(was in note and was.upper() in note and "capitals" in note for note in notes)
 
 
 def test_a_free_text_task_is_scored_by_rouge_and_decoded_freely(tiny, tmp_path):
