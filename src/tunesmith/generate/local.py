@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
+from ..models.dora import norms_kept
 from ..models.layout import unpackable_reason
 from ..models.virtual import virtual_count
 from .attention import NAME, attention_implementation
@@ -106,7 +107,7 @@ class LocalGenerator:
     def _ready(self, prompts: Sequence[Sequence[int]]) -> Iterator[Engine | Fallback]:
         """The way to generate, with the model in evaluation mode, without gradients, and with the attention it needs."""
         plain = _plain_attention(self._base)
-        with torch.no_grad(), _evaluating(self.model):
+        with torch.no_grad(), _evaluating(self.model), norms_kept(self.model):
             if not self._checked:
                 self._engine = self._checked_engine(prompts[0], plain)
                 self._checked = True
