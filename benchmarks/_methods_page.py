@@ -97,7 +97,7 @@ def _costs(done: Mapping[str, Any], methods: Mapping[str, Any]) -> str:
         rows.append(
             [
                 name,
-                f"{one['trainable']:,} ({one['trainable'] / one['parameters']:.2%})",
+                f"{one['trainable']:,} ({one['trainable'] / (full or one)['parameters']:.2%})",
                 f"{state / 1e6:,.1f} MB ({of_full})",
                 f"{one['peak_memory_bytes'] / 1e9:.2f} GB",
                 f"{one['tokens_per_second']:,.0f}",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..data.store import TokenStore
 from ..errors import AdapterError, CheckpointError, MissingFile
+from ..models.dora import norms_kept
 from ..models.head import logit_shape, shape_logits
 from ..models.layout import backbone_of
 
@@ -75,7 +76,7 @@ def hidden_states(model: nn.Module, rows: Sequence[np.ndarray]) -> States:
     """The last hidden states of a model on each row alone, by its own forward; fp32."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     backbone, found = backbone_of(causal), []
-    with torch.no_grad():
+    with torch.no_grad(), norms_kept(model):
         for ids in rows:
             hidden = backbone(input_ids=torch.from_numpy(ids).to(causal.device)[None], use_cache=False).last_hidden_state
             found.append(hidden[0].float())
