@@ -11,10 +11,9 @@ from typing import Any
 from _measure import table
 
 METRIC = {"quickstart": "exact_match", "banking77": "exact_match"}
-WHOLE, ADAPTER = (
-    12,
-    16,
-)  # bytes of a trained number: of a 16-bit weight the rest of its master, two moments, a 16-bit gradient; else all in fp32
+# Bytes of a trained number: of a 16-bit weight its master's rest, two moments, a 16-bit gradient; of an adapter's all four in fp32.
+WHOLE, ADAPTER = 12, 16
+WARM_UP, TIMED = 3, 12  # updates whose costs are measured
 MERGED_COST = 0.05  # a merged model is as fast as the base if its time is within this share
 MISSING = "not measured"
 COMMAND = "python benchmarks/methods.py --banking banking77 --write docs/methods"
@@ -107,7 +106,7 @@ def _costs(done: Mapping[str, Any], methods: Mapping[str, Any]) -> str:
             ]
         )
         where.add(one["machine"])
-    words = "15 updates, of which 12 are timed, and answers to short prompts one at a time. On the quickstart's task"
+    words = f"{WARM_UP + TIMED} updates, of which {TIMED} are timed, and answers to short prompts one at a time. On the quickstart's task"
     return f"{words}; {'; '.join(sorted(where))}.\n\n" + table(COSTS, rows) if where else ""
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _measure import answer, child_spec, machine, run_child, say
-from _methods_page import write_page
+from _methods_page import TIMED, WARM_UP, write_page
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS: dict[str, dict[str, Any]] = {
@@ -55,7 +55,6 @@ BEYOND, FURTHER = 2, 3.0  # rates tried beyond a grid whose end is best, at most
 NEARLY_BEST = 0.03  # of the best loss: the lowest rate that comes so near is the method's default (src/tunesmith/train/rates.py)
 PHASES = ("sweep", "costs", "runs")
 SWEEP_EPOCHS = 1  # of a run that only chooses the rate
-WARM_UP, TIMED = 3, 12  # updates whose costs are measured
 BANKING_ROWS, BANKING_TEST = 1000, 500
 TASKS = ("quickstart", "banking77")
 

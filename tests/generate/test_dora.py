@@ -10,6 +10,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 
 from tests.toys import loaded, tiny_model, tiny_tokenizer
 from tunesmith.generate import LocalGenerator, local
+from tunesmith.models.dora import norms_kept
 from tunesmith.models.methods import attach
 from tunesmith.recipe import LoraMethod
 
@@ -62,5 +63,16 @@ def test_the_norms_are_computed_once_for_all_of_an_answers_tokens(model, monkeyp
     counted.clear()
     generator.generate(PROMPTS, max_new_tokens=8)
     layers = [module for module in model.modules() if isinstance(module, DoraLinearLayer)]
+    assert layers
     assert len(counted) == len(layers)
     assert not any("forward" in vars(layer) for layer in layers)
+
+
+def test_whoever_keeps_norms_that_are_kept_already_leaves_them_to_the_first(model):
+    layer = next(module for module in model.modules() if isinstance(module, DoraLinearLayer))
+    with norms_kept(model):
+        first = layer.forward
+        with norms_kept(model):
+            assert layer.forward is first
+        assert layer.forward is first
+    assert "forward" not in vars(layer)

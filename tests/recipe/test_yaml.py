@@ -84,6 +84,13 @@ def test_what_is_not_plain_yaml_is_refused_with_its_line(text, what, line, tmp_p
     assert error.where.endswith(f":{line}")
 
 
+@pytest.mark.parametrize("text", ["data:\n  train: a\n   test: b\n", "name: a: b\n"])
+def test_of_lines_that_are_not_set_under_each_other_it_is_said_what_to_look_at(text, tmp_path):
+    mend = refused(text, tmp_path).mend
+    assert "begin in one column" in mend
+    assert "in quotes" in mend
+
+
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n- b\n", "name\n", "3\n", "null\n"])
 def test_a_file_that_holds_no_mapping_is_refused(text, tmp_path):
     assert refused(text, tmp_path).what == "a recipe is a mapping of sections"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 @contextmanager
 def norms_kept(model: nn.Module) -> Iterator[None]:
     """Has each linear DoRA layer compute its norms once, in its first forward without gradients; weights may not change meanwhile."""
-    layers = [module for module in model.modules() if type(module) is DoraLinearLayer]
+    layers = [module for module in model.modules() if type(module) is DoraLinearLayer and "forward" not in vars(module)]
     for layer in layers:
         layer.forward = partial(_forward, layer, {})
     try:

@@ -30,7 +30,7 @@ BESIDE = 1.15  # what training takes over the sum of its parts; 135M on two core
 TRAIN_IN_16_BITS, FORWARD_IN_16_BITS = 2.0, 1.95
 ATTENTION_IN_16_BITS = 0.4  # of the time of torch's kernel, which is measured, in training; FORWARD_IN_16_BITS was set without it
 START_IN_16_BITS = 2.5  # seconds beside a start's passes, in which each product's kernel is made
-# Over the latter, where a model answers and scores by transformers' own layers; in parts of the quickstart's evaluation 1.3 to 2.3.
+# Over FORWARD_IN_16_BITS, where a model answers and scores by transformers' own layers; in parts of the quickstart's evaluation 1.3 to 2.3.
 READING_IN_16_BITS = 1.5
 TRAIN_CALLS, FORWARD_CALLS = 260, 80  # operations of one layer on one batch, with their backward or alone
 # Of one layer in one decoding step. In 16 bits with AMX a step of one row takes 2 ms a layer beside the weights that it reads: a thousand
