@@ -16,7 +16,7 @@ from ..errors import DoesNotFit
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # glibc's mallopt parameters
 _NEVER = -1
-_MAPPED, _LARGE = 65536, 1 << 25  # how many blocks may be mapped apart, glibc's own value; of what size on, its largest
+_MAPPED, _LARGE = 65536, 1 << 25  # how many blocks may be mapped apart, and of what size on: glibc's own values, the largest
 
 
 def peak_memory_bytes() -> int:
@@ -41,7 +41,7 @@ def held_bytes() -> int:
 
 
 def return_freed_memory() -> None:
-    """Gives what nothing refers to any more back to the system, and lets glibc map large blocks apart again, as before `keep_freed_memory`.
+    """Gives what nothing refers to any more back to the system, and has glibc do so with large blocks again, as before `keep_freed_memory`.
 
     To be called between phases whose blocks are of other sizes, where holes would stay.
     """
@@ -50,6 +50,7 @@ def return_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, _LARGE)
         library.mallopt(_M_MMAP_MAX, _MAPPED)
+        library.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE)
         library.malloc_trim(0)
 
 
