@@ -27,6 +27,7 @@ from .rundir import launched, manifest, world, write_json, write_text
 from .score.rewards import make_rewards
 from .session import Session
 from .tasks import encodable_tasks, make_tasks
+from .train.checkpoint import fingerprint_of
 from .train.scoring import locate_result, named_files, named_models
 from .train.stage import UNFINGERPRINTED, add_new_tokens, derive_stage, locate_start, resolve_method, stage_fingerprint
 from .train.work import kind_of, learns_from_answers
@@ -229,21 +230,28 @@ def _require_room(session: Session, stage: Stage) -> None:
 
 
 def _require_same_result(session: Session, stage: Stage) -> None:
-    """A result that is there already must be what this recipe would train. Raises RecipeError."""
-    folder = session.run.path / "stages" / stage.name / "model"
-    card = read_card(folder)
-    if not card:
+    """What is there of a stage, its result or else its newest checkpoint, must be of what this recipe would train. Raises RecipeError."""
+    folder, made = _there_already(session, stage)
+    if made is None:
         return
     start = locate_start(stage, session.run.path)
     seed = session.recipe.seed if stage.seed is None else stage.seed
     made_of = (stage, session.loaded, session.data_of(stage), session.template, start, seed, session.run.path)
-    fingerprint = stage_fingerprint(*made_of, session.recipe.launch.processes)
-    if card.get("fingerprint") != fingerprint:
+    if made != stage_fingerprint(*made_of, session.recipe.launch.processes):
         raise RecipeError(
-            f"the result of stage {stage.name} was trained with other settings or data{_changed(session, stage, seed)}",
+            f"stage {stage.name} was trained with other settings or data{_changed(session, stage, seed)}",
             where=str(folder),
             mend=f"use the recipe it was trained with ({session.run.path / 'recipe.yaml'}), or another folder with --out",
         )
+
+
+def _there_already(session: Session, stage: Stage) -> tuple[Path | None, str | None]:
+    """The folder of a stage's result, else of its newest whole checkpoint, and the fingerprint of what that was made of."""
+    result = session.run.path / "stages" / stage.name / "model"
+    if card := read_card(result):
+        return result, card.get("fingerprint", "")
+    newest, _ = session.run.newest_valid_checkpoint(stage.name)
+    return newest, None if newest is None else fingerprint_of(newest)
 
 
 def _changed(session: Session, stage: Stage, seed: int) -> str:

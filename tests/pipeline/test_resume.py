@@ -140,6 +140,28 @@ def test_a_result_trained_with_other_settings_or_data_is_refused_and_the_run_dir
     assert [name for name in before if name != "events.jsonl" and after[name] != before[name]] == []
 
 
+def test_a_checkpoint_of_other_settings_is_refused_by_their_names_and_the_run_directory_left_as_it_was(given, tmp_path):
+    made, unbroken, _ = given
+    path = tmp_path / "run"
+
+    def stopping(event):
+        if event.get("step") == 2 and "loss" in event:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert in_child(lambda: tunesmith.run(made, out=path, report=stopping)).status == 130
+    assert (path / "stages" / "one" / "checkpoints" / "step-2").is_dir()
+    assert not (path / "stages" / "one" / "model").exists()
+    before = {name: content for name, content in tree(path).items() if not name.startswith("data/tokens/")}
+    with pytest.raises(RecipeError, match="stage one was trained with other settings or data") as caught:
+        tunesmith.run(made, sets=["stages.0.learning_rate=3e-3"], out=path, resume=True)
+    assert re.search(r" \(learning_rate: 0.01, now 0.003\)$", caught.value.what)
+    assert caught.value.where.endswith("step-2")
+    after = tree(path)
+    assert [name for name in before if name != "events.jsonl" and after[name] != before[name]] == []
+    tunesmith.run(made, out=path, resume=True)
+    assert results(path) == results(unbroken)
+
+
 def test_evaluate_after_train_gives_what_run_gives(given, tmp_path):
     made, unbroken, units = given
     trained = tunesmith.train(made, out=tmp_path / "run")

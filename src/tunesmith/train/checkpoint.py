@@ -98,6 +98,12 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in tensor.view(-1).split(CHECKED))
 
 
+def fingerprint_of(folder: Path) -> str | None:
+    """The fingerprint of what a checkpoint was made of; None where a later or earlier version wrote it otherwise."""
+    fingerprint = json.loads((folder / STATE).read_text()).get("fingerprint")
+    return fingerprint if isinstance(fingerprint, str) else None
+
+
 def load_checkpoint(folder: Path, optimiser: Optimiser, fingerprint: str) -> tuple[Progress, dict[str, torch.Tensor]]:
     """Puts a verified checkpoint's state in place; gives how far it came, and the source's state.
 
@@ -105,7 +111,7 @@ def load_checkpoint(folder: Path, optimiser: Optimiser, fingerprint: str) -> tup
     them.
     """
     state = json.loads((folder / STATE).read_text())
-    if state.pop("fingerprint") != fingerprint:
+    if state.pop("fingerprint", None) != fingerprint:
         raise CheckpointError(
             "the checkpoint was made with other settings or data",
             where=str(folder),
