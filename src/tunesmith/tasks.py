@@ -6,9 +6,11 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from .data.check import find_test_overlap
+from .data.preference import AnyRecord
 from .data.prepare import PreparedData
 from .data.read import read_records
 from .data.records import Conversation, Record
@@ -59,7 +61,7 @@ def make_tasks(recipe: Recipe, data: PreparedData, stage_data: Collection[Prepar
     if len(held) > MOST_VALIDATION_ITEMS:
         notes = (*notes, f"choices are made on the first {MOST_VALIDATION_ITEMS} of {len(held)} validation rows")
     if task and task.labels:
-        notes = (*notes, *_unknown_labels(task, given=recipe.task.labels != "auto"))
+        notes = (*notes, *_unknown_labels(task, data.test_records, given=recipe.task.labels != "auto"))
     if recipe.task.labels == "auto":
         notes = (*notes, *_alike(labels or []))
     _check_sources(recipe, task)
@@ -123,12 +125,14 @@ def _odd(task: Task) -> list[Item]:
     return [item for item in task.items if task.labels and (item.reference or "").strip() not in task.labels]
 
 
-def _unknown_labels(task: Task, *, given: bool) -> tuple[str, ...]:
-    """A note on items whose reference is no label. Raises DataRefused where the recipe gives the labels."""
+def _unknown_labels(task: Task, records: Sequence[AnyRecord], *, given: bool) -> tuple[str, ...]:
+    """A note on items whose reference is no label. Raises DataRefused, with the rows' places, where the recipe gives the labels."""
     odd = _odd(task)
     if odd and given:
+        sources = {record.row_id: record.source for record in records}
+        named = [f"{shorten(i.reference or '', 60)!r} ({sources[i.item_id.partition('-')[0]]})" for i in odd[:5]]
         raise DataRefused(
-            f"{len(odd)} of {len(task.items)} references are none of task.labels: {', '.join(item.item_id for item in odd[:5])}",
+            f"{len(odd)} of {len(task.items)} references are none of task.labels: {', '.join(named)}",
             where="data.test",
             mend="correct these rows, or add their answers to task.labels",
         )

@@ -103,7 +103,7 @@ def test_a_test_row_with_another_answer_than_the_labels_is_refused_or_where_they
     evaluation = tunesmith.run(made, out=tmp_path / "run").evaluation
     assert any(note.startswith("1 of 6 test items have an answer that no training row has") for note in evaluation["notes"])
     made["task"] = {"labels": list(LABELS)}
-    with pytest.raises(DataRefused, match=r"1 of 6 references are none of task\.labels"):
+    with pytest.raises(DataRefused, match=r"1 of 6 references are none of task\.labels: 'violet' \(.*test\.jsonl:3\)"):
         tunesmith.run(made, out=tmp_path / "refused")
     assert not (tmp_path / "refused" / "stages").exists()
 

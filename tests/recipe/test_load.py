@@ -94,6 +94,10 @@ def test_a_wrong_value_is_refused_with_its_line_and_what_the_setting_means(write
         ("stages.1.method.target_modules=q_proj", "must be a valid list, or 'all-linear'", "write [q_proj]; target_modules means"),
         ("stages.1.method.target_modules=all_linear", "must be a valid list", "did you mean `all-linear`?"),
         ("evaluate.few_shot_k=2", "must be a valid list", "write [2];"),
+        ("model=gpt2", "must be a valid dictionary", "write {name: gpt2};"),
+        ("task.metrics=[accuracy]", "'exact_match'", "did you mean `exact_match`?"),
+        ("task.metrics=[F1]", "'macro_f1'", "did you mean `macro_f1`?"),
+        ("stages.0.learning_rate=0", "must be greater than 0", "leave it out to have it derived;"),
         ("stages=sft", "must be a valid list", "stages means"),
     ],
 )

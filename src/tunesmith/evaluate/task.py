@@ -168,7 +168,7 @@ def freeze_task(
     if any(isinstance(record, Document) for record in records):
         metrics = ()
     _check_metrics(metrics, fields, names)
-    items, skipped, seen = [], [], Counter()
+    items, skipped, seen, sources = [], [], Counter(), {}
     for record in records:
         reason = _unusable(record, needs_reference=bool(fields or names))
         if reason:
@@ -178,8 +178,9 @@ def freeze_task(
         times = seen[record.row_id]
         item_id = record.row_id if times == 1 else f"{record.row_id}-{times}"
         items.append(_item(item_id, record))
+        sources[item_id] = record.source
     if fields:
-        broken = [item.item_id for item in items if parse_output(item.reference, fields) is None]
+        broken = [f"{i.item_id} ({sources[i.item_id]})" for i in items if parse_output(i.reference, fields) is None]
         if broken:
             raise DataRefused(
                 f"{len(broken)} of {len(items)} references do not satisfy the output schema: {', '.join(broken[:_NAMED])}",

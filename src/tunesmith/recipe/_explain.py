@@ -15,9 +15,11 @@ from ..errors import RecipeError
 from ._base import sections_of
 from ._recipe import Recipe
 from .method import IS_LORA_WITH
+from .task import METRICS_KNOWN_AS
 
 KeyPath = tuple[str | int, ...]
 Places = dict[KeyPath, str]  # where a key was written: FILE:LINE or --set KEY
+OF_MAPPINGS = ("model_type", "model_attributes_type", "dict_type")  # pydantic's names of the problem that something is no mapping
 _SHOWN = 80  # characters of a refused value
 
 
@@ -43,13 +45,23 @@ def explain(error: ValidationError, values: dict[str, Any], places: Places, wher
     mend, near = _describe(path, values), []
     if named:
         choices = re.findall(r"'([^']*)'", named[0])
-        near = _begun(str(item["input"]), choices) or difflib.get_close_matches(str(item["input"]), choices, n=1, cutoff=0.5)
+        given = str(item["input"])
+        near = _known_as(given, choices) or _begun(given, choices) or difflib.get_close_matches(given, choices, n=1, cutoff=0.5)
         mend = f"did you mean `{near[0]}`? {mend}" if near else mend
     if item["type"] == "list_type" and type(item["input"]) in (str, int, float) and not _sections_at(path, values) and not near:
         mend = f"write [{str(item['input'])[:_SHOWN]}]; {mend}"
+    if item["type"] in OF_MAPPINGS and isinstance(item["input"], str) and any("name" in s.model_fields for s in _sections_at(path, values)):
+        mend = f"write {{name: {item['input'][:_SHOWN]}}}; {mend}"
+    if item["type"].startswith(("greater_than", "less_than")) and "; derived from" in mend:
+        mend = f"leave it out to have it derived; {mend}"
     if path:
         what = f"`{name}` {what}" if what.startswith("must ") else f"`{name}`: {what}"
     return RecipeError(what, where=place, mend=mend)
+
+
+def _known_as(given: str, choices: list[str]) -> list[str]:
+    """The name that a thing has here, where it is better known by another."""
+    return [name for name in [METRICS_KNOWN_AS.get(given.lower(), "")] if name in choices]
 
 
 def _begun(given: str, choices: list[str]) -> list[str]:
@@ -59,7 +71,7 @@ def _begun(given: str, choices: list[str]) -> list[str]:
 
 def _words(item: ErrorDetails) -> str:
     """A problem in words of ours: what the value must be, and not what pydantic calls its types."""
-    if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
+    if item["type"] in OF_MAPPINGS:
         return "must be a valid dictionary, with settings written as `key: value`"
     if item["type"] == "bool_type":
         return "must be true or false"

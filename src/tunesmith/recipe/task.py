@@ -7,6 +7,7 @@ from typing import Literal
 from ._base import PathText, Section
 
 Metric = Literal["exact_match", "field_accuracy", "macro_f1", "rougeL", "json_validity", "gold_reward", "preference_accuracy", "reward"]
+METRICS_KNOWN_AS = {"accuracy": "exact_match", "em": "exact_match", "f1": "macro_f1", "rouge": "rougeL", "rouge-l": "rougeL"}
 
 
 class TaskSection(Section):
