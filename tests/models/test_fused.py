@@ -140,6 +140,23 @@ def test_swiglu_equals_the_plain_layer():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_silu_is_computed_once_in_each_pass(trained, monkeypatch):
+    layer, plain, count, silu = Mlp("silu"), Mlp("silu"), [], torch.nn.functional.silu
+    fuse_layers(nn.ModuleList([layer]), FastPaths())
+    for each in (layer, plain):
+        each.down_proj.weight.requires_grad_(trained)  # where it does not train, nothing is computed again for it
+    monkeypatch.setattr(fused.F, "silu", lambda x: count.append(x.shape) or silu(x))
+    x = torch.randn(3, 5, 8)
+    for grad in torch.randn(2, 3, 5, 8):  # a second pass takes nothing that the first one left
+        ours = forward_and_gradients(layer, x, grad)
+        made, count[:] = len(count), []
+        for a, b in zip(ours, forward_and_gradients(plain, x, grad), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        count.clear()
+        assert made == 2
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu"])
 def test_a_gated_layer_with_another_activation_is_left_alone(activation):
     layer, paths = Mlp(activation), FastPaths()

@@ -89,7 +89,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # noqa: ANN001
         gate, up = ctx.saved_tensors
-        d_up = F.silu(gate).mul_(grad)
+        silu, ctx.silu = getattr(ctx, "silu", None), None  # as the product that was computed again left it
+        d_up = (F.silu(gate) if silu is None else silu).mul_(grad)
         return torch.ops.aten.silu_backward(grad * up, gate), d_up
 
 
@@ -193,13 +194,16 @@ def _swiglu_forward(self: nn.Module, x: Tensor) -> Tensor:
     inner = _SwiGLU.apply(gate, up)
     if not inner.requires_grad or torch._C._autograd._top_saved_tensors_default_hooks(True):
         return self.down_proj(inner)  # also where checkpointing says what is kept: hooks of ours in its own would keep gate and up
-    gate, up = gate.detach(), up.detach()
+    gate, up, node = gate.detach(), up.detach(), inner.grad_fn
 
     def keep(saved: Tensor) -> Tensor | torch.Size:
         return saved.shape if saved.data_ptr() == inner.data_ptr() and saved.numel() == inner.numel() else saved
 
     def again(kept: Tensor | torch.Size) -> Tensor:
-        return F.silu(gate).mul_(up).view(kept) if isinstance(kept, torch.Size) else kept
+        if not isinstance(kept, torch.Size):
+            return kept
+        node.silu = F.silu(gate)  # for SwiGLU's own backward pass, which comes next
+        return (node.silu * up).view(kept)
 
     with torch.autograd.graph.saved_tensors_hooks(keep, again):  # down_proj would save `inner`; gate and up are saved already
         return self.down_proj(inner)
