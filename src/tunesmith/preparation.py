@@ -17,17 +17,17 @@ from .data.prepare import PreparedData, Rendering, prepare_data
 from .data.read import locate
 from .data.render import TrainOn
 from .data.template import load_template
-from .errors import MissingFile, RecipeError, TunesmithError
+from .errors import CheckpointError, MissingFile, RecipeError, TunesmithError
 from .evaluate import TemplateEncoder, check_gates, derive_max_new_tokens
 from .fitting import fit_stages
 from .models.load import LoadedModel, load_model
 from .models.result import is_adapter, read_card, require_unaltered
 from .recipe import WHOLE, DataSection, ModelReward, Recipe, Stage, dump_recipe, load_recipe, virtual_tokens_of
-from .rundir import launched, manifest, world, write_json, write_text
+from .rundir import launched, manifest, rank, verify_folder, world, write_json, write_text
 from .score.rewards import make_rewards
 from .session import Session
 from .tasks import encodable_tasks, make_tasks
-from .train.checkpoint import fingerprint_of
+from .train.checkpoint import read_state
 from .train.scoring import locate_result, named_files, named_models
 from .train.stage import UNFINGERPRINTED, add_new_tokens, derive_stage, locate_start, resolve_method, stage_fingerprint
 from .train.work import kind_of, learns_from_answers
@@ -245,13 +245,26 @@ def _require_same_result(session: Session, stage: Stage) -> None:
         )
 
 
-def _there_already(session: Session, stage: Stage) -> tuple[Path | None, str | None]:
-    """The folder of a stage's result, else of its newest whole checkpoint, and the fingerprint of what that was made of."""
+def _there_already(session: Session, stage: Stage) -> tuple[Path, str | None]:
+    """The folder of a stage's result, else of its newest whole checkpoint, and its fingerprint; None where there is neither."""
     result = session.run.path / "stages" / stage.name / "model"
     if card := read_card(result):
         return result, card.get("fingerprint", "")
+    if rank() > 0 or not all(_is_whole(session, name) for name in (stage.start_from, *named_models(stage.objective))):
+        return result, None  # the first process has compared it, or an earlier stage is trained again first: loading it compares too
     newest, _ = session.run.newest_valid_checkpoint(stage.name)
-    return newest, None if newest is None else fingerprint_of(newest)
+    return (result, None) if newest is None else (newest, read_state(newest)[0])
+
+
+def _is_whole(session: Session, name: str | None) -> bool:
+    """Whether what a stage builds on is there and unaltered, where that is another stage's result."""
+    if name not in {stage.name for stage in session.stages}:
+        return True
+    try:
+        verify_folder(session.run.path / "stages" / str(name) / "model")
+    except CheckpointError:
+        return False
+    return True
 
 
 def _changed(session: Session, stage: Stage, seed: int) -> str:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from .data.check import find_test_overlap
@@ -15,7 +14,7 @@ from .data.prepare import PreparedData
 from .data.read import read_records
 from .data.records import Conversation, Record
 from .errors import DataRefused, ModelError, RecipeError
-from .evaluate import Encoder, Item, Task, check_gates, distinct_answers, encodable, freeze_task
+from .evaluate import Encoder, Item, Task, check_gates, distinct_answers, encodable, freeze_task, with_item_ids
 from .recipe import Recipe
 from .score.gold import Gold, gold_function
 from .score.metrics import PREFERENCE
@@ -129,8 +128,8 @@ def _unknown_labels(task: Task, records: Sequence[AnyRecord], *, given: bool) ->
     """A note on items whose reference is no label. Raises DataRefused, with the rows' places, where the recipe gives the labels."""
     odd = _odd(task)
     if odd and given:
-        sources = {record.row_id: record.source for record in records}
-        named = [f"{shorten(i.reference or '', 60)!r} ({sources[i.item_id.partition('-')[0]]})" for i in odd[:5]]
+        sources = {item_id: record.source for item_id, record in with_item_ids(records)}
+        named = [f"{(item.reference or '')[:60]!r} ({sources[item.item_id]})" for item in odd[:5]]
         raise DataRefused(
             f"{len(odd)} of {len(task.items)} references are none of task.labels: {', '.join(named)}",
             where="data.test",

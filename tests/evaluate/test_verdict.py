@@ -216,6 +216,7 @@ def test_gates_on_metrics_that_nothing_measures_are_refused_before_training():
     check_gates([Gate(metric="field_accuracy.intent", better_than="zero_shot"), Gate(**BETTER), Gate(**NOT_WORSE)], task)
     for gate, says in (
         ({**BETTER, "metric": "exact_mach"}, "unknown metric"),
+        ({**BETTER, "metric": "Accuracy"}, "did you mean exact_match"),
         ({**BETTER, "metric": "macro_f1"}, "not measured"),
         ({**BETTER, "metric": "field_accuracy.intnet"}, "no part 'intnet'"),
         ({**BETTER, "metric": "exact_match.intent"}, "no part 'intent'"),

@@ -148,7 +148,7 @@ def test_silu_is_computed_once_in_each_pass(trained, monkeypatch):
         each.down_proj.weight.requires_grad_(trained)  # where it does not train, nothing is computed again for it
     monkeypatch.setattr(fused.F, "silu", lambda x: count.append(x.shape) or silu(x))
     x = torch.randn(3, 5, 8)
-    for grad in torch.randn(2, 3, 5, 8):  # a second pass takes nothing that the first one left
+    for grad in torch.randn(2, 3, 5, 8):
         ours = forward_and_gradients(layer, x, grad)
         made, count[:] = len(count), []
         for a, b in zip(ours, forward_and_gradients(plain, x, grad), strict=True):

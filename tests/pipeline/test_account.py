@@ -157,7 +157,7 @@ def test_a_gate_or_metric_that_cannot_be_is_refused_before_anything_is_trained(t
 def test_references_that_break_the_schema_are_refused_before_anything_is_trained(tiny, tmp_path):
     (tmp_path / "schema.json").write_text('{"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}')
     made = recipe(tmp_path, tiny, task={"output_schema": str(tmp_path / "schema.json")})
-    with pytest.raises(DataRefused):
+    with pytest.raises(DataRefused, match=r"do not satisfy the output schema: r[0-9a-f]{12} \(.*test\.jsonl:1\)"):
         tunesmith.run(made, out=tmp_path / "run")
     assert not (tmp_path / "run" / "stages").exists()
     assert (tmp_path / "run" / "data" / "ledger.json").exists()

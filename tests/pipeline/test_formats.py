@@ -98,12 +98,13 @@ def test_labels_auto_are_the_answers_of_the_training_rows_and_the_untrained_cand
 def test_a_test_row_with_another_answer_than_the_labels_is_refused_or_where_they_are_auto_named(tiny, tmp_path):
     made = recipe(tmp_path, tiny, task={"labels": "auto"})
     odd = conversations(6, seed=1)
-    odd[2]["messages"][1]["content"] = "violet"
+    odd[2]["messages"][1]["content"] = "dark  violet"
+    odd[4] = odd[2]
     write_rows(tmp_path / "test.jsonl", odd)
     evaluation = tunesmith.run(made, out=tmp_path / "run").evaluation
-    assert any(note.startswith("1 of 6 test items have an answer that no training row has") for note in evaluation["notes"])
+    assert any(note.startswith("2 of 6 test items have an answer that no training row has") for note in evaluation["notes"])
     made["task"] = {"labels": list(LABELS)}
-    with pytest.raises(DataRefused, match=r"1 of 6 references are none of task\.labels: 'violet' \(.*test\.jsonl:3\)"):
+    with pytest.raises(DataRefused, match=r"2 of 6 references .*: 'dark  violet' \(.*test\.jsonl:3\), 'dark  violet' \(.*test\.jsonl:5\)"):
         tunesmith.run(made, out=tmp_path / "refused")
     assert not (tmp_path / "refused" / "stages").exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -233,6 +234,29 @@ def test_a_signal_that_a_library_swallowed_still_stops_the_evaluation_at_its_nex
 
     ended = in_child(swallowed)
     assert (ended.status, ended.result["error"]) == (130, "Interrupted")
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_stage_goes_on_when_the_one_it_starts_from_has_to_be_trained_again(gone, given, tmp_path):
+    made, unbroken, _ = given
+    path = tmp_path / "run"
+
+    def stopping(event):
+        if event.get("stage") == "two" and event.get("step") == 2 and "loss" in event:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert in_child(lambda: tunesmith.train(made, out=path, report=stopping)).status == 130
+    (file,) = (path / "stages" / "one" / "model").glob("*.safetensors")
+    if gone:
+        shutil.rmtree(file.parent)
+    else:
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    tunesmith.train(made, out=path, resume=True)
+    assert [weights(path, name) for name in ("one", "two")] == [weights(unbroken, name) for name in ("one", "two")]
+    begun = [event["step"] for event in read_events(path) if "loss" in event and event["stage"] == "two"]
+    assert begun == [1, 2, 3], "its own checkpoint was taken"
 
 
 def test_a_damaged_result_is_trained_again_from_its_checkpoint(given, tmp_path):

@@ -98,6 +98,8 @@ def test_a_wrong_value_is_refused_with_its_line_and_what_the_setting_means(write
         ("task.metrics=[accuracy]", "'exact_match'", "did you mean `exact_match`?"),
         ("task.metrics=[F1]", "'macro_f1'", "did you mean `macro_f1`?"),
         ("stages.0.learning_rate=0", "must be greater than 0", "leave it out to have it derived;"),
+        ("stages.0.warmup_steps=-1", "must be greater than or equal to 0", "leave it out to have it derived;"),
+        ("stages=[dpo]", "must be a valid dictionary", "stages means"),
         ("stages=sft", "must be a valid list", "stages means"),
     ],
 )

@@ -40,7 +40,7 @@ def test_a_checkpoint_is_written_without_a_copy_of_the_state_and_comes_back_bit_
     assert all(torch.equal(tensor, before[name]) for name, tensor in optimiser.state().items())
 
 
-@pytest.mark.parametrize("more, gone", [({"had_gradient": True}, ""), ({}, "tokens")])
+@pytest.mark.parametrize("more, gone", [({"had_gradient": True}, ""), ({}, "tokens"), ({}, "fingerprint")])
 def test_a_checkpoint_of_a_version_that_remembers_other_things_is_refused_by_name(tmp_path, more, gone):
     optimiser = optimiser_of(torch.float32)
     with RunDirectory.open(tmp_path / "run", resume=False) as run:

@@ -6,7 +6,6 @@ import ctypes
 import resource
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
@@ -38,50 +37,49 @@ def seen(work: Callable[[], list[int]], folder: Path) -> list[int]:
     return found
 
 
-UPDATES, FIRST = (
-    40,
-    10,
-)  # glibc keeps up to seven of an aligned block's margins for small blocks: so many may lack the room to be used again
-
-
-def fresh(found: list[int], size: int) -> int:
-    """How many updates had a tenth or more of their block brought in anew."""
-    return sum(pages >= size / resource.getpagesize() / 10 for pages in found)
+UPDATES, LATER = 40, 10
 
 
 @pytest.mark.parametrize("size", [1, 24, 56, 80])
-def test_a_freed_block_of_any_size_is_there_for_the_next_update(size, tmp_path):
+def test_a_freed_block_of_any_size_is_there_for_the_next_updates(size, tmp_path):
+    """Not for the very next: glibc keeps some margins of aligned blocks for small ones, and without them a block is too small."""
+    huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if huge.is_file() and "[always]" in huge.read_text():
+        pytest.skip("pages are as large as blocks")
     found = seen(lambda: [faults(size * MIB) for _ in range(UPDATES)], tmp_path)
-    assert fresh(found, size * MIB) <= FIRST
-    assert fresh(found[-FIRST:], size * MIB) == 0
+    assert max(found[-LATER:]) < size * MIB / resource.getpagesize() / 10
 
 
-def heap_end() -> int:
-    """Blocks that are mapped apart lie beyond it."""
-    C.sbrk.argtypes, C.sbrk.restype = [ctypes.c_ssize_t], ctypes.c_void_p
-    return cast(int, C.sbrk(0))
+def is_on_heap(address: int) -> bool:
+    """Whether a block lies on the heap, and was not mapped apart."""
+    heaps = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]")]
+    return any(int(begin, 16) <= address < int(end, 16) for begin, end in heaps)
 
 
 def test_large_blocks_are_on_the_heap_in_training_and_mapped_apart_afterwards(tmp_path):
     def work() -> list[int]:
-        kept = torch.empty(56 * MIB, dtype=torch.uint8).data_ptr() < heap_end()
+        kept = is_on_heap(torch.empty(56 * MIB, dtype=torch.uint8).data_ptr())
         return_freed_memory()
-        return [kept, torch.empty(1024 * MIB, dtype=torch.uint8).data_ptr() < heap_end()]  # larger than any hole
+        return [kept, is_on_heap(torch.empty(1024 * MIB, dtype=torch.uint8).data_ptr())]  # larger than any hole
 
     assert seen(work, tmp_path) == [True, False]
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_the_heaps_free_end_is_kept_in_training_and_given_back_afterwards(again, tmp_path):
+@pytest.mark.parametrize("afterwards", [False, True])
+def test_the_heaps_free_end_is_kept_in_training_and_given_back_afterwards(afterwards, tmp_path):
+    C.sbrk.argtypes, C.sbrk.restype = [ctypes.c_ssize_t], ctypes.c_void_p
+
     def work() -> list[int]:
-        if again:
+        if afterwards:
             return_freed_memory()
-        for _ in range(2):
-            blocks = [C.malloc(4 * MIB) for _ in range(100)]
-            end = heap_end()
-            for block in blocks:
-                C.free(block)
-        return [end - heap_end()]
+        blocks, begin, count = [0] * 4096, C.sbrk(0), 0
+        while C.sbrk(0) < begin + 200 * MIB:  # holes are filled first
+            blocks[count] = C.malloc(4 * MIB)
+            count += 1
+        end = C.sbrk(0)
+        for block in blocks[:count]:
+            C.free(block)
+        return [end - C.sbrk(0)]
 
     (fell,) = seen(work, tmp_path)
-    assert fell > 100 * MIB if again else fell == 0
+    assert fell > 100 * MIB if afterwards else fell == 0

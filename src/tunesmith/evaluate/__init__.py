@@ -4,7 +4,7 @@ from .candidates import derive_max_new_tokens, encodable
 from .encode import Encoder, TemplateEncoder
 from .inputs import EvaluationInputs, StageResult
 from .run import EvaluationResult, evaluate_candidates
-from .task import Item, Task, distinct_answers, freeze_task
+from .task import Item, Task, distinct_answers, freeze_task, with_item_ids
 from .verdict import check_gates
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "encodable",
     "evaluate_candidates",
     "freeze_task",
+    "with_item_ids",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -168,15 +168,12 @@ def freeze_task(
     if any(isinstance(record, Document) for record in records):
         metrics = ()
     _check_metrics(metrics, fields, names)
-    items, skipped, seen, sources = [], [], Counter(), {}
-    for record in records:
+    items, skipped, sources = [], [], {}
+    for item_id, record in with_item_ids(records):
         reason = _unusable(record, needs_reference=bool(fields or names))
         if reason:
             skipped.append((record.row_id, reason))
             continue
-        seen[record.row_id] += 1
-        times = seen[record.row_id]
-        item_id = record.row_id if times == 1 else f"{record.row_id}-{times}"
         items.append(_item(item_id, record))
         sources[item_id] = record.source
     if fields:
@@ -188,6 +185,15 @@ def freeze_task(
                 mend="correct these rows or the schema",
             )
     return Task(name, tuple(items), tuple(metrics), _hash(items, schema, names, metrics), fields, names, tuple(skipped))
+
+
+def with_item_ids(records: Iterable[AnyRecord]) -> Iterator[tuple[str, AnyRecord]]:
+    """Every row with the id of its item: its own, made unique by -2, -3 ... where it occurs twice."""
+    seen: Counter[str] = Counter()
+    for record in records:
+        seen[record.row_id] += 1
+        times = seen[record.row_id]
+        yield record.row_id if times == 1 else f"{record.row_id}-{times}", record
 
 
 def distinct_answers(conversations: Iterable[Conversation]) -> list[str]:

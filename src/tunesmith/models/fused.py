@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from .miniature import agrees_in_miniature
@@ -87,6 +88,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001
         gate, up = ctx.saved_tensors
         silu, ctx.silu = getattr(ctx, "silu", None), None  # as the product that was computed again left it

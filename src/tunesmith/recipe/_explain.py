@@ -50,13 +50,18 @@ def explain(error: ValidationError, values: dict[str, Any], places: Places, wher
         mend = f"did you mean `{near[0]}`? {mend}" if near else mend
     if item["type"] == "list_type" and type(item["input"]) in (str, int, float) and not _sections_at(path, values) and not near:
         mend = f"write [{str(item['input'])[:_SHOWN]}]; {mend}"
-    if item["type"] in OF_MAPPINGS and isinstance(item["input"], str) and any("name" in s.model_fields for s in _sections_at(path, values)):
-        mend = f"write {{name: {item['input'][:_SHOWN]}}}; {mend}"
-    if item["type"].startswith(("greater_than", "less_than")) and "; derived from" in mend:
+    if item["type"] in OF_MAPPINGS and isinstance(item["input"], str) and any(map(_needs_a_name_alone, _sections_at(path, values))):
+        mend = f"write {{name: {item['input']}}}; {mend}"
+    if item["type"].startswith(("greater_than", "less_than")) and "; derived " in mend:
         mend = f"leave it out to have it derived; {mend}"
     if path:
         what = f"`{name}` {what}" if what.startswith("must ") else f"`{name}`: {what}"
     return RecipeError(what, where=place, mend=mend)
+
+
+def _needs_a_name_alone(section: type[BaseModel]) -> bool:
+    """Whether a name is all that must be given."""
+    return [name for name, field in section.model_fields.items() if field.is_required()] == ["name"]
 
 
 def _known_as(given: str, choices: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ import difflib
 from typing import Literal
 
 from ..errors import RecipeError
+from ..recipe.task import METRICS_KNOWN_AS
 
 Direction = Literal["higher", "lower"]
 
@@ -59,7 +60,8 @@ def direction(metric: str, where: str = "metric") -> Direction:
     """
     known = METRIC_DIRECTION.get(base_metric(metric))
     if known is None:
-        near = difflib.get_close_matches(base_metric(metric), METRIC_DIRECTION, n=1)
+        near = [METRICS_KNOWN_AS[metric.lower()]] if metric.lower() in METRICS_KNOWN_AS else []
+        near = near or difflib.get_close_matches(base_metric(metric), METRIC_DIRECTION, n=1)
         mend = f"did you mean {near[0]}?" if near else f"known metrics: {', '.join(METRIC_DIRECTION)}"
         raise RecipeError(f"unknown metric {metric!r}", where=where, mend=mend)
     return known

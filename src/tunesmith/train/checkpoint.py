@@ -98,10 +98,17 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in tensor.view(-1).split(CHECKED))
 
 
-def fingerprint_of(folder: Path) -> str | None:
-    """The fingerprint of what a checkpoint was made of; None where a later or earlier version wrote it otherwise."""
-    fingerprint = json.loads((folder / STATE).read_text()).get("fingerprint")
-    return fingerprint if isinstance(fingerprint, str) else None
+def read_state(folder: Path) -> tuple[str, Progress]:
+    """The fingerprint of what a verified checkpoint was made of, and how far it came. Raises CheckpointError for another version's."""
+    state = json.loads((folder / STATE).read_text())
+    fingerprint = state.pop("fingerprint", None)
+    if fingerprint is None or state.keys() != {field.name for field in fields(Progress)}:
+        raise CheckpointError(
+            "the checkpoint was made by another version of tunesmith",
+            where=str(folder),
+            mend="go on with the version that made it, or choose another --out",
+        )
+    return fingerprint, Progress(**state)
 
 
 def load_checkpoint(folder: Path, optimiser: Optimiser, fingerprint: str) -> tuple[Progress, dict[str, torch.Tensor]]:
@@ -110,18 +117,12 @@ def load_checkpoint(folder: Path, optimiser: Optimiser, fingerprint: str) -> tup
     Raises CheckpointError when it belongs to another recipe, data or version, or when 8-bit moments cannot be cut as these processes hold
     them.
     """
-    state = json.loads((folder / STATE).read_text())
-    if state.pop("fingerprint", None) != fingerprint:
+    made_of, progress = read_state(folder)
+    if made_of != fingerprint:
         raise CheckpointError(
             "the checkpoint was made with other settings or data",
             where=str(folder),
             mend="resume with the recipe the run began with, or choose another --out",
-        )
-    if state.keys() != {field.name for field in fields(Progress)}:
-        raise CheckpointError(
-            "the checkpoint was made by another version of tunesmith",
-            where=str(folder),
-            mend="go on with the version that made it, or choose another --out",
         )
     with _parts(folder) as files:
         own = files[rank() % len(files)]
@@ -131,7 +132,7 @@ def load_checkpoint(folder: Path, optimiser: Optimiser, fingerprint: str) -> tup
         source = {name.removeprefix(SOURCE): files[0].get_tensor(name) for name in files[0].keys() if name.startswith(SOURCE)}  # noqa: SIM118
         _require_whole_blocks(files, optimiser, folder)
         optimiser.load(_own(files, optimiser))
-    return Progress(**state), source
+    return progress, source
 
 
 def other_random_numbers(folder: Path) -> str | None:

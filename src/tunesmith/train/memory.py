@@ -17,6 +17,7 @@ from ..errors import DoesNotFit
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # glibc's mallopt parameters
 _NEVER = -1
 _MAPPED, _LARGE = 65536, 1 << 25  # how many blocks may be mapped apart, and of what size on: glibc's own values, the largest
+_FREE_END = 2 * _LARGE  # of the heap, above which it is given back: what glibc makes of that size
 
 
 def peak_memory_bytes() -> int:
@@ -50,7 +51,7 @@ def return_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, _LARGE)
         library.mallopt(_M_MMAP_MAX, _MAPPED)
-        library.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE)
+        library.mallopt(_M_TRIM_THRESHOLD, _FREE_END)
         library.malloc_trim(0)
 
 
