@@ -92,5 +92,9 @@ def trained_model_folder(run_path: Path) -> Path:
     """The folder of a run's tuned model. Raises ModelError where the run trained nothing."""
     folder = run_path / "model"
     if not folder.exists():
-        raise ModelError("the run holds no tuned model", where=str(run_path), mend="train it first: tunesmith train RECIPE")
+        raise ModelError(
+            "the run holds no tuned model",
+            where=str(run_path),
+            mend="train it first: tunesmith run RECIPE, with --resume if it was broken off",
+        )
     return folder

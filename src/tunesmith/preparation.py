@@ -6,6 +6,7 @@ what the tasks are about; a stage that brings data of its own, or trains on othe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -241,7 +242,7 @@ def _require_same_result(session: Session, stage: Stage) -> None:
         raise RecipeError(
             f"stage {stage.name} was trained with other settings or data{_changed(session, stage, seed)}",
             where=str(folder),
-            mend=f"use the recipe it was trained with ({session.run.path / 'recipe.yaml'}), or another folder with --out",
+            mend=f"use the recipe it was trained with ({session.run.path / 'recipe.yaml'}) and its data, or another folder with --out",
         )
 
 
@@ -270,7 +271,7 @@ def _is_whole(session: Session, name: str | None) -> bool:
 def _changed(session: Session, stage: Stage, seed: int) -> str:
     """Which settings of a stage and its data differ from those in the run's own recipe, in brackets; empty where that cannot be told.
 
-    A number of updates that the recipe does not name follows from its data, and is left out.
+    A number of updates or a longest row that the recipe does not name follows from its data, and is left out.
     """
     try:
         saved = load_recipe(session.run.path / "recipe.yaml")
@@ -284,10 +285,23 @@ def _changed(session: Session, stage: Stage, seed: int) -> str:
     data = _fixed(stage.data or session.recipe.data, session.data_of(stage))
     was = _flat(old.model_dump(mode="json", exclude=unlike)) | {"seed": saved.seed if old.seed is None else old.seed}
     now = _flat(stage.model_dump(mode="json", exclude=unlike)) | {"seed": seed}
-    was |= _flat((old.data or saved.data).model_dump(mode="json"), "data.")
-    now |= _flat(data.model_dump(mode="json"), "data.")
+    open_ = {"max_length"} - (stage.data or session.recipe.data).model_fields_set
+    was |= _flat((old.data or saved.data).model_dump(mode="json", exclude=open_), "data.")
+    now |= _flat(data.model_dump(mode="json", exclude=open_), "data.")
     changed = [f"{key}: {was.get(key)}, now {now.get(key)}" for key in now | was if was.get(key) != now.get(key)]
+    changed = changed or _other_rows(session, stage)
     return f" ({'; '.join(changed)})" if changed else ""
+
+
+def _other_rows(session: Session, stage: Stage) -> list[str]:
+    """Which files of a stage's rows are not what they were, by the run's own manifest."""
+    try:
+        told = json.loads((session.run.path / "manifest.json").read_text())
+        known = told["stage_data"][stage.name] if stage.name in session.stage_data else told["data"]
+    except (OSError, ValueError, KeyError):
+        return []
+    sources = session.data_of(stage).sources
+    return [f"data.{part}: other bytes" for part, one in sources.items() if part in known and known[part]["sha256"] != one["sha256"]]
 
 
 def _flat(settings: dict[str, Any], place: str = "") -> dict[str, Any]:

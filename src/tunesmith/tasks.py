@@ -63,6 +63,8 @@ def make_tasks(recipe: Recipe, data: PreparedData, stage_data: Collection[Prepar
         notes = (*notes, *_unknown_labels(task, data.test_records, given=recipe.task.labels != "auto"))
     if recipe.task.labels == "auto":
         notes = (*notes, *_alike(labels or []))
+    elif task and task.labels:
+        notes = (*notes, *_trained_on_others(task, data.records))
     _check_sources(recipe, task)
     check_gates(recipe.evaluate.gates, task)
     for one, where in ((task, "data.test"), (general, "evaluate.general")):
@@ -137,6 +139,13 @@ def _unknown_labels(task: Task, records: Sequence[AnyRecord], *, given: bool) ->
         )
     what = f"{len(odd)} of {len(task.items)} test items have an answer that no training row has, which counts as wrong for every candidate"
     return (f"{what} that is held to the labels",) if odd else ()
+
+
+def _trained_on_others(task: Task, records: Sequence[AnyRecord]) -> tuple[str, ...]:
+    """A note on rows to train on whose answer is none of the labels that the recipe gives."""
+    odd = [one for one in records if isinstance(one, Conversation) and one.answer.strip() not in (task.labels or ())]
+    named = ", ".join(f"{one.answer[:60]!r} ({one.source})" for one in odd[:5])
+    return (f"{len(odd)} of {len(records)} rows to train on have an answer that is none of task.labels: {named}",) if odd else ()
 
 
 def _alike(labels: Sequence[str]) -> tuple[str, ...]:

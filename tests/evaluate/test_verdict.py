@@ -207,6 +207,12 @@ def test_with_nothing_to_compare_or_nothing_right_nothing_is_recommended():
     assert wrong == {"candidate": None, "reason": "no candidate got anything right: exact_match 0.000 on 100 items for each."}
 
 
+def test_candidates_that_are_as_good_at_a_higher_cost_are_named():
+    advice = recommend(results(matches("zero_shot", 20), matches("few_shot", 80), matches("tuned", 80)), [], [], BOOTSTRAP)
+    assert advice["candidate"] == "few_shot"
+    assert "few_shot has the best exact_match: 0.800 on 100 items, as tuned has, at a higher cost" in advice["reason"]
+
+
 def test_without_scores_nothing_is_recommended():
     assert recommend({}, [], [], BOOTSTRAP)["candidate"] is None
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from tests.cli_tools import call
 from tests.data.test_hub import COMMIT, hub  # noqa: F401
-from tests.pipeline.helpers import LABELS, conversations, read_json, recipe, weights, write_rows
+from tests.pipeline.helpers import LABELS, conversations, read_json, recipe, stage, weights, write_rows
 from tests.toys import model_folder
 
 import tunesmith
@@ -107,6 +107,16 @@ def test_a_test_row_with_another_answer_than_the_labels_is_refused_or_where_they
     with pytest.raises(DataRefused, match=r"2 of 6 references .*: 'dark  violet' \(.*test\.jsonl:3\), 'dark  violet' \(.*test\.jsonl:5\)"):
         tunesmith.run(made, out=tmp_path / "refused")
     assert not (tmp_path / "refused" / "stages").exists()
+
+
+def test_a_row_to_train_on_with_another_answer_than_the_labels_is_named(tiny, tmp_path):
+    made = recipe(tmp_path, tiny, task={"labels": list(LABELS)}, stages=[stage(max_steps=1)])
+    rows = [json.loads(line) for line in Path(made["data"]["train"]).read_text().splitlines()]
+    rows[3]["messages"][1]["content"] = "violet"
+    write_rows(Path(made["data"]["train"]), rows)
+    (note,) = [n for n in tunesmith.run(made, out=tmp_path / "run").evaluation["notes"] if "task.labels" in n]
+    assert note.startswith("1 of ")
+    assert note.endswith("have an answer that is none of task.labels: 'violet' (" + made["data"]["train"] + ":4)")
 
 
 @pytest.mark.parametrize(("labels", "said"), [(["refund", "Refund ", "other"], "refund/Refund "), (["refund", "re fund"], None)])

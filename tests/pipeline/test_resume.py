@@ -14,7 +14,7 @@ import pytest
 import yaml
 from tests.cli_tools import call
 from tests.faults.harness import Child, in_child, tree
-from tests.pipeline.helpers import announced, read_json, recipe, stage, weights
+from tests.pipeline.helpers import announced, read_json, recipe, stage, weights, write_rows
 
 import tunesmith
 from tunesmith import progress
@@ -161,6 +161,18 @@ def test_a_checkpoint_of_other_settings_is_refused_by_their_names_and_the_run_di
     assert [name for name in before if name != "events.jsonl" and after[name] != before[name]] == []
     tunesmith.run(made, out=path, resume=True)
     assert results(path) == results(unbroken)
+
+
+def test_rows_that_are_not_what_they_were_are_named_as_what_changed(tiny, tmp_path):
+    made = recipe(tmp_path, tiny, stages=[stage("one")])
+    tunesmith.train(made, out=tmp_path / "run")
+    train = Path(made["data"]["train"])
+    rows = [json.loads(line) for line in train.read_text().splitlines()]
+    rows[0]["messages"][0]["content"] += " now"
+    write_rows(train, rows)
+    with pytest.raises(RecipeError) as caught:
+        tunesmith.train(made, out=tmp_path / "run", resume=True)
+    assert caught.value.what == "stage one was trained with other settings or data (data.train: other bytes)"
 
 
 def test_evaluate_after_train_gives_what_run_gives(given, tmp_path):

@@ -99,6 +99,8 @@ def test_a_wrong_value_is_refused_with_its_line_and_what_the_setting_means(write
         ("task.metrics=[F1]", "'macro_f1'", "did you mean `macro_f1`?"),
         ("stages.0.learning_rate=0", "must be greater than 0", "leave it out to have it derived;"),
         ("stages.0.warmup_steps=-1", "must be greater than or equal to 0", "leave it out to have it derived;"),
+        ("task.labels=[]", "`task.labels` must not be empty", "labels means: For classification"),
+        ("task.labels=[a, b, a]", "must name each label once, and 'a' is there 2 times", "labels means: For classification"),
         ("stages=[dpo]", "must be a valid dictionary", "stages means"),
         ("stages=sft", "must be a valid list", "stages means"),
     ],
@@ -245,7 +247,14 @@ def test_a_dumped_recipe_loads_as_the_same_recipe(write):
 
 
 @settings(deadline=None)  # a busy machine is no failure
-@given(st.lists(st.text() | st.from_regex(r"[-+]?[0-9.]+(e[0-9]+)?|0[xo][0-9]+|y|on|~|null|1:30|=|<<", fullmatch=True), max_size=3))
+@given(
+    st.lists(
+        st.text() | st.from_regex(r"[-+]?[0-9.]+(e[0-9]+)?|0[xo][0-9]+|y|on|~|null|1:30|=|<<", fullmatch=True),
+        min_size=1,
+        max_size=3,
+        unique=True,
+    )
+)
 def test_any_text_survives_being_dumped_and_loaded(tmp_path_factory, words):
     recipe = load_recipe(values(task={"labels": words, "description": "".join(words)}))
     path = tmp_path_factory.mktemp("dumped") / "recipe.yaml"

@@ -176,7 +176,9 @@ def recommend(
         return {"candidate": None, "reason": f"no candidate got anything right: {found} for each."}
     sign = improvement_sign(metric)
     among = " of those that give whole answers" if max(sign * value for value in measured) > sign * values[best.candidate] else ""
-    reason = f"{best.candidate} has the best {metric}{among}: {values[best.candidate]:.3f} on {n} items"
+    alike = [one.candidate for one in able[able.index(best) + 1 :] if values[one.candidate] == values[best.candidate]]
+    equals = f", as {' and '.join(alike)} {'has' if len(alike) == 1 else 'have'}, at a higher cost" if alike else ""
+    reason = f"{best.candidate} has the best {metric}{among}: {values[best.candidate]:.3f} on {n} items{equals}"
     chosen = best
     for scored in able[: able.index(best)]:
         against = paired_difference(best, scored, metric, bootstrap)

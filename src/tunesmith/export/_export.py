@@ -121,7 +121,11 @@ def _result_of(path: Path, stage: str | None) -> Path:
     folder = path / "model" if stage is None else path / "stages" / stage / "model"
     if not is_model(folder):
         stages = sorted(found.parent.name for found in path.glob("stages/*/model"))
-        mend = f"stages with a result: {', '.join(stages)}" if stages else "train it first: tunesmith run RECIPE"
+        mend = (
+            f"stages with a result: {', '.join(stages)}"
+            if stages
+            else "train it first: tunesmith run RECIPE, with --resume if it was broken off"
+        )
         raise MissingFile("there is no result", where=str(folder), mend=mend)
     return folder
 
