@@ -13,6 +13,7 @@ from _measure import table
 METRIC = {"quickstart": "exact_match", "banking77": "exact_match"}
 # Bytes of a trained number: of a 16-bit weight its master's rest, two moments, a 16-bit gradient; of an adapter's all four in fp32.
 WHOLE, ADAPTER = 12, 16
+NO_ADAPTERS = ("full", "partial")
 WARM_UP, TIMED = 3, 12  # updates whose costs are measured
 MERGED_COST = 0.05  # a merged model is as fast as the base if its time is within this share
 MISSING = "not measured"
@@ -170,7 +171,7 @@ def _claims(done: Mapping[str, Any], known: list[str]) -> str:
     lines = []
     costs = {key.removeprefix("costs "): found for key, found in done.items() if key.startswith("costs ")}
     full, lora = costs.get("full"), costs.get("lora")
-    shares = {name: full["trainable"] / found["trainable"] for name, found in costs.items() if name != "full"} if full else {}
+    shares = {name: full["trainable"] / found["trainable"] for name, found in costs.items() if name not in NO_ADAPTERS} if full else {}
     if shares:
         inside = [name for name, factor in shares.items() if factor >= 10]
         least, most = min(shares.values()), max(shares.values())
