@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from .data.check import find_test_overlap
 from .data.preference import AnyRecord
 from .data.prepare import PreparedData
 from .data.read import read_records
-from .data.records import Conversation, Record
+from .data.records import Conversation, Record, Source
 from .errors import DataRefused, ModelError, RecipeError
 from .evaluate import Encoder, Item, Task, check_gates, distinct_answers, encodable, freeze_task, with_item_ids
 from .recipe import Recipe
@@ -63,8 +63,8 @@ def make_tasks(recipe: Recipe, data: PreparedData, stage_data: Collection[Prepar
         notes = (*notes, *_unknown_labels(task, data.test_records, given=recipe.task.labels != "auto"))
     if recipe.task.labels == "auto":
         notes = (*notes, *_alike(labels or []))
-    elif task and task.labels:
-        notes = (*notes, *_trained_on_others(task, data.records))
+    elif labels:
+        notes = (*notes, *_trained_on_others(labels, data.records))
     _check_sources(recipe, task)
     check_gates(recipe.evaluate.gates, task)
     for one, where in ((task, "data.test"), (general, "evaluate.general")):
@@ -131,9 +131,9 @@ def _unknown_labels(task: Task, records: Sequence[AnyRecord], *, given: bool) ->
     odd = _odd(task)
     if odd and given:
         sources = {item_id: record.source for item_id, record in with_item_ids(records)}
-        named = [f"{(item.reference or '')[:60]!r} ({sources[item.item_id]})" for item in odd[:5]]
+        named = _named((item.reference or "", sources[item.item_id]) for item in odd[:5])
         raise DataRefused(
-            f"{len(odd)} of {len(task.items)} references are none of task.labels: {', '.join(named)}",
+            f"{len(odd)} of {len(task.items)} references are none of task.labels: {named}",
             where="data.test",
             mend="correct these rows, or add their answers to task.labels",
         )
@@ -141,11 +141,17 @@ def _unknown_labels(task: Task, records: Sequence[AnyRecord], *, given: bool) ->
     return (f"{what} that is held to the labels",) if odd else ()
 
 
-def _trained_on_others(task: Task, records: Sequence[AnyRecord]) -> tuple[str, ...]:
+def _trained_on_others(labels: Sequence[str], records: Sequence[AnyRecord]) -> tuple[str, ...]:
     """A note on rows to train on whose answer is none of the labels that the recipe gives."""
-    odd = [one for one in records if isinstance(one, Conversation) and one.answer.strip() not in (task.labels or ())]
-    named = ", ".join(f"{one.answer[:60]!r} ({one.source})" for one in odd[:5])
+    allowed = {label.strip() for label in labels}
+    odd = [one for one in records if isinstance(one, Conversation) and one.answer.strip() not in allowed]
+    named = _named((one.answer, one.source) for one in odd[:5])
     return (f"{len(odd)} of {len(records)} rows to train on have an answer that is none of task.labels: {named}",) if odd else ()
+
+
+def _named(answers: Iterable[tuple[str, Source]]) -> str:
+    """Answers, each with its row's place, so that blanks at an end are seen."""
+    return ", ".join(f"{answer[:60]!r} ({source})" for answer, source in answers)
 
 
 def _alike(labels: Sequence[str]) -> tuple[str, ...]:

@@ -157,6 +157,15 @@ def test_silu_is_computed_once_in_each_pass(trained, monkeypatch):
         assert made == 2
 
 
+def test_a_second_derivative_through_swiglu_is_refused():
+    layer = Mlp("silu")
+    fuse_layers(nn.ModuleList([layer]), FastPaths())
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu"])
 def test_a_gated_layer_with_another_activation_is_left_alone(activation):
     layer, paths = Mlp(activation), FastPaths()

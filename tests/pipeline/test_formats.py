@@ -104,13 +104,14 @@ def test_a_test_row_with_another_answer_than_the_labels_is_refused_or_where_they
     evaluation = tunesmith.run(made, out=tmp_path / "run").evaluation
     assert any(note.startswith("2 of 6 test items have an answer that no training row has") for note in evaluation["notes"])
     made["task"] = {"labels": list(LABELS)}
-    with pytest.raises(DataRefused, match=r"2 of 6 references .*: 'dark  violet' \(.*test\.jsonl:3\), 'dark  violet' \(.*test\.jsonl:5\)"):
+    named = r"'dark  violet' \(.*test\.jsonl:3\), 'dark  violet' \(.*test\.jsonl:5\)"
+    with pytest.raises(DataRefused, match=rf"2 of 6 references are none of task\.labels: {named}"):
         tunesmith.run(made, out=tmp_path / "refused")
     assert not (tmp_path / "refused" / "stages").exists()
 
 
 def test_a_row_to_train_on_with_another_answer_than_the_labels_is_named(tiny, tmp_path):
-    made = recipe(tmp_path, tiny, task={"labels": list(LABELS)}, stages=[stage(max_steps=1)])
+    made = recipe(tmp_path, tiny, task={"labels": [f" {label}" for label in LABELS]}, stages=[stage(max_steps=1)])
     rows = [json.loads(line) for line in Path(made["data"]["train"]).read_text().splitlines()]
     rows[3]["messages"][1]["content"] = "violet"
     write_rows(Path(made["data"]["train"]), rows)
