@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from tests.toys import loaded, stage_inputs, tiny_model
 
 from tunesmith.recipe import Stage
@@ -64,6 +65,7 @@ def _fork(number: int, count: int, port: int, work: Callable[[], Any], answer: P
     try:
         told = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in told.items()})
+        torch.set_num_threads(1)  # OpenMP's threads are not forked with this one, and what waits for them hangs
         with process_group():
             answer.write_text(json.dumps(work()))
         status = 0

@@ -1,10 +1,12 @@
-"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) by torch's fused kernel, in fp32."""
+"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) by torch's fused kernel, in fp32.
+
+The kernel is called as it is: what `torch.optim.adamw.adamw` does about it takes a tenth of an update where tensors are moved in blocks.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from ...recipe import Stage
 from ._rule import Moment
@@ -24,19 +26,18 @@ class AdamW:
 
     def update(self, master: Tensor, gradient: Tensor, memory: dict[str, Tensor], moment: Moment) -> None:
         """One step."""
-        adamw(
+        torch._fused_adamw_(
             [master],
             [gradient],
             [memory["first"]],
             [memory["second"]],
             [],
-            [torch.full((), moment.step - 1.0, device=master.device)],  # which the kernel counts up itself
-            fused=True,
-            amsgrad=False,
-            maximize=False,
+            [torch.full((), moment.step, dtype=torch.float32, device=master.device)],
             lr=moment.learning_rate,
             beta1=self.beta1,
             beta2=self.beta2,
-            eps=self.epsilon,
             weight_decay=moment.decay,
+            eps=self.epsilon,
+            amsgrad=False,
+            maximize=False,
         )
