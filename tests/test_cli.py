@@ -266,6 +266,10 @@ def test_init_writes_a_recipe_that_loads_and_overwrites_nothing(project, tmp_pat
     assert refused.status == 2
     assert "--force" in refused.err
     assert call("init", folder / "train.jsonl", "--out", tmp_path / "new", "--force").status == 0
+    named = call("init", folder / "train.jsonl", "--out", tmp_path / "new" / "mine.yaml")
+    assert named.status == 2
+    assert f"mend: --out {tmp_path / 'new'}\n" in named.err
+    assert not (tmp_path / "new" / "mine.yaml").exists()
 
 
 def test_data_check_tells_what_is_wrong_with_a_file(tmp_path):

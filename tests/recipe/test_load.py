@@ -111,6 +111,20 @@ def test_what_a_wrong_value_should_have_been_is_said(write, word, what, mend):
     assert error.mend.startswith(mend)
 
 
+def test_a_gates_candidate_that_is_none_is_refused_on_its_line_with_the_nearest(write):
+    path = write(TEXT + "evaluate:\n  gates:\n  - metric: exact_match\n    better_than: few_shots\n")
+    error = refused(path)
+    assert error.where == f"{path}:19"
+    assert error.what == "evaluate.gates.0.better_than: no candidate or stage is called few_shots; did you mean `few_shot`?"
+    assert "the baseline to beat" in error.mend.lower()
+
+
+def test_a_sections_own_check_is_told_with_the_line_of_the_key_that_it_names(write):
+    path = write(TEXT.replace("    method: lora", "    method: {type: lora, r: 63, init_lora_weights: orthogonal}"))
+    error = refused(path)
+    assert (error.where, error.what.split(":")[0]) == (f"{path}:13", "stages.1.method.r")
+
+
 def test_the_mend_of_a_wrong_value_says_what_the_setting_means(write):
     assert "Peak learning rate" in refused(write(TEXT.replace("2e-4", "fast"))).mend
 
