@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ..errors import ModelError
-from ..models.attention import KEY_STEP, in_few_shapes
+from ..models.attention import KEY_STEP, QUERY_STEP, in_few_shapes
 from .cache import Block, PrefixCache, PrefixLayer
 
 NAME = "tunesmith_shared_prefix"
@@ -139,10 +139,10 @@ def _attend_block(
     if block.flat is not None:
         query_NHD = query_NHD.new_zeros(B * T, H, D).index_copy_(0, block.flat, query_NHD)
     query_KBD = query_NHD.reshape(B, T, K, G, D).permute(2, 0, 3, 1, 4).reshape(K, B * G * T, D)
-    scores = torch.bmm(query_KBD.reshape(K * B, G * T, D), keys_KBSD.flatten(0, 1).transpose(1, 2)).reshape(K, B, G, T, S)
+    scores = _product(query_KBD.reshape(K * B, G * T, D), keys_KBSD.flatten(0, 1).transpose(1, 2)).reshape(K, B, G, T, S)
     if P:
         prefix_keys, prefix_values = layer.prefix
-        prefix_scores = torch.bmm(query_KBD, prefix_keys.transpose(1, 2)).reshape(K, B, G, T, P)
+        prefix_scores = _product(query_KBD, prefix_keys.transpose(1, 2))[..., :P].reshape(K, B, G, T, P)
         scores = torch.cat((prefix_scores, scores), dim=-1)
     scores = scores.float().mul_(scaling)
     if softcap:
@@ -150,11 +150,25 @@ def _attend_block(
     if hidden_BTS is not None:
         scores.masked_fill_(hidden_BTS[None, :, None], torch.finfo(torch.float32).min)
     weights = torch.softmax(scores, dim=-1).to(query_NHD.dtype)
-    attended = torch.bmm(weights[..., P:].reshape(K * B, G * T, S), values_KBSD.flatten(0, 1)).reshape(K, B * G * T, Dv)
+    attended = _product(weights[..., P:].reshape(K * B, G * T, S), values_KBSD.flatten(0, 1)).reshape(K, B * G * T, Dv)
     if P:
-        attended += torch.bmm(weights[..., :P].reshape(K, B * G * T, P), prefix_values)
+        attended += _product(weights[..., :P].reshape(K, B * G * T, P), prefix_values)
     attended_NHD = attended.view(K, B, G, T, Dv).permute(1, 3, 0, 2, 4).reshape(B * T, H, Dv)
     return attended_NHD if block.flat is None else attended_NHD[block.flat]
+
+
+def _product(a_XNK: torch.Tensor, b_XKM: torch.Tensor) -> torch.Tensor:
+    """[X, N, M], the first K of b's rows being meant; in 16 bits on a CPU as a product whose N and K are whole steps, unless N is small.
+
+    The rows of b beyond K are zeros.
+    """
+    N, filling = a_XNK.shape[1], 0
+    if in_few_shapes(a_XNK) and N > QUERY_STEP:
+        filling = -N % QUERY_STEP
+    wider = b_XKM.shape[1] - a_XNK.shape[2]
+    if filling or wider:
+        a_XNK = torch.nn.functional.pad(a_XNK, (0, wider, 0, filling))
+    return torch.bmm(a_XNK, b_XKM)[:, :N]
 
 
 def hidden_keys(start_B: torch.Tensor, prefix: int, block: Block, window: int, end: int) -> torch.Tensor | None:

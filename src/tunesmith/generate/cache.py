@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ..models.attention import KEY_STEP, in_few_shapes
+
 # Slots are added by at least this many, and by half of what is there, so that a long answer copies its cache a few times at most.
 MIN_GROWTH = 64
 
@@ -115,17 +117,21 @@ PrefixKV = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class PrefixLayer(CacheLayerMixin):
-    """One model layer's keys and values: prefix [Hkv, P, D] or None, suffixes [Hkv, B, slots, D]."""
+    """One model layer's keys and values: prefix [Hkv, P, D] or None, suffixes [Hkv, B, slots, D].
+
+    In 16 bits on a CPU, zeros fill the prefix up to whole steps, and there are slots beyond for as much.
+    """
 
     is_sliding = False
 
     def __init__(self, layout: RowLayout, prefix: tuple[torch.Tensor, torch.Tensor] | None):
         super().__init__()
-        self.layout, self.prefix = layout, prefix
+        self.layout = layout
+        self.prefix = None if prefix is None else (_filled(prefix[0]), _filled(prefix[1]))
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates the suffixes; key_states and value_states are [*, Hkv, *, D], whose dtype and device they take."""
-        B, slots = len(self.layout.starts), self.layout.capacity
+        B, slots = len(self.layout.starts), self.layout.capacity + _spare(key_states)
         self.keys = key_states.new_zeros(key_states.shape[1], B, slots, key_states.shape[3])
         self.values = value_states.new_zeros(value_states.shape[1], B, slots, value_states.shape[3])
         self.is_initialized = True
@@ -137,8 +143,9 @@ class PrefixLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         layout = self.layout
-        if layout.capacity > self.keys.shape[2]:
-            self.keys, self.values = (_grown(buffer, layout.capacity) for buffer in (self.keys, self.values))
+        slots = layout.capacity + _spare(key_states)
+        if slots > self.keys.shape[2]:
+            self.keys, self.values = (_grown(buffer, slots) for buffer in (self.keys, self.values))
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
             if layout.kind == "step":
                 buffer[:, :, layout.used - 1] = new[:, :, 0].transpose(0, 1)
@@ -162,6 +169,15 @@ class PrefixLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """No limit."""
         return -1
+
+
+def _spare(like: torch.Tensor) -> int:
+    return KEY_STEP if in_few_shapes(like) else 0
+
+
+def _filled(x_KPD: torch.Tensor) -> torch.Tensor:
+    filling = -x_KPD.shape[1] % KEY_STEP if in_few_shapes(x_KPD) else 0
+    return torch.nn.functional.pad(x_KPD, (0, 0, 0, filling)) if filling else x_KPD
 
 
 def _grown(buffer: torch.Tensor, slots: int) -> torch.Tensor:
@@ -235,7 +251,8 @@ class PrefixCache(Cache):
         own = [(layer.keys[:, 0, :used].contiguous(), layer.values[:, 0, :used].contiguous()) for layer in self.layers]
         if not self.layout.prefix:
             return own
+        P = self.layout.prefix
         return [
-            (torch.cat([layer.prefix[0], keys], 1), torch.cat([layer.prefix[1], values], 1))
+            (torch.cat([layer.prefix[0][:, :P], keys], 1), torch.cat([layer.prefix[1][:, :P], values], 1))
             for layer, (keys, values) in zip(self.layers, own, strict=True)
         ]
