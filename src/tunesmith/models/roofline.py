@@ -26,16 +26,16 @@ PASSES_HIDDEN, PASSES_INNER = (
 FORWARD_SHARE = 0.35  # of those passes, what a forward alone takes
 BESIDE = 1.15  # what training takes over the sum of its parts; 135M on two cores in fp32, LoRA 1.33 and full 1.07
 # What a CPU takes in 16 bits over that, in training and in a forward pass: its speeds are measured on what lies in cache, and a product is
-# as fast as that in one direction only. 135M with AMX: 1.5 (full) to 2.3 (LoRA), and 1.8 to 2.3; not measured without AMX.
-TRAIN_IN_16_BITS, FORWARD_IN_16_BITS = 2.0, 1.95
-ATTENTION_IN_16_BITS = 0.4  # of the time of torch's kernel, which is measured, in training; FORWARD_IN_16_BITS was set without it
+# as fast as that in one direction only. 135M with AMX: 1.5 (IA3) to 2.0 (DoRA), and 1.0 to 1.7; not measured without AMX.
+TRAIN_IN_16_BITS, FORWARD_IN_16_BITS = 1.8, 1.6
+ATTENTION_IN_16_BITS = 0.33  # of the time of torch's kernel, which is measured
 START_IN_16_BITS = 2.5  # seconds beside a start's passes, in which each product's kernel is made
-# Over FORWARD_IN_16_BITS, where a model answers and scores by transformers' own layers; in parts of the quickstart's evaluation 1.3 to 2.3.
-READING_IN_16_BITS = 1.5
+# Over FORWARD_IN_16_BITS, where a model answers and scores by transformers' own layers; in parts of the quickstart's evaluation 1.0 to 1.6.
+READING_IN_16_BITS = 1.3
 TRAIN_CALLS, FORWARD_CALLS = 260, 80  # operations of one layer on one batch, with their backward or alone
-# Of one layer in one decoding step. In 16 bits with AMX a step of one row takes 2 ms a layer beside the weights that it reads: a thousand
+# Of one layer in one decoding step. In 16 bits with AMX a step of one row takes 2 ms a layer beside the weights that it reads: hundreds of
 # times the small call that is measured.
-DECODE_CALLS, DECODE_CALLS_IN_16_BITS = 90, 1300
+DECODE_CALLS, DECODE_CALLS_IN_16_BITS = 90, 900
 FEW_QUERIES = 3.0  # times what attention's speed says: one query a row is small products, with scores and weights written out
 OPTIMISER_PASSES = {"adamw_torch_fused": 10, "adamw_8bit": 8, "paged_adamw_8bit": 8, "adafactor": 12, "muon": 14}
 MASTER_BYTES = 4  # a trained number's, which each of those passes reads or writes, and a checkpoint holds beside its moments
@@ -119,14 +119,12 @@ def train_phase(shape: Shape, machine: Machine, stage: Stage, cost: MethodCost, 
     flops = 2.0 * shape.linear * tokens * passes + 6.0 * cost.per_token * tokens
     flops += 2.0 * shape.vocabulary * shape.hidden * work.supervised * heads
     attention = 4.0 * shape.hidden * shape.layers * work.pairs * (1 + again + ATTENTION_BACKWARD * cost.depth)
-    faster = ATTENTION_IN_16_BITS if on_cpu_in_16_bits(shape) else 1.0
-    machine = replace(machine, attention_flops_per_second=machine.attention_flops_per_second / faster)
     near = _elementwise(shape, tokens) * (1 - (1 - cost.depth) * (1 - FORWARD_SHARE) + again * FORWARD_SHARE)
-    near += 2.0 * cost.saved_inputs * tokens * shape.itemsize + work.supervised * shape.vocabulary * 4 * 6
+    near += (2.0 * cost.saved_inputs + cost.passed_inputs) * tokens * shape.itemsize + work.supervised * shape.vocabulary * 4 * 6
     moved = work.batches * shape.weights * (passes + cost.weight_passes)
     moved += stage.max_steps * cost.trainable * MASTER_BYTES * OPTIMISER_PASSES[stage.optim]
     calls = work.batches * shape.layers * (TRAIN_CALLS + again * FORWARD_CALLS)
-    found = _phase(f"train {stage.name}", machine, flops, attention, near, moved, calls)
+    found = _phase(f"train {stage.name}", _packed_attention(machine, shape), flops, attention, near, moved, calls)
     return _slower(found, BESIDE * (TRAIN_IN_16_BITS if on_cpu_in_16_bits(shape) else 1.0))
 
 
@@ -135,7 +133,8 @@ def forward_phase(name: str, shape: Shape, machine: Machine, work: Tokens) -> Ph
     flops = 2.0 * shape.linear * work.computed + 2.0 * shape.vocabulary * shape.hidden * work.supervised
     attention = 4.0 * shape.hidden * shape.layers * work.pairs
     near = FORWARD_SHARE * _elementwise(shape, work.computed) + work.supervised * shape.vocabulary * 4 * 3
-    found = _phase(name, machine, flops, attention, near, work.batches * shape.weights, work.batches * shape.layers * FORWARD_CALLS)
+    calls = work.batches * shape.layers * FORWARD_CALLS
+    found = _phase(name, _packed_attention(machine, shape), flops, attention, near, work.batches * shape.weights, calls)
     return _slower(found, FORWARD_IN_16_BITS if on_cpu_in_16_bits(shape) else 1.0)
 
 
@@ -191,6 +190,12 @@ def on_cpu_in_16_bits(shape: Shape) -> bool:
 
 def _slower(phase: Phase, factor: float) -> Phase:
     return replace(phase, seconds=factor * phase.seconds)
+
+
+def _packed_attention(machine: Machine, shape: Shape) -> Machine:
+    """The machine with the speed of our attention over a batch's rows in place of torch's kernel's."""
+    faster = ATTENTION_IN_16_BITS if on_cpu_in_16_bits(shape) else 1.0
+    return replace(machine, attention_flops_per_second=machine.attention_flops_per_second / faster)
 
 
 def _elementwise(shape: Shape, tokens: float) -> float:
