@@ -33,7 +33,7 @@ from tunesmith.models.roofline import (
     train_phase,
 )
 from tunesmith.objectives import SFT
-from tunesmith.recipe import LoraMethod
+from tunesmith.recipe import FullMethod, LoraMethod
 from tunesmith.train.optimiser import Optimiser
 from tunesmith.train.window import run_window
 
@@ -207,6 +207,12 @@ def test_a_cpu_takes_longer_in_16_bits_than_its_speeds_say_and_a_gpu_does_not(mo
         for cuda in (False, True)
     ]
     assert attending[0] == pytest.approx(ATTENTION_IN_16_BITS * TRAIN_IN_16_BITS * attending[1])
+    seeing = [
+        seconds(lambda: forward_phase("validate", SHAPE, MACHINE, replace(WORK, pairs=1e7)), cuda)
+        - seconds(lambda: forward_phase("validate", SHAPE, MACHINE, WORK), cuda)
+        for cuda in (False, True)
+    ]
+    assert seeing[0] == pytest.approx(ATTENTION_IN_16_BITS * FORWARD_IN_16_BITS * seeing[1])
     starting = [seconds(lambda: start_phase("start", SHAPE, MACHINE, WORK), cuda) for cuda in (False, True)]
     assert starting[0] == pytest.approx(START_IN_16_BITS + FORWARD_IN_16_BITS * starting[1])
     decoding = [seconds(lambda: said(items=1), cuda) for cuda in (False, True)]
@@ -249,6 +255,16 @@ def test_the_parts_of_memory_are_weights_gradients_optimiser_activations_logits_
     assert list(parts) == ["weights", "gradients", "optimiser", "activations", "logits", "rollouts", "libraries"]
     assert parts["weights"] == 2 * SHAPE.parameters
     assert (parts["gradients"], parts["optimiser"]) == (2 * SHAPE.parameters, 10 * SHAPE.parameters)
+
+
+def test_a_lora_product_reads_its_inputs_beside_it_and_a_plain_layer_does_not():
+    model = tiny_model("llama")
+    one, all_layers = (method_cost(model, resolve(model, LoraMethod(r=4, target_modules=names))) for names in (["q_proj"], "all-linear"))
+    assert 0 < one.passed_inputs < all_layers.passed_inputs
+    assert method_cost(model, resolve(model, LoraMethod(r=4, use_dora=True))).passed_inputs == 0
+    assert method_cost(model, FullMethod()).passed_inputs == 0
+    more = train_phase(SHAPE, MACHINE, LORA, replace(RANK_16, passed_inputs=1000), WORK).bytes
+    assert more - train_phase(SHAPE, MACHINE, LORA, RANK_16, WORK).bytes == pytest.approx(1000 * WORK.computed * SHAPE.itemsize)
 
 
 def test_what_a_method_costs_is_told_from_its_settings_and_the_model():
