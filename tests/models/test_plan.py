@@ -257,13 +257,13 @@ def test_the_parts_of_memory_are_weights_gradients_optimiser_activations_logits_
     assert (parts["gradients"], parts["optimiser"]) == (2 * SHAPE.parameters, 10 * SHAPE.parameters)
 
 
-def test_a_lora_product_reads_its_inputs_beside_it_and_a_plain_layer_does_not():
+def test_a_lora_product_reads_its_inputs_beside_it_a_dora_layer_more_and_a_plain_layer_nothing():
     model = tiny_model("llama")
-    one, all_layers = (method_cost(model, resolve(model, LoraMethod(r=4, target_modules=names))) for names in (["q_proj"], "all-linear"))
-    assert 0 < one.passed_inputs < all_layers.passed_inputs
-    assert method_cost(model, resolve(model, LoraMethod(r=4, use_dora=True))).passed_inputs == 0
-    assert method_cost(model, FullMethod()).passed_inputs == 0
-    more = train_phase(SHAPE, MACHINE, LORA, replace(RANK_16, passed_inputs=1000), WORK).bytes
+    methods = [LoraMethod(r=4, target_modules=["q_proj"]), LoraMethod(r=4), LoraMethod(r=4, use_dora=True)]
+    one, all_layers, dora = (method_cost(model, resolve(model, method)).passed for method in methods)
+    assert 0 < one < all_layers < dora
+    assert method_cost(model, FullMethod()).passed == 0
+    more = train_phase(SHAPE, MACHINE, LORA, replace(RANK_16, passed=1000), WORK).bytes
     assert more - train_phase(SHAPE, MACHINE, LORA, RANK_16, WORK).bytes == pytest.approx(1000 * WORK.computed * SHAPE.itemsize)
 
 

@@ -17,6 +17,10 @@ from .methods.targets import layer_size, targeted
 DROPPED = 3.3  # times an adapter's input that dropout keeps of it: the mask, what is left, and what lies between; fitted
 WIDE_INPUTS, WIDE_OUTPUTS = 2.0, 3.5  # times DoRA's inputs and outputs that are kept in fp32 beside a 16-bit model's; fitted
 JOINED = 5  # times a LoRA product's inputs are read or written beside it: joined with x A^T, and their gradient cut apart and added to
+DORA_INPUTS, DORA_OUTPUTS = (
+    4.0,
+    20.0,
+)  # times that DoRA's layers read or write their inputs and outputs, in fp32: each step of PEFT's; fitted
 COMPUTED_TOKENS = ("prompt", "p_tuning")  # methods whose learned tokens go through the layers; a prefix is keys and values alone
 
 
@@ -36,7 +40,7 @@ class MethodCost:
     """Trained numbers that each token is multiplied with."""
     saved_inputs: int = 0
     """Numbers kept for the backward pass for each token, beside the frozen model's."""
-    passed_inputs: int = 0
+    passed: int = 0
     """Numbers read or written for each token beside the frozen model's, outside products: of those that lie in cache."""
     weight_passes: float = 0.0
     """Times that the targets' weights are read or written anew for each batch: the norms of DoRA."""
@@ -72,5 +76,5 @@ def method_cost(model: PreTrainedModel, method: Method) -> MethodCost:
     plain = not method.lora_dropout and not method.use_dora
     copied = sum(a * b for a, b in targets) if plain else 0
     passes = 12.0 * wide if method.use_dora else 0.0
-    passed = JOINED * inputs if plain else 0
-    return MethodCost(trainable, False, per_token=trainable, saved_inputs=saved, passed_inputs=passed, weight_passes=passes, copied=copied)
+    passed = JOINED * inputs if plain else int(wide * (DORA_INPUTS * inputs + DORA_OUTPUTS * outputs)) if method.use_dora else 0
+    return MethodCost(trainable, False, per_token=trainable, saved_inputs=saved, passed=passed, weight_passes=passes, copied=copied)

@@ -120,7 +120,7 @@ def train_phase(shape: Shape, machine: Machine, stage: Stage, cost: MethodCost, 
     flops += 2.0 * shape.vocabulary * shape.hidden * work.supervised * heads
     attention = 4.0 * shape.hidden * shape.layers * work.pairs * (1 + again + ATTENTION_BACKWARD * cost.depth)
     near = _elementwise(shape, tokens) * (1 - (1 - cost.depth) * (1 - FORWARD_SHARE) + again * FORWARD_SHARE)
-    near += (2.0 * cost.saved_inputs + cost.passed_inputs) * tokens * shape.itemsize + work.supervised * shape.vocabulary * 4 * 6
+    near += (2.0 * cost.saved_inputs + cost.passed) * tokens * shape.itemsize + work.supervised * shape.vocabulary * 4 * 6
     moved = work.batches * shape.weights * (passes + cost.weight_passes)
     moved += stage.max_steps * cost.trainable * MASTER_BYTES * OPTIMISER_PASSES[stage.optim]
     calls = work.batches * shape.layers * (TRAIN_CALLS + again * FORWARD_CALLS)
