@@ -25,7 +25,7 @@ from .fitting import (
 )
 from .generate.engine import BATCH_TOKENS, LOGIT_ELEMENTS
 from .models.costs import MethodCost, method_cost
-from .models.footprint import MOMENTS, Footprint, generation_bytes
+from .models.footprint import KERNELS_IN_16_BITS, MOMENTS, Footprint, generation_bytes
 from .models.load import slow_arithmetic
 from .models.machine import Machine, measure_machine
 from .models.roofline import (
@@ -36,6 +36,7 @@ from .models.roofline import (
     decode_phase,
     forward_phase,
     model_shape,
+    on_cpu_in_16_bits,
     phase_json,
     reading_phase,
     start_phase,
@@ -244,8 +245,9 @@ def _scored(session: Session, shape: Shape, machine: Machine, what: str, task: T
 
 
 def _evaluation_footprint(session: Session, shape: Shape, trained: Footprint) -> Footprint:
-    """The parts of the evaluation's peak: what training held is given back by then, libraries apart."""
-    kept = {"weights": shape.weights, "answers": _evaluation_bytes(session, shape), "libraries": trained["libraries"]}
+    """The parts of the evaluation's peak: what training held is given back by then, libraries and kernels apart."""
+    kernels = KERNELS_IN_16_BITS if on_cpu_in_16_bits(shape) else 0
+    kept = {"weights": shape.weights, "answers": _evaluation_bytes(session, shape), "libraries": trained["libraries"] + kernels}
     return dict.fromkeys(trained, 0) | kept
 
 

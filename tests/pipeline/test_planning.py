@@ -289,6 +289,14 @@ def test_the_plans_memory_is_that_of_training_or_of_the_evaluation_whichever_is_
     assert any("the evaluation may need 100" in note for note in plan["notes"])
 
 
+def test_an_evaluation_on_a_cpu_in_16_bits_holds_the_kernels_that_were_made(monkeypatch):
+    session = session_of([open_stage()[1]], LONG)
+    monkeypatch.setattr(planning, "_evaluation_bytes", lambda *args: 10**12)
+    plain = planning.make_plan(session)["memory"]
+    monkeypatch.setattr(planning, "on_cpu_in_16_bits", lambda shape: True)
+    assert planning.make_plan(session)["memory"] == plain | {"libraries": plain["libraries"] + planning.KERNELS_IN_16_BITS}
+
+
 @pytest.mark.parametrize("verb, counted", [("run", True), ("train", False)])
 def test_a_run_plans_its_evaluation_and_training_alone_does_not(tmp_path, monkeypatch, verb, counted):
     asked = []

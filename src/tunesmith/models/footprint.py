@@ -24,6 +24,8 @@ HEAD_CHUNKS = 4  # the head's logits of a chunk and what is made of them, each a
 PASSED_HIDDEN, PASSED_INNER = 9, 4  # vectors of each width that a forward pass without gradients holds at once, per token, in one layer
 LOGIT_COPIES = 3  # fp32 logits and what is made of them, at once
 SCATTERED = 1.5  # what the process holds for each byte in use while generating: freed blocks that nothing of their size has taken again
+# Bytes of the kernels that a CPU in 16 bits has made by an evaluation's end, one for each shape of a product, training's among them.
+KERNELS_IN_16_BITS = 450 * 2**20
 LIBRARIES = 150 * 2**20  # bytes that libraries take once they really work
 MOMENTS = {"adamw_torch_fused": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0, "adafactor": 0.0, "muon": 4.0}
 """Bytes that an update rule keeps of a trained number, of a model that is mostly matrices."""

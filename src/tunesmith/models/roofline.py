@@ -35,7 +35,7 @@ READING_IN_16_BITS = 1.3
 TRAIN_CALLS, FORWARD_CALLS = 260, 80  # operations of one layer on one batch, with their backward or alone
 # Of one layer in one decoding step. In 16 bits with AMX a step of one row takes 2 ms a layer beside the weights that it reads: hundreds of
 # times the small call that is measured.
-DECODE_CALLS, DECODE_CALLS_IN_16_BITS = 90, 900
+DECODE_CALLS, DECODE_CALLS_IN_16_BITS = 90, 1100
 FEW_QUERIES = 3.0  # times what attention's speed says: one query a row is small products, with scores and weights written out
 OPTIMISER_PASSES = {"adamw_torch_fused": 10, "adamw_8bit": 8, "paged_adamw_8bit": 8, "adafactor": 12, "muon": 14}
 MASTER_BYTES = 4  # a trained number's, which each of those passes reads or writes, and a checkpoint holds beside its moments
