@@ -82,7 +82,8 @@ def test_keys_filled_up_to_few_shapes_give_the_same(family, monkeypatch):
     generator(model).generate(prompts, max_new_tokens=40)
     many = len(shapes)
     shapes.clear()
-    monkeypatch.setattr(attention, "in_few_shapes", lambda like: True)
+    for module in (attention, cache):
+        monkeypatch.setattr(module, "in_few_shapes", lambda like: True)
     ours = generator(model)
     assert tokens_of(ours.generate(prompts, max_new_tokens=40)) == tokens
     assert 0 < len(shapes) < many / 4

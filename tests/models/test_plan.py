@@ -213,6 +213,8 @@ def test_a_cpu_takes_longer_in_16_bits_than_its_speeds_say_and_a_gpu_does_not(mo
         for cuda in (False, True)
     ]
     assert seeing[0] == pytest.approx(ATTENTION_IN_16_BITS * FORWARD_IN_16_BITS * seeing[1])
+    answering = [seconds(lambda: reading_phase("score", SHAPE, MACHINE, replace(WORK, pairs=1e7)), cuda) for cuda in (False, True)]
+    assert answering[0] == pytest.approx(FORWARD_IN_16_BITS * READING_IN_16_BITS * answering[1]), "its attention is another"
     starting = [seconds(lambda: start_phase("start", SHAPE, MACHINE, WORK), cuda) for cuda in (False, True)]
     assert starting[0] == pytest.approx(START_IN_16_BITS + FORWARD_IN_16_BITS * starting[1])
     decoding = [seconds(lambda: said(items=1), cuda) for cuda in (False, True)]
@@ -260,11 +262,13 @@ def test_the_parts_of_memory_are_weights_gradients_optimiser_activations_logits_
 def test_a_lora_product_reads_its_inputs_beside_it_a_dora_layer_more_and_a_plain_layer_nothing():
     model = tiny_model("llama")
     methods = [LoraMethod(r=4, target_modules=["q_proj"]), LoraMethod(r=4), LoraMethod(r=4, use_dora=True)]
-    one, all_layers, dora = (method_cost(model, resolve(model, method)).passed for method in methods)
+    one, all_layers, dora = (method_cost(model, resolve(model, method)).passed_in_16_bits for method in methods)
     assert 0 < one < all_layers < dora
-    assert method_cost(model, FullMethod()).passed == 0
-    more = train_phase(SHAPE, MACHINE, LORA, replace(RANK_16, passed=1000), WORK).bytes
-    assert more - train_phase(SHAPE, MACHINE, LORA, RANK_16, WORK).bytes == pytest.approx(1000 * WORK.computed * SHAPE.itemsize)
+    assert method_cost(model, FullMethod()).passed_in_16_bits == 0
+    more = replace(RANK_16, passed_in_16_bits=1000)
+    for shape, bytes_more in ((SHAPE, 1000 * WORK.computed * SHAPE.itemsize), (replace(SHAPE, itemsize=4), 0)):
+        with_it, without = (train_phase(shape, MACHINE, LORA, cost, WORK).bytes for cost in (more, RANK_16))
+        assert with_it - without == pytest.approx(bytes_more)
 
 
 def test_what_a_method_costs_is_told_from_its_settings_and_the_model():

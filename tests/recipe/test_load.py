@@ -119,10 +119,24 @@ def test_a_gates_candidate_that_is_none_is_refused_on_its_line_with_the_nearest(
     assert "the baseline to beat" in error.mend.lower()
 
 
-def test_a_sections_own_check_is_told_with_the_line_of_the_key_that_it_names(write):
-    path = write(TEXT.replace("    method: lora", "    method: {type: lora, r: 63, init_lora_weights: orthogonal}"))
+@pytest.mark.parametrize(
+    ("old", "new", "line", "key"),
+    [
+        ("    method: lora", "    method:\n      type: lora\n      init_lora_weights: orthogonal\n      r: 63", 16, "stages.1.method.r"),
+        ("    learning_rate: 2e-4", "    optim: adafactor\n    adam_beta1: 0.8", 11, "stages.0.adam_beta1"),
+        (
+            "    objective: sft",
+            "    objective: {type: ppo, rewards: [{type: exact_answer}]}\n    rollout:\n      temperature: 1.0\n      top_p: 0.5",
+            12,
+            "stages.0.rollout.top_p, rollout.top_k",
+        ),
+    ],
+)
+def test_a_sections_own_check_is_told_with_the_line_of_the_key_that_it_names(write, old, new, line, key):
+    path = write(TEXT.replace(old, new, 1))
     error = refused(path)
-    assert (error.where, error.what.split(":")[0]) == (f"{path}:13", "stages.1.method.r")
+    assert (error.where, error.what.split(":")[0]) == (f"{path}:{line}", key)
+    assert error.mend.startswith(key.split(",")[0].split(".")[-1] + " means: ")
 
 
 def test_the_mend_of_a_wrong_value_says_what_the_setting_means(write):

@@ -117,7 +117,7 @@ def attend(query_NHD: torch.Tensor, layer: PrefixLayer, scaling: float, softcap:
     for number, block in enumerate(blocks):
         end = block.first_query + block.queries
         if in_few_shapes(query_NHD):  # slots beyond are zeros, and hidden
-            end = min(end + -(end - block.first_key) % KEY_STEP, layer.keys.shape[2])
+            end += -(end - block.first_key) % KEY_STEP
         hidden = layout.masks.get((number, window), _UNKNOWN)
         if hidden is _UNKNOWN:
             hidden = hidden_keys(layout.start_B[block.rows], layout.prefix, block, window, end)
@@ -157,18 +157,18 @@ def _attend_block(
     return attended_NHD if block.flat is None else attended_NHD[block.flat]
 
 
-def _product(a_XNK: torch.Tensor, b_XKM: torch.Tensor) -> torch.Tensor:
-    """[X, N, M], the first K of b's rows being meant; in 16 bits on a CPU as a product whose N and K are whole steps, unless N is small.
+def _product(a_XRI: torch.Tensor, b_XJM: torch.Tensor) -> torch.Tensor:
+    """[X, R, M] of a's R rows and the first I of b's J rows, those beyond being zeros.
 
-    The rows of b beyond K are zeros.
+    In 16 bits on a CPU a's rows are filled up to whole steps for it, if there are more than one step has.
     """
-    N, filling = a_XNK.shape[1], 0
-    if in_few_shapes(a_XNK) and N > QUERY_STEP:
-        filling = -N % QUERY_STEP
-    wider = b_XKM.shape[1] - a_XNK.shape[2]
+    rows, filling = a_XRI.shape[1], 0
+    if in_few_shapes(a_XRI) and rows > QUERY_STEP:
+        filling = -rows % QUERY_STEP
+    wider = b_XJM.shape[1] - a_XRI.shape[2]
     if filling or wider:
-        a_XNK = torch.nn.functional.pad(a_XNK, (0, wider, 0, filling))
-    return torch.bmm(a_XNK, b_XKM)[:, :N]
+        a_XRI = torch.nn.functional.pad(a_XRI, (0, wider, 0, filling))
+    return torch.bmm(a_XRI, b_XJM)[:, :rows]
 
 
 def hidden_keys(start_B: torch.Tensor, prefix: int, block: Block, window: int, end: int) -> torch.Tensor | None:

@@ -119,7 +119,8 @@ PrefixKV = list[tuple[torch.Tensor, torch.Tensor]]
 class PrefixLayer(CacheLayerMixin):
     """One model layer's keys and values: prefix [Hkv, P, D] or None, suffixes [Hkv, B, slots, D].
 
-    In 16 bits on a CPU, zeros fill the prefix up to whole steps, and there are slots beyond for as much.
+    In 16 bits on a CPU, zeros fill the prefix up to whole steps of keys, and there is a step of slots beyond the capacity, so that any
+    block's keys can end on a whole step.
     """
 
     is_sliding = False

@@ -17,10 +17,7 @@ from .methods.targets import layer_size, targeted
 DROPPED = 3.3  # times an adapter's input that dropout keeps of it: the mask, what is left, and what lies between; fitted
 WIDE_INPUTS, WIDE_OUTPUTS = 2.0, 3.5  # times DoRA's inputs and outputs that are kept in fp32 beside a 16-bit model's; fitted
 JOINED = 5  # times a LoRA product's inputs are read or written beside it: joined with x A^T, and their gradient cut apart and added to
-DORA_INPUTS, DORA_OUTPUTS = (
-    4.0,
-    20.0,
-)  # times that DoRA's layers read or write their inputs and outputs, in fp32: each step of PEFT's; fitted
+DORA_INPUTS, DORA_OUTPUTS = 4.0, 20.0  # times that PEFT's DoRA reads or writes inputs and outputs, step by step in fp32; fitted
 COMPUTED_TOKENS = ("prompt", "p_tuning")  # methods whose learned tokens go through the layers; a prefix is keys and values alone
 
 
@@ -40,8 +37,9 @@ class MethodCost:
     """Trained numbers that each token is multiplied with."""
     saved_inputs: int = 0
     """Numbers kept for the backward pass for each token, beside the frozen model's."""
-    passed: int = 0
-    """Numbers read or written for each token beside the frozen model's, outside products: of those that lie in cache."""
+    passed_in_16_bits: int = 0
+    """Numbers read or written for each token beside the frozen model's, outside products, which a CPU in 16 bits feels: its products are
+    fast. In fp32 BESIDE was fitted without them."""
     weight_passes: float = 0.0
     """Times that the targets' weights are read or written anew for each batch: the norms of DoRA."""
     copied: int = 0
@@ -76,5 +74,9 @@ def method_cost(model: PreTrainedModel, method: Method) -> MethodCost:
     plain = not method.lora_dropout and not method.use_dora
     copied = sum(a * b for a, b in targets) if plain else 0
     passes = 12.0 * wide if method.use_dora else 0.0
-    passed = JOINED * inputs if plain else int(wide * (DORA_INPUTS * inputs + DORA_OUTPUTS * outputs)) if method.use_dora else 0
-    return MethodCost(trainable, False, per_token=trainable, saved_inputs=saved, passed=passed, weight_passes=passes, copied=copied)
+    passed = JOINED * inputs if plain else 0
+    if method.use_dora:
+        passed = int(wide * (DORA_INPUTS * inputs + DORA_OUTPUTS * outputs))
+    return MethodCost(
+        trainable, False, per_token=trainable, saved_inputs=saved, passed_in_16_bits=passed, weight_passes=passes, copied=copied
+    )

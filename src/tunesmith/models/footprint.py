@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..recipe import Stage
+from .attention import KEY_STEP
 from .costs import MethodCost
 from .head import room_on
 from .roofline import RECOMPUTED, Shape, on_cpu_in_16_bits
@@ -24,7 +25,8 @@ HEAD_CHUNKS = 4  # the head's logits of a chunk and what is made of them, each a
 PASSED_HIDDEN, PASSED_INNER = 9, 4  # vectors of each width that a forward pass without gradients holds at once, per token, in one layer
 LOGIT_COPIES = 3  # fp32 logits and what is made of them, at once
 SCATTERED = 1.5  # what the process holds for each byte in use while generating: freed blocks that nothing of their size has taken again
-# Bytes of the kernels that a CPU in 16 bits has made by an evaluation's end, one for each shape of a product, training's among them.
+# Bytes of the kernels that a CPU in 16 bits has made by an evaluation's end, one for each shape of a product, training's among them. 135M
+# with AMX: what two runs held beyond the other parts.
 KERNELS_IN_16_BITS = 450 * 2**20
 LIBRARIES = 150 * 2**20  # bytes that libraries take once they really work
 MOMENTS = {"adamw_torch_fused": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0, "adafactor": 0.0, "muon": 4.0}
@@ -97,7 +99,7 @@ def generation_bytes(
     """
     row = prompt_tokens + new_tokens
     rows = max(1, min(batch_size, items, int(batch_tokens // row)))
-    cache = rows * row * shape.cached * shape.itemsize
+    cache = rows * (row + (KEY_STEP if on_cpu_in_16_bits(shape) else 0)) * shape.cached * shape.itemsize
     passed = rows * row * (PASSED_HIDDEN * shape.hidden + PASSED_INNER * shape.inner) * shape.itemsize
     logits = max(rows, min(rows * new_tokens, logit_elements // shape.vocabulary)) * shape.vocabulary * (4 * LOGIT_COPIES + shape.itemsize)
     return int(LIBRARIES + SCATTERED * (cache + max(passed, logits)))

@@ -33,7 +33,7 @@ START_IN_16_BITS = 2.5  # seconds beside a start's passes, in which each product
 # Over FORWARD_IN_16_BITS, where a model answers and scores by transformers' own layers; in parts of the quickstart's evaluation 1.0 to 1.6.
 READING_IN_16_BITS = 1.3
 TRAIN_CALLS, FORWARD_CALLS = 260, 80  # operations of one layer on one batch, with their backward or alone
-# Of one layer in one decoding step. In 16 bits with AMX a step of one row takes 2 ms a layer beside the weights that it reads: hundreds of
+# Of one layer in one decoding step. In 16 bits with AMX a step of one row takes 2 ms a layer beside the weights that it reads: a thousand
 # times the small call that is measured.
 DECODE_CALLS, DECODE_CALLS_IN_16_BITS = 90, 1100
 FEW_QUERIES = 3.0  # times what attention's speed says: one query a row is small products, with scores and weights written out
@@ -120,7 +120,8 @@ def train_phase(shape: Shape, machine: Machine, stage: Stage, cost: MethodCost, 
     flops += 2.0 * shape.vocabulary * shape.hidden * work.supervised * heads
     attention = 4.0 * shape.hidden * shape.layers * work.pairs * (1 + again + ATTENTION_BACKWARD * cost.depth)
     near = _elementwise(shape, tokens) * (1 - (1 - cost.depth) * (1 - FORWARD_SHARE) + again * FORWARD_SHARE)
-    near += (2.0 * cost.saved_inputs + cost.passed) * tokens * shape.itemsize + work.supervised * shape.vocabulary * 4 * 6
+    near += 2.0 * cost.saved_inputs * tokens * shape.itemsize + work.supervised * shape.vocabulary * 4 * 6
+    near += cost.passed_in_16_bits * tokens * shape.itemsize if on_cpu_in_16_bits(shape) else 0.0
     moved = work.batches * shape.weights * (passes + cost.weight_passes)
     moved += stage.max_steps * cost.trainable * MASTER_BYTES * OPTIMISER_PASSES[stage.optim]
     calls = work.batches * shape.layers * (TRAIN_CALLS + again * FORWARD_CALLS)
@@ -130,11 +131,14 @@ def train_phase(shape: Shape, machine: Machine, stage: Stage, cost: MethodCost, 
 
 def forward_phase(name: str, shape: Shape, machine: Machine, work: Tokens) -> Phase:
     """A forward pass as training makes it: validation, log-probabilities."""
+    return _forward(name, shape, _packed_attention(machine, shape), work)
+
+
+def _forward(name: str, shape: Shape, machine: Machine, work: Tokens) -> Phase:
     flops = 2.0 * shape.linear * work.computed + 2.0 * shape.vocabulary * shape.hidden * work.supervised
     attention = 4.0 * shape.hidden * shape.layers * work.pairs
     near = FORWARD_SHARE * _elementwise(shape, work.computed) + work.supervised * shape.vocabulary * 4 * 3
-    calls = work.batches * shape.layers * FORWARD_CALLS
-    found = _phase(name, _packed_attention(machine, shape), flops, attention, near, work.batches * shape.weights, calls)
+    found = _phase(name, machine, flops, attention, near, work.batches * shape.weights, work.batches * shape.layers * FORWARD_CALLS)
     return _slower(found, FORWARD_IN_16_BITS if on_cpu_in_16_bits(shape) else 1.0)
 
 
@@ -145,8 +149,8 @@ def start_phase(name: str, shape: Shape, machine: Machine, work: Tokens) -> Phas
 
 
 def reading_phase(name: str, shape: Shape, machine: Machine, work: Tokens) -> Phase:
-    """A forward pass of a model that answers: over prompts, or over references, which it scores."""
-    return _slower(forward_phase(name, shape, machine, work), READING_IN_16_BITS if on_cpu_in_16_bits(shape) else 1.0)
+    """A forward pass of a model that answers, with its own attention: over prompts, or over references, which it scores."""
+    return _slower(_forward(name, shape, machine, work), READING_IN_16_BITS if on_cpu_in_16_bits(shape) else 1.0)
 
 
 def decode_phase(

@@ -21,7 +21,7 @@ KeyPath = tuple[str | int, ...]
 Places = dict[KeyPath, str]  # where a key was written: FILE:LINE or --set KEY
 OF_MAPPINGS = ("model_type", "model_attributes_type", "dict_type")  # pydantic's names of the problem that something is no mapping
 _SHOWN = 80  # characters of a refused value
-_OWN = re.compile(r"Value error, ([a-z_]+(?:\.\w+)*): (.+)", re.DOTALL)  # how the recipe's own checks name a key below theirs
+_OWN = re.compile(r"Value error, ([a-z_]\w*(?:\.\w+)*)((?:, [\w.]+)*: .+)", re.DOTALL)  # how a check of ours names its key, or several
 
 
 def explain(error: ValidationError, values: dict[str, Any], places: Places, where: str) -> RecipeError:
@@ -32,7 +32,7 @@ def explain(error: ValidationError, values: dict[str, Any], places: Places, wher
     name, place = dotted(path), place_of(path, places, where)
     if own := _OWN.fullmatch(item["msg"]):
         path = (*path, *(int(part) if part.isdigit() else part for part in own[1].split(".")))
-        return RecipeError(f"{dotted(path)}: {own[2]}", where=place_of(path, places, where), mend=_describe(path, values))
+        return RecipeError(f"{dotted(path)}{own[2]}", where=place_of(path, places, where), mend=_describe(path, values))
     if item["type"] == "extra_forbidden":
         known = list(_fields_at(path[:-1], values))
         near = _keys_below(path[:-1], str(path[-1]), values) or difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)

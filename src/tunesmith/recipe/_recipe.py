@@ -62,13 +62,13 @@ class Recipe(Section):
         known = (*CANDIDATES, *names)
         wanted = [(f"evaluate.candidates.{i}", name) for i, name in enumerate(self.evaluate.candidates)]
         for i, gate in enumerate(self.evaluate.gates):
-            names_in = {key: getattr(gate, key) for key in ("candidate", "better_than", "not_worse_than")}
-            wanted += [(f"evaluate.gates.{i}.{key}", name) for key, name in names_in.items() if name]
+            named = {key: getattr(gate, key) for key in ("candidate", "better_than", "not_worse_than")}
+            wanted += [(f"evaluate.gates.{i}.{key}", name) for key, name in named.items() if name]
         for where, name in wanted:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
-                mend = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
-                raise ValueError(f"{where}: no candidate or stage is called {name}; {mend}")
+                instead = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
+                raise ValueError(f"{where}: no candidate or stage is called {name}; {instead}")
         for i, stage in enumerate(self.stages):
             if stage.start_from in names[i:]:
                 raise ValueError(f"stages.{i}.start_from: stage {stage.start_from} comes no earlier than {stage.name}; put it before")

@@ -1,6 +1,7 @@
 """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) by torch's fused kernel, in fp32.
 
 The kernel is called as it is: what `torch.optim.adamw.adamw` does about it takes a tenth of an update where tensors are moved in blocks.
+It is no public function; tests/train/test_optimiser.py compares its updates with torch's own optimiser.
 """
 
 from __future__ import annotations
