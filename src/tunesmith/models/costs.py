@@ -17,7 +17,7 @@ from .methods.targets import layer_size, targeted
 DROPPED = 3.3  # times an adapter's input that dropout keeps of it: the mask, what is left, and what lies between; fitted
 WIDE_INPUTS, WIDE_OUTPUTS = 2.0, 3.5  # times DoRA's inputs and outputs that are kept in fp32 beside a 16-bit model's; fitted
 JOINED = 5  # times a LoRA product's inputs are read or written beside it: joined with x A^T, and their gradient cut apart and added to
-DORA_INPUTS, DORA_OUTPUTS = 4.0, 20.0  # times that PEFT's DoRA reads or writes inputs and outputs, step by step in fp32; fitted
+DORA_INPUTS, DORA_OUTPUTS = 8.0, 40.0  # times that PEFT's DoRA reads or writes inputs and outputs, step by step in fp32; fitted
 COMPUTED_TOKENS = ("prompt", "p_tuning")  # methods whose learned tokens go through the layers; a prefix is keys and values alone
 
 
