@@ -26,11 +26,12 @@ PASSES_HIDDEN, PASSES_INNER = (
 FORWARD_SHARE = 0.35  # of those passes, what a forward alone takes
 BESIDE = 1.15  # what training takes over the sum of its parts; 135M on two cores in fp32, LoRA 1.33 and full 1.07
 # What a CPU takes in 16 bits over that, in training and in a forward pass: its speeds are measured on what lies in cache, and a product is
-# as fast as that in one direction only. 135M with AMX: 1.5 (IA3) to 2.0 (DoRA), and 1.0 to 1.7; not measured without AMX.
+# as fast as that in one direction only. 135M with AMX: 1.4 (IA3) to 1.8 (full), up to 2.3 in slower hours, and 0.9 to 1.5; not measured
+# without AMX.
 TRAIN_IN_16_BITS, FORWARD_IN_16_BITS = 1.8, 1.6
 ATTENTION_IN_16_BITS = 0.33  # of the time of torch's kernel, which is measured
 START_IN_16_BITS = 2.5  # seconds beside a start's passes, in which each product's kernel is made
-# Over FORWARD_IN_16_BITS, where a model answers and scores by transformers' own layers; in parts of the quickstart's evaluation 1.0 to 1.6.
+# Over FORWARD_IN_16_BITS, where a model answers and scores by transformers' own layers; 1.2 on the quickstart's general text.
 READING_IN_16_BITS = 1.3
 TRAIN_CALLS, FORWARD_CALLS = 260, 80  # operations of one layer on one batch, with their backward or alone
 # Of one layer in one decoding step. In 16 bits with AMX a step of one row takes 2 ms a layer beside the weights that it reads: a thousand
