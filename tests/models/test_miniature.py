@@ -11,7 +11,8 @@ from tunesmith.models.methods import attach
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import FullMethod, LoraMethod
 
-ALL = {"lora", "swiglu", "rms_norm"}
+LAYERS = {"lora", "swiglu", "rms_norm"}
+ALL = {torch.float32: LAYERS, torch.bfloat16: LAYERS | {"kernels"}, torch.float16: LAYERS}
 FAULTS = [  # (whose, which of its results, the path that must go)
     ("_LoraProduct", "forward", 0, "lora"),
     ("_LoraProduct", "backward", 0, "lora"),
@@ -46,7 +47,7 @@ def break_it(monkeypatch, function: str, method: str, place: int, *, factor: flo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_fast_layers_are_as_near_to_fp32_as_the_plain_ones(dtype):
     paths = policy(dtype).fast_paths
-    assert (set(paths.used), paths.refused) == (ALL, {})
+    assert (set(paths.used), paths.refused) == (ALL[dtype], {})
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault[0]}.{fault[1]}[{fault[2]}]")
@@ -55,28 +56,28 @@ def test_a_fault_of_some_percent_takes_the_path_out_in_every_dtype(monkeypatch, 
     *whose, path = fault
     break_it(monkeypatch, *whose, factor=1.02, only_in_16_bits=False)
     paths = policy(dtype).fast_paths
-    assert set(paths.used) == ALL - {path}
+    assert set(paths.used) == ALL[dtype] - {path}
     assert "computes something else" in paths.refused[path]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_not_a_number_takes_the_path_out(monkeypatch, dtype):
     break_it(monkeypatch, "_RMSNorm", "backward", 0, factor=float("nan"), only_in_16_bits=False)
-    assert set(policy(dtype).fast_paths.used) == ALL - {"rms_norm"}
+    assert set(policy(dtype).fast_paths.used) == ALL[dtype] - {"rms_norm"}
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault[0]}.{fault[1]}[{fault[2]}]")
 def test_a_fault_that_only_16_bits_have_is_seen(monkeypatch, fault):
     *whose, path = fault
     break_it(monkeypatch, *whose, factor=1.03, only_in_16_bits=True)
-    assert set(policy(torch.float32).fast_paths.used) == ALL
-    assert set(policy(torch.bfloat16).fast_paths.used) == ALL - {path}
+    assert set(policy(torch.float32).fast_paths.used) == LAYERS
+    assert set(policy(torch.bfloat16).fast_paths.used) == ALL[torch.bfloat16] - {path}
 
 
 def test_gradients_of_what_trains_inside_a_layer_are_compared(monkeypatch):
     break_it(monkeypatch, "_RMSNorm", "backward", 1, factor=1.02, only_in_16_bits=False)
     model = attach(loaded(tiny_model("llama", dtype=torch.bfloat16)), FullMethod(), seed=0)
-    assert set(Policy(model).fast_paths.used) == {"swiglu"}
+    assert set(Policy(model).fast_paths.used) == {"swiglu", "kernels"}
 
 
 def test_the_model_is_as_it_was(monkeypatch):

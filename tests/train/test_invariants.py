@@ -249,7 +249,8 @@ def wrong_norm_weight(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_gradient_towards_a_weight_that_trains_is_found_in_full_tuning(dtype, monkeypatch):
     policy = Policy(tiny_model("llama", dtype=dtype))
     wrong_norm_weight(monkeypatch)
-    assert fast_paths_agree(policy, SFT(), batch_of(ROWS)) == ["rms_norm", "swiglu"]
+    loops = ["kernels"] if dtype == torch.bfloat16 else []
+    assert fast_paths_agree(policy, SFT(), batch_of(ROWS)) == [*loops, "rms_norm", "swiglu"]
 
 
 def test_the_comparison_leaves_the_adapter_as_it_was():

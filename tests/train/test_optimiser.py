@@ -18,6 +18,7 @@ from tunesmith.train import masters
 from tunesmith.train.masters import Apart
 from tunesmith.train.optimiser import Optimiser
 from tunesmith.train.schedule import learning_rate
+from tunesmith.train.updates import Moment
 from tunesmith.train.updates.adamw import AdamW
 from tunesmith.train.window import run_window
 
@@ -117,6 +118,7 @@ def test_masters_of_bf16_weights_begin_at_the_stored_values_and_not_at_their_rou
 
 
 def test_weights_that_are_updated_in_blocks_move_as_all_at_once_do(monkeypatch):
+    monkeypatch.setattr(masters.kernels, "unavailable", lambda: "torch's blocks are asked about")
     moved = {}
     for block in (100, 1 << 20):
         monkeypatch.setitem(masters.UPDATE_BLOCK, "cpu", block)
@@ -128,6 +130,48 @@ def test_weights_that_are_updated_in_blocks_move_as_all_at_once_do(monkeypatch):
             optimiser.zero_grad()
         moved[block] = (weights.data.clone(), optimiser.masters[0].clone())
     assert all(torch.equal(few, many) for few, many in zip(*moved.values(), strict=True))
+
+
+@pytest.mark.parametrize("batches", [1, 2], ids=["bf16 gradients", "fp32 gradients"])
+def test_one_pass_over_bf16_weights_moves_them_as_torchs_kernel_does_on_any_number_of_threads(batches, monkeypatch):
+    moved, before = [], torch.get_num_threads()
+    for loops, threads in ((False, 1), (True, 1), (True, 3)):
+        monkeypatch.setattr(masters.kernels, "unavailable", lambda loops=loops: None if loops else "switched off")
+        torch.set_num_threads(threads)
+        draw = torch.Generator().manual_seed(0)
+        weights = torch.nn.Parameter(torch.randn(300, 501, generator=draw).bfloat16())
+        optimiser = Optimiser([("weight", weights)], make_stage(optim="adamw_torch_fused", weight_decay=0.1, max_grad_norm=1.0))
+        norms = []
+        for _ in range(4):
+            for _ in range(batches):
+                (weights.float() * torch.randn(300, 501, generator=draw)).sum().backward()
+            norms.append(optimiser.grad_norm())
+            optimiser.step(1e-2, norms[-1])
+            optimiser.zero_grad()
+        assert torch.equal(weights.data, optimiser.masters[0].bfloat16())
+        moved.append((optimiser.masters[0].clone(), torch.tensor(norms)))
+    torch.set_num_threads(before)
+    torchs, ours, threaded = moved
+    assert all(torch.equal(a, b) for a, b in zip(ours, threaded, strict=True))
+    assert not torch.equal(ours[0], torchs[0]), "one of them was not what it is called"
+    torch.testing.assert_close(ours[0], torchs[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours[1], torchs[1], rtol=1e-5, atol=0)
+
+
+def test_one_pass_that_moves_nothing_leaves_every_masters_bits_but_those_halfway():
+    draw = torch.Generator().manual_seed(0)
+    bits = (torch.randn(10_000, generator=draw) * torch.logspace(-30, 30, 10_000)).view(torch.int32)
+    bits[:1000] = (bits[:1000] & ~0xFFFF) | 0x8000
+    weights = torch.nn.Parameter(torch.zeros(10_000, dtype=torch.bfloat16))
+    unit = Apart("weight", weights, AdamW(make_stage()))
+    for master, _, _ in unit.pieces(1.0):
+        master.view(torch.int32).copy_(bits)
+    begin = unit.masters[0].view(torch.int32).clone()
+    unit.gradient = torch.randn(10_000, generator=draw).bfloat16()
+    unit.move(1.0, Moment(1, 0.0, 0.0))
+    assert torch.equal(unit.masters[0].view(torch.int32), begin)
+    assert torch.equal(weights.data, unit.masters[0].bfloat16())
+    assert unit.memory["second"].count_nonzero() == 10_000, "nothing was done"
 
 
 def test_a_master_is_held_beside_its_bf16_weight_to_the_last_bit_but_one_halfway_moves_by_it():

@@ -5,6 +5,8 @@
   base the buffer is made for a moment, in each pass.
 - SwiGLU with a written-out backward; only gate and up are kept, their product is computed again for the layer after it.
 - RMSNorm with a written-out backward that keeps its input only.
+
+In bf16 on a CPU what lies between products is done by compiled loops (`kernels`), where they are available.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from . import kernels
 from .miniature import agrees_in_miniature
 from .quantised import dense_weight, is_held_in_bits
 
@@ -85,12 +88,14 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):  # noqa: ANN001
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return kernels.swiglu(gate, up) if kernels.fit(gate, up) else F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001
         gate, up = ctx.saved_tensors
+        if kernels.fit(grad, gate, up):
+            return kernels.swiglu_backward(grad, gate, up)
         silu, ctx.silu = getattr(ctx, "silu", None), None  # as the product that was computed again left it
         d_up = (F.silu(gate) if silu is None else silu).mul_(grad)
         return torch.ops.aten.silu_backward(grad * up, gate), d_up
@@ -101,6 +106,10 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):  # noqa: ANN001
+        if kernels.fit(x, weight):
+            out, rstd = kernels.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, rstd, weight)
+            return out
         out = torch.empty_like(x)
         normed = x.float()
         rstd = torch.linalg.vector_norm(normed, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -110,6 +119,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # noqa: ANN001
         x, rstd, weight = ctx.saved_tensors
+        if kernels.fit(grad, x, weight):
+            d_x, d_weight = kernels.rms_norm_backward(grad, x, rstd, weight)
+            return d_x, d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
         width = x.shape[-1]
         rows = max(1, NORM_BLOCK // width) if x.device.type == "cpu" else x.numel()
         d_x, wide = torch.empty(x.shape, dtype=x.dtype, device=x.device), weight.float()
@@ -204,6 +216,8 @@ def _swiglu_forward(self: nn.Module, x: Tensor) -> Tensor:
     def again(kept: Tensor | torch.Size) -> Tensor:
         if not isinstance(kept, torch.Size):
             return kept
+        if kernels.fit(gate, up):
+            return kernels.swiglu(gate, up).view(kept)
         node.silu = F.silu(gate)  # for SwiGLU's own backward pass, which comes next
         return (node.silu * up).view(kept)
 
@@ -217,6 +231,12 @@ def _rms_forward(self: nn.Module, x: Tensor) -> Tensor:
 
 def fuse_layers(model: nn.Module, paths: FastPaths) -> None:
     """Gives RMSNorm and SwiGLU modules of the usual form their fast forward; each kind is tried against its own forward first."""
+    first = next(model.parameters())
+    if first.device.type == "cpu" and _dtype(model) == torch.bfloat16:
+        if reason := kernels.unavailable():
+            paths.refused["kernels"] = reason
+        else:
+            paths.count("kernels")
     trials: dict[type, bool] = {}
     for module in model.modules():
         fast = _candidate(module)

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import kernels
+
 
 class Room(NamedTuple):
     """Bytes of logits, counted as fp32, that are held at once."""
@@ -45,12 +47,13 @@ def token_logprobs(
     softcap: float | None = None,
     scale: float = 1.0,
     entropy: bool = False,
+    fast: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """(logprobs[S], entropy[S] if asked) in fp32; the entropy (nats) carries no gradient.
 
-    softcap: cap * tanh(logit / cap), as in Gemma 2; scale multiplies the logits before it.
+    softcap: cap * tanh(logit / cap), as in Gemma 2; scale multiplies the logits before it. fast: whether compiled loops may be used.
     """
-    logprobs_S, entropy_S = _TokenLogprobs.apply(hidden_SH, weight_VH, bias_V, targets_S, softcap, scale, entropy)
+    logprobs_S, entropy_S = _TokenLogprobs.apply(hidden_SH, weight_VH, bias_V, targets_S, softcap, scale, entropy, fast)
     return logprobs_S, entropy_S if entropy else None
 
 
@@ -83,11 +86,11 @@ def _logits(raw: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, T
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, softcap, scale, want_entropy):  # noqa: ANN001
+    def forward(ctx, hidden, weight, bias, targets, softcap, scale, want_entropy, fast):  # noqa: ANN001
         count, vocabulary = hidden.shape[0], weight.shape[0]
         frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
         room = room_on(hidden.device.type)
-        size, at_once = (_rows(part, vocabulary) for part in (room.chunk, room.frozen if frozen else room.trained))
+        at_once = _rows(room.frozen if frozen else room.trained, vocabulary)
         logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprobs) if want_entropy else logprobs.new_empty(0)
         slope_SH = torch.empty_like(hidden) if frozen and hidden.requires_grad else None
@@ -96,20 +99,15 @@ class _TokenLogprobs(torch.autograd.Function):
         for block in _spans(count, at_once):
             raw_SV = None  # the last one's goes before the next is made
             raw_SV = torch.nn.functional.linear(hidden[block], weight, bias)
-            probs, goals = logprobs[block], targets[block]
-            for chunk in _spans(len(raw_SV), size):
-                logits, curve = _logits(raw_SV[chunk], softcap, scale)
-                logp, t = torch.log_softmax(logits, -1), goals[chunk]
-                probs[chunk] = logp.gather(1, t[:, None])[:, 0]
-                if want_entropy:
-                    entropy[block][chunk] = -torch.linalg.vecdot(logp.exp(), logp)
-                if keep or slope_SH is not None:
-                    raw_SV[chunk] = _d_raw(logp.exp_(), t, curve, scale)
+            slope = keep or slope_SH is not None
+            logprobs[block], found = _logprobs(raw_SV, targets[block], softcap, scale, entropy=want_entropy, slope=slope, fast=fast)
+            if want_entropy:
+                entropy[block] = found
             if slope_SH is not None:
-                slope_SH[block] = raw_SV.to(weight.dtype) @ weight
+                slope_SH[block] = raw_SV @ weight
         ctx.save_for_backward(hidden, weight, bias, targets, slope_SH, raw_SV if keep else None)
         ctx.shape = (softcap, scale)
-        ctx.rows = (size, at_once)
+        ctx.at_once, ctx.fast = at_once, fast
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -117,20 +115,16 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad_S, _):  # noqa: ANN001
         hidden, weight, bias, targets, slope_SH, kept_SV = ctx.saved_tensors
         if slope_SH is not None:
-            return (slope_SH * grad_S[:, None]).to(hidden.dtype), None, None, None, None, None, None
-        (softcap, scale), (size, at_once) = ctx.shape, ctx.rows
+            return (slope_SH * grad_S[:, None]).to(hidden.dtype), None, None, None, None, None, None, None
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = None
         d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if bias is not None and needs_bias else None
-        for block in _spans(hidden.shape[0], at_once):
+        for block in _spans(hidden.shape[0], ctx.at_once):
             d_raw_SV = kept_SV  # the last block's goes before the next is made
             if d_raw_SV is None:
                 d_raw_SV = torch.nn.functional.linear(hidden[block], weight, bias)
-                goals = targets[block]
-                for chunk in _spans(len(d_raw_SV), size):
-                    logits, curve = _logits(d_raw_SV[chunk], softcap, scale)
-                    d_raw_SV[chunk] = _d_raw(torch.softmax(logits, -1), goals[chunk], curve, scale)
+                _logprobs(d_raw_SV, targets[block], *ctx.shape, entropy=False, slope=True, fast=ctx.fast)
             grad_S1 = grad_S[block, None]
             if d_bias is not None:
                 d_bias += (d_raw_SV.T @ grad_S1.to(d_raw_SV.dtype))[:, 0]
@@ -141,7 +135,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 if d_weight is not None:
                     d_weight.add_(part)
                 else:
-                    d_weight = part.float() if at_once < hidden.shape[0] else part
+                    d_weight = part.float() if ctx.at_once < hidden.shape[0] else part
         return (
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),
@@ -150,7 +144,27 @@ class _TokenLogprobs(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
+
+
+def _logprobs(
+    raw_SV: Tensor, targets_S: Tensor, softcap: float | None, scale: float, *, entropy: bool, slope: bool, fast: bool
+) -> tuple[Tensor, Tensor]:
+    """(logprobs[S], entropy[S] if asked) of the head's products. slope: whether these become d logprob / d product."""
+    if fast and softcap is None and scale > 0 and kernels.fit(raw_SV):
+        return kernels.token_logprobs(raw_SV, targets_S, scale, entropy=entropy, slope=slope)
+    logprobs = torch.empty(len(raw_SV), dtype=torch.float32, device=raw_SV.device)
+    entropies = torch.empty_like(logprobs) if entropy else logprobs.new_empty(0)
+    for chunk in _spans(len(raw_SV), _rows(room_on(raw_SV.device.type).chunk, raw_SV.shape[1])):
+        logits, curve = _logits(raw_SV[chunk], softcap, scale)
+        logp, t = torch.log_softmax(logits, -1), targets_S[chunk]
+        logprobs[chunk] = logp.gather(1, t[:, None])[:, 0]
+        if entropy:
+            entropies[chunk] = -torch.linalg.vecdot(logp.exp(), logp)
+        if slope:
+            raw_SV[chunk] = _d_raw(logp.exp_(), t, curve, scale)
+    return logprobs, entropies
 
 
 def _d_raw(probs: Tensor, targets: Tensor, curve: Tensor | None, scale: float) -> Tensor:

@@ -80,7 +80,7 @@ class Policy(nn.Module):
         self.causal: PreTrainedModel
         object.__setattr__(self, "causal", model.get_base_model() if hasattr(model, "get_base_model") else model)
         object.__setattr__(self, "backbone", backbone_of(self.causal))
-        self.fast_paths = FastPaths()
+        self.fast_paths, self._fast_head = FastPaths(), fast
         self.model.eval()  # the base's own dropout is off: log-probabilities are a function of the weights alone
         _train_adapter_dropout(self.model)
         _require_interface(self.causal)
@@ -135,10 +135,12 @@ class Policy(nn.Module):
     def plain(self) -> Iterator[None]:
         """For a while, every layer takes its own forward, and attention is computed node by node."""
         self.causal.set_attn_implementation(FOREST)
+        fast, self._fast_head = self._fast_head, False
         try:
             with plain_layers(self.model):
                 yield
         finally:
+            self._fast_head = fast
             self.causal.set_attn_implementation(FLEX if FLEX_ATTENTION in self.fast_paths.used else FOREST)
 
     @contextmanager
@@ -156,6 +158,7 @@ class Policy(nn.Module):
     def make_plain(self) -> None:
         """Takes the fast paths out for good."""
         remove_fast_forwards(self.model)
+        self._fast_head = False
         self.causal.set_attn_implementation(FOREST)
         taken = dict.fromkeys(self.fast_paths.used, "disagrees with the plain layers on the first batch")
         self.fast_paths = FastPaths(refused=self.fast_paths.refused | taken)
@@ -196,7 +199,8 @@ class Policy(nn.Module):
         softcap, scale = logit_shape(config)
         scale /= self.temperature
         softcap = None if softcap is None else softcap / self.temperature  # cap tanh(x / cap) / T is (cap / T) tanh((x / T) / (cap / T))
-        return token_logprobs(hidden_SH, head.weight, target_S, bias_V=bias, softcap=softcap, scale=scale, entropy=entropy)
+        shape = {"softcap": softcap, "scale": scale, "fast": self._fast_head}
+        return token_logprobs(hidden_SH, head.weight, target_S, bias_V=bias, entropy=entropy, **shape)
 
 
 def _train_adapter_dropout(model: nn.Module) -> None:

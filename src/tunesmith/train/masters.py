@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .updates import Rule
+from ..models import kernels
+from .updates import Moment, Rule
+from .updates.adamw import AdamW
 
 UPDATE_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 23}
 """bf16 weights updated at once where the rule allows it: 1 MiB a buffer on a processor, so that most stays in cache, and 32 on a GPU."""
@@ -59,6 +61,10 @@ class Run:
     def pieces(self, factor: float) -> Iterator[Piece]:
         """What the rule is to move, the gradient multiplied by a factor."""
         yield self.master, self.gradient.mul_(factor) if factor != 1.0 else self.gradient, self.memory
+
+    def move(self, factor: float, moment: Moment) -> None:
+        """One update, the gradient multiplied by a factor."""
+        _move(self, factor, moment)
 
     def sample(self, stride: int) -> Tensor:
         """Every so-manieth weight."""
@@ -107,6 +113,8 @@ class Apart:
         """The gradient's squared norm, fp32."""
         if self.gradient is None:
             return torch.zeros((), device=local(self.parameters[0]).device)
+        if kernels.fit(self.gradient):
+            return kernels.square(self.gradient)
         parts = self.gradient.reshape(-1).split(_block(self.gradient))
         return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]).square().sum()
 
@@ -133,6 +141,15 @@ class Apart:
             bits = master.view(torch.int32)
             rest.copy_(bits).clamp_(min=1 - HALF)  # its lower half; halfway between two bf16 values one more, which rounds away from 0
             upper.view(torch.int16).copy_(bits.clamp_(max=NAN).add_(HALF).bitwise_right_shift_(16))
+
+    def move(self, factor: float, moment: Moment) -> None:
+        """One update, the gradient multiplied by a factor; by AdamW of bf16 weights on a CPU in one pass."""
+        held, gradient = local(self.parameters[0]), self.gradient
+        whole = gradient is not None and gradient.is_contiguous() and self.rest is not None
+        if whole and isinstance(self.rule, AdamW) and kernels.fit(held):
+            self.rule.update_halves(held, self.rest, gradient, self.memory, factor, moment)
+        else:
+            _move(self, factor, moment)
 
     def begin_at(self, value: Tensor) -> None:
         """Takes fp32 values as the masters, if all round to the weights held; else leaves all as they are."""
@@ -172,6 +189,12 @@ class Apart:
         """What the rule remembers."""
         for kind, held in self.memory.items():
             yield f"{kind}.{self.names[0]}", held
+
+
+def _move(unit: Run | Apart, factor: float, moment: Moment) -> None:
+    for master, gradient, memory in unit.pieces(factor):
+        if master.numel():  # a shard may be empty
+            unit.rule.update(master, gradient, memory, moment)
 
 
 def _join(held: Tensor, rest: Tensor) -> Tensor:

@@ -135,9 +135,7 @@ class Optimiser:
         self.updates += 1
         for unit, decays, scale in self._units:
             moment = Moment(int(self.updates), learning_rate * scale, self.weight_decay if decays else 0.0)
-            for master, gradient, memory in unit.pieces(factor):
-                if master.numel():  # a shard may be empty
-                    unit.rule.update(master, gradient, memory, moment)
+            unit.move(factor, moment)
 
     def without_gradient(self, reduce: Reduce = _alone) -> list[str]:
         """Names of tensors whose gradient is exactly 0 everywhere. reduce: sums over processes which shards have one, [names]."""

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) by torch's fused kernel, in fp32.
+"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) by torch's fused kernel, in fp32; bf16 weights on a CPU by a loop of ours.
 
 The kernel is called as it is: what `torch.optim.adamw.adamw` does about it takes a tenth of an update where tensors are moved in blocks.
 It is no public function; tests/train/test_optimiser.py compares its updates with torch's own optimiser.
@@ -6,9 +6,12 @@ It is no public function; tests/train/test_optimiser.py compares its updates wit
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from ...models import kernels
 from ...recipe import Stage
 from ._rule import Moment
 
@@ -41,4 +44,24 @@ class AdamW:
             eps=self.epsilon,
             amsgrad=False,
             maximize=False,
+        )
+
+    def update_halves(
+        self, weight: Tensor, rest: Tensor, gradient: Tensor, memory: dict[str, Tensor], factor: float, moment: Moment
+    ) -> None:
+        """One step of a bf16 weight whose master's lower half is `rest`, the gradient multiplied by a factor: all in one pass."""
+        kernels.adamw(
+            weight,
+            rest,
+            gradient,
+            memory["first"],
+            memory["second"],
+            factor=factor,
+            rate=moment.learning_rate,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            epsilon=self.epsilon,
+            decay=moment.decay,
+            correction1=1 - self.beta1**moment.step,
+            correction2=math.sqrt(1 - self.beta2**moment.step),
         )

@@ -1,0 +1,78 @@
+"""Every loop held against torch in fp64 on a few numbers, on the processor that it was compiled for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import kernels
+
+ROUNDING = 2**-8  # half a step of bf16 on each side, relative
+ROWS, WIDTH, VOCABULARY = 70, 72, 300
+
+
+def wrong_loop() -> str | None:
+    """The name of the first that computes something else; None: all are right."""
+    with torch.inference_mode(False), torch.enable_grad():  # wherever it is first asked
+        return next((name for name, got, want, bound in _compared() if not _near(got, want, bound)), None)
+
+
+def _near(got: Tensor, want: Tensor, bound: float) -> bool:
+    return bool(((got.double() - want).abs() <= bound * (want.abs() + bound * want.abs().max())).all())
+
+
+def _compared() -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    """(name, what a loop gives, what it should give, the bound)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    gate, up, grad = (numbers(ROWS, WIDTH) for _ in range(3))
+    gate *= 4
+    g, u = gate.double().requires_grad_(), up.double().requires_grad_()
+    product = F.silu(g) * u
+    yield "swiglu", kernels.swiglu(gate, up), product.detach(), ROUNDING
+    for got, want in zip(kernels.swiglu_backward(grad, gate, up), torch.autograd.grad(product, (g, u), grad.double()), strict=True):
+        yield "swiglu_backward", got, want, ROUNDING
+
+    x, weight = up, numbers(WIDTH)
+    wide, w = x.double().requires_grad_(), weight.double().requires_grad_()
+    normed = F.rms_norm(wide, (WIDTH,), w, 1e-5)
+    got, rstd = kernels.rms_norm(x, weight, 1e-5)
+    yield "rms_norm", got, normed.detach(), 2 * ROUNDING
+    exact = torch.autograd.grad(normed, (wide, w), grad.double())
+    for got, want in zip(kernels.rms_norm_backward(grad, x, rstd, weight), exact, strict=True):
+        yield "rms_norm_backward", got, want, 2 * ROUNDING
+
+    raw = 4 * numbers(ROWS, VOCABULARY)
+    targets = torch.randint(VOCABULARY, (ROWS,), generator=generator)
+    logits = raw.double().requires_grad_()
+    logp = torch.log_softmax(0.7 * logits, -1)
+    chosen = logp.gather(1, targets[:, None])[:, 0]
+    logprobs, entropy = kernels.token_logprobs(raw, targets, 0.7, entropy=True, slope=True)
+    yield "token_logprobs", logprobs, chosen.detach(), 1e-5
+    yield "token_logprobs", entropy, -(logp.exp() * logp).sum(-1).detach(), 1e-4
+    yield "token_logprobs", raw, torch.autograd.grad(chosen.sum(), logits)[0], ROUNDING
+
+    yield "square", kernels.square(grad)[None], grad.double().square().sum()[None], 1e-5
+    yield from _adamw(numbers(3000), grad.view(-1)[:3000], numbers(3000, dtype=torch.float32))
+
+
+def _adamw(weight: Tensor, gradient: Tensor, first: Tensor) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    second, rest = first.square(), torch.arange(-1500, 1500, dtype=torch.int16)
+    master = _joined(weight, rest).double()
+    d = gradient.double() * 0.5
+    m, v = 0.9 * first.double() + 0.1 * d, 0.99 * second.double() + 0.01 * d.square()
+    moved = master * (1 - 1e-2 * 0.1) - 1e-2 * (m / 0.271) / (v.sqrt() / 0.1723 + 1e-8)
+    named = {"factor": 0.5, "rate": 1e-2, "beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8, "decay": 0.1, "correction1": 0.271}
+    kernels.adamw(weight, rest, gradient, first, second, **named, correction2=0.1723)
+    for got, want in ((_joined(weight, rest), moved), (first, m), (second, v)):
+        yield "adamw", got, want, 1e-4
+
+
+def _joined(weight: Tensor, rest: Tensor) -> Tensor:
+    return (weight.float().view(torch.int32) + rest.int()).view(torch.float32)

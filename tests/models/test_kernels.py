@@ -1,0 +1,174 @@
+"""The compiled loops compute what torch does, whatever the number of threads, and nothing uses them where they do not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.toys import loaded, tiny_model
+
+from tunesmith.models import kernels
+from tunesmith.models.fused import _RMSNorm, _SwiGLU
+from tunesmith.models.head import token_logprobs
+from tunesmith.models.kernels import loops, trial
+from tunesmith.models.methods import attach
+from tunesmith.models.policy import Policy
+from tunesmith.recipe import FullMethod
+
+STEP = 2**-8  # of bf16, relative
+
+
+@pytest.fixture
+def torch_alone(monkeypatch):
+    def switch(off: bool = True) -> None:
+        monkeypatch.setattr(kernels, "unavailable", lambda: "switched off" if off else None)
+
+    return switch
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def results_of(function, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """What it gives, and its gradients."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, numbers(*out.shape, seed=9).to(out.dtype))]
+
+
+def test_the_loops_are_in_use_here():
+    assert kernels.unavailable() is None
+
+
+@loops.loop
+def _exponential(x):
+    return loops.exp(x)
+
+
+def test_exponentials_are_those_of_fp64_over_all_of_fp32s_range():
+    x = torch.linspace(-87, 88, 10001)
+    got = torch.tensor([_exponential(number) for number in x.numpy()])
+    assert ((got.double() / x.double().exp()) - 1).abs().max() < 3e-7
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_layers_give_what_torch_gives_in_fp64(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x, gate, up, weight = numbers(300, 401), 3 * numbers(300, 401, seed=1), numbers(300, 401, seed=2), numbers(401, seed=3)
+        for fast, exact, inputs, steps in (
+            (_SwiGLU.apply, lambda g, u: F.silu(g) * u, (gate, up), 1),
+            (lambda x, w: _RMSNorm.apply(x, w, 1e-5), lambda x, w: F.rms_norm(x, (401,), w, 1e-5), (x, weight), 2),
+        ):
+            found, wanted = results_of(fast, *inputs), results_of(exact, *(t.double() for t in inputs))
+            for got, want in zip(found, wanted, strict=True):
+                assert got.dtype == torch.bfloat16
+                assert ((got.double() - want).abs() <= steps * STEP * (want.abs() + STEP * want.abs().max())).all()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_nothing_depends_on_the_number_of_threads():
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        norm = results_of(lambda x, w: _RMSNorm.apply(x, w, 1e-5), numbers(700, 97), numbers(97, seed=1))
+        swiglu = results_of(_SwiGLU.apply, numbers(700, 97), numbers(700, 97, seed=1))
+        head = results_of(lambda h, w: token_logprobs(h, w, torch.arange(70))[0], numbers(70, 32), numbers(1000, 32, seed=1))
+        found.append([*norm, *swiglu, *head, kernels.square(numbers(500, 1000))])
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 0.4])
+def test_the_head_gives_log_softmax_its_entropy_and_gradient(scale, trained):
+    hidden, weight, targets = numbers(21, 32).requires_grad_(), numbers(5000, 32, seed=1).requires_grad_(trained), torch.arange(21) * 7
+    logprobs, entropy = token_logprobs(hidden, weight, targets, scale=scale, entropy=True)
+    logp = torch.log_softmax(scale * F.linear(hidden, weight).detach().double(), -1)  # of the rounded products, as they are
+    assert torch.allclose(logprobs.double(), logp.gather(1, targets[:, None])[:, 0], atol=1e-5)
+    assert torch.allclose(entropy.double(), -(logp.exp() * logp).sum(-1), atol=1e-4)
+    asked = [hidden, weight] if trained else [hidden]
+    h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    exact = torch.log_softmax(scale * F.linear(h, w), -1).gather(1, targets[:, None]).sum()
+    for got, want in zip(torch.autograd.grad(logprobs.sum(), asked), torch.autograd.grad(exact, [h, w][: len(asked)]), strict=True):
+        assert (got.double() - want).norm() <= 0.01 * want.norm()
+
+
+@pytest.mark.parametrize("place", [0, 499, 3000])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_not_lost(value, place):
+    x = numbers(8, 500)
+    x.view(-1)[place] = value
+    row = place // 500
+    assert not _SwiGLU.apply(x, x).view(-1)[place].isfinite()
+    assert not _RMSNorm.apply(x, numbers(500), 1e-5)[row].isfinite().all()
+    logprobs, _ = kernels.token_logprobs(x.clone(), torch.zeros(8, dtype=torch.long), 1.0, entropy=False, slope=False)
+    assert not logprobs[row].isfinite()
+    assert logprobs.isfinite().sum() == 7
+    assert not kernels.square(x).isfinite()
+    weight, rest, first, second = numbers(4000), torch.zeros(4000, dtype=torch.int16), torch.zeros(4000), torch.zeros(4000)
+    kernels.adamw(weight, rest, x.view(-1), first, second, **STEP_OF_ADAMW)
+    assert not weight[place].isfinite()
+    assert weight.isfinite().sum() == 3999
+
+
+STEP_OF_ADAMW = {
+    "factor": 1.0,
+    "rate": 1e-3,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "epsilon": 1e-8,
+    "decay": 0.0,
+    "correction1": 0.1,
+    "correction2": math.sqrt(0.001),
+}
+
+
+@pytest.mark.parametrize("name", ["swiglu", "swiglu_backward", "rms_norm", "rms_norm_backward", "token_logprobs", "square", "adamw"])
+def test_a_loop_that_computes_something_else_is_found_and_nothing_uses_them(name, monkeypatch):
+    right = getattr(kernels, name)
+
+    def wrong(*given, **named):
+        found = right(*given, **named)
+        several = found if isinstance(found, tuple) else (found,)
+        several = (given[0] if several == (None,) else several[0], *several[1:])
+        several[0].mul_(1.01)
+        return several if isinstance(found, tuple) else several[0]
+
+    monkeypatch.setattr(kernels, name, wrong)
+    assert trial.wrong_loop() == name
+    monkeypatch.setattr(kernels, "unavailable", kernels.unavailable.__wrapped__)
+    assert name in kernels.unavailable()
+    paths = Policy(attach(loaded(tiny_model("llama", dtype=torch.bfloat16)), FullMethod(), seed=0)).fast_paths
+    assert "kernels" not in paths.used
+    assert name in paths.refused["kernels"]
+
+
+def test_without_numba_the_run_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    monkeypatch.setattr(kernels, "unavailable", kernels.unavailable.__wrapped__)
+    paths = Policy(attach(loaded(tiny_model("llama", dtype=torch.bfloat16)), FullMethod(), seed=0)).fast_paths
+    assert "pip install 'tunesmith[cpu]'" in paths.refused["kernels"]
+
+
+def test_torch_alone_gives_the_same_up_to_rounding(torch_alone):
+    inputs = 2 * numbers(130, 300), numbers(130, 300, seed=1)
+    found = []
+    for off in (False, True):
+        torch_alone(off)
+        norm = results_of(lambda x, w: _RMSNorm.apply(x, w, 1e-5), inputs[0], inputs[1][0])
+        found.append([*norm, *results_of(_SwiGLU.apply, *inputs)])
+    assert not all(torch.equal(a, b) for a, b in zip(*found, strict=True)), "one of them was not what it is called"
+    for a, b in zip(*found, strict=True):
+        assert (a.float() - b.float()).norm() <= 0.01 * b.float().norm()
+
+
+@pytest.mark.parametrize("tensor", [numbers(4, 6).T, numbers(4, 6).float(), numbers(4, 6).half()], ids=["strided", "fp32", "fp16"])
+def test_what_the_loops_cannot_read_is_left_to_torch(tensor):
+    assert not kernels.fit(tensor)
+    assert torch.isfinite(_SwiGLU.apply(tensor, tensor)).all()
