@@ -24,6 +24,7 @@ from ..errors import ModelError
 from .adapters import active_adapter
 from .attention import FOREST, Layout, forest_layout, in_few_shapes
 from .compiled import compile_layers
+from .embeddings import spare_tied_gradient
 from .flex import FLEX, FLEX_ATTENTION, flex_masks, use_flex
 from .fused import FastPaths, fuse_layers, fuse_lora, plain_layers, remove_fast_forwards
 from .head import logit_shape, token_logprobs
@@ -91,6 +92,8 @@ class Policy(nn.Module):
                 mend="tune another model family",
             )
         if fast:
+            if not sharded:
+                spare_tied_gradient(self.causal)
             if self.causal.device.type == "cuda":
                 use_flex(self.causal, self.fast_paths)
             fuse_layers(self.causal, self.fast_paths)

@@ -101,6 +101,7 @@ class Apart:
     def _gather(self, parameter: nn.Parameter) -> None:
         """Takes what a backward pass left in the parameter, so that the next one's is not added to it in 16 bits."""
         new, parameter.grad = local(parameter.grad), None
+        new = new.to_dense() if new.is_sparse else new  # of embeddings whose head no loss has used
         self.gradient = new if self.gradient is None else self.gradient.float().add_(new)
 
     def whole_gradient(self) -> Tensor:

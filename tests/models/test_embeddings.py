@@ -1,0 +1,56 @@
+"""A table that is embeddings and head has one gradient, and no second one of its size is made on the way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.toys import batch_of, make_rows, make_stage, tiny_model
+
+from tunesmith.models.policy import Policy
+from tunesmith.objectives import SFT
+from tunesmith.train.optimiser import Optimiser
+from tunesmith.train.window import run_window
+
+
+def tied_model(dtype: torch.dtype = torch.float32):
+    model = tiny_model("llama", dtype=dtype)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def gradient_of_table(dtype: torch.dtype, *, sparse: bool, batches: int) -> torch.Tensor:
+    model = tied_model(dtype)
+    policy = Policy(model)
+    table = model.get_input_embeddings()
+    assert table.sparse, "this is no table of both kinds, or the path is not taken"
+    table.sparse = sparse
+    optimiser = Optimiser(policy.named_parameters(), make_stage())
+    run_window(policy, SFT(), [batch_of(make_rows(4, seed=seed)) for seed in range(batches)])
+    place = next(i for i, p in enumerate(optimiser.parameters) if p is table.weight)
+    return table.weight.grad if dtype == torch.float32 else optimiser._units[place][0].gradient
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_of_a_tied_table_is_that_of_a_dense_one(dtype, batches):
+    spare, dense = (gradient_of_table(dtype, sparse=sparse, batches=batches) for sparse in (True, False))
+    assert not spare.is_sparse
+    assert (spare.float() - dense.float()).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * dense.float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_table_whose_head_no_loss_has_used_still_trains(dtype):
+    model = tied_model(dtype)
+    policy = Policy(model)
+    optimiser = Optimiser(policy.named_parameters(), make_stage())
+    before = model.get_input_embeddings().weight.detach().clone()
+    policy.last_hidden(batch_of(make_rows(4)).forest).sum().backward()
+    optimiser.step(1e-2, optimiser.grad_norm())
+    assert not torch.equal(model.get_input_embeddings().weight, before)
+
+
+def test_tables_apart_and_frozen_ones_are_left_as_they_are():
+    apart, frozen = tiny_model("llama"), tied_model().requires_grad_(False)
+    for model in (apart, frozen):
+        Policy(model)
+        assert not model.get_input_embeddings().sparse
