@@ -16,7 +16,7 @@ from tests.toys import Rows, batch_of, loaded, make_rows, make_stage, tiny_model
 from tests.train.answers import make_policy, make_source, objective_of
 
 from tunesmith.errors import InvariantViolated
-from tunesmith.models import attention, fused
+from tunesmith.models import attention, fused, grouped
 from tunesmith.models.methods import attach
 from tunesmith.models.policy import Policy
 from tunesmith.models.virtual import virtual_tokens
@@ -45,17 +45,17 @@ def lora_policy(family: str = "llama", *, dtype: torch.dtype = torch.float32, **
 
 def leak(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention as if all packed rows were one text, which is what position ids alone give on most models."""
-    plain = attention.forest_attention
-
-    def leaking(module, query, key, *args, **kwargs):
-        from tunesmith.data.forest import Node
-
-        with attention.forest_layout(attention.Layout((Node(0, query.shape[2], ()),))):
-            return plain(module, query, key, *args, **kwargs)
-
     from transformers import AttentionInterface
 
-    monkeypatch.setitem(AttentionInterface._global_mapping, attention.FOREST, leaking)
+    from tunesmith.data.forest import Node
+
+    for name, plain in ((attention.FOREST, attention.forest_attention), (grouped.GROUPED, grouped.grouped_forest_attention)):
+
+        def leaking(module, query, key, *args, plain=plain, **kwargs):
+            with attention.forest_layout(attention.Layout((Node(0, query.shape[2], ()),))):
+                return plain(module, query, key, *args, **kwargs)
+
+        monkeypatch.setitem(AttentionInterface._global_mapping, name, leaking)
 
 
 def test_a_row_without_loss_is_named():
@@ -249,7 +249,7 @@ def wrong_norm_weight(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_gradient_towards_a_weight_that_trains_is_found_in_full_tuning(dtype, monkeypatch):
     policy = Policy(tiny_model("llama", dtype=dtype))
     wrong_norm_weight(monkeypatch)
-    loops = ["kernels"] if dtype == torch.bfloat16 else []
+    loops = ["grouped_attention", "kernels"] if dtype == torch.bfloat16 else []
     assert fast_paths_agree(policy, SFT(), batch_of(ROWS)) == [*loops, "rms_norm", "swiglu"]
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from ..data.forest import Node
 from ..errors import ModelError
@@ -26,6 +26,10 @@ FOREST = "tunesmith_forest"
 QUERY_BLOCK = 128  # queries at once: bounds the scores of one block to heads x 128 x keys, and spares those after the block
 QUERY_STEP, KEY_STEP = 16, 32  # of a block; each shape that oneDNN has not seen costs 1 to 8 ms and up to 3 MB (AMX), and a softmax of
 # bf16 takes twice as long where a row's end does not fill 32
+
+
+TRIED = 512  # tokens of a trial's long node: several blocks of every kernel's, so that some are seen whole, some in part, and some not
+AGREES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative to the largest number
 
 
 class Layout(NamedTuple):
@@ -115,7 +119,7 @@ def _with_prefix(module: torch.nn.Module, key: Tensor, value: Tensor, prefix: Ke
 AttentionInterface.register(FOREST, forest_attention)
 
 
-def _blocks(node: Node) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+def blocks_of(node: Node) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
     """(first query, past the last, key spans) of each block of a node's queries; the last span ends with the block."""
     for begin in range(node.start, node.end, QUERY_BLOCK):
         end = min(begin + QUERY_BLOCK, node.end)
@@ -217,7 +221,7 @@ class _ForestAttention(torch.autograd.Function):
         out_THD = query.new_zeros(total, heads, value.shape[-1])  # a token of no node attends to nothing
         grouped = query.reshape(kv_heads, groups, total, dim)
         for node in nodes:
-            for begin, end, spans in _blocks(node):
+            for begin, end, spans in blocks_of(node):
                 k, v = _gather(key, spans, key_step), _gather(value, spans, key_step)
                 q = _queries(grouped, begin, end, query_step)
                 mask = _mask(nodes, groups, end - begin, sum(b - a for a, b in spans), window, q)
@@ -242,7 +246,7 @@ class _ForestAttention(torch.autograd.Function):
         d_key = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
         d_value = torch.zeros(value.shape, dtype=torch.float32, device=key.device)
         for node in nodes:
-            for begin, end, spans in _blocks(node):
+            for begin, end, spans in blocks_of(node):
                 k, v = _gather(key, spans, key_step), _gather(value, spans, key_step)
                 q, g = _queries(grouped, begin, end, query_step), _queries(d_out, begin, end, query_step)
                 mask = _mask(nodes, groups, end - begin, sum(b - a for a, b in spans), window, q)
@@ -259,3 +263,28 @@ class _ForestAttention(torch.autograd.Function):
                     d_value[:, a:b] += dv[:, offset : offset + b - a]
                     offset += b - a
         return d_query.view(heads, total, dim), d_key.to(key.dtype), d_value.to(value.dtype), None, None, None, None
+
+
+def agrees_with_packed(
+    model: PreTrainedModel, kernel: Callable[..., Tensor], *, masks: Callable[..., Mapping[int | None, Any]] | None = None
+) -> bool:
+    """Whether outputs and gradients of another kernel are `packed`'s up to rounding, on a small forest in the model's shape and dtype.
+
+    masks: makes what the kernel needs of nodes, queries, keys, windows and device.
+    """
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    nodes, total = (Node(0, 20, ()), Node(20, 50, ((0, 20),)), Node(50, TRIED, ((0, 20), (20, 50))), Node(TRIED, TRIED + 9, ())), TRIED + 9
+    windows = (None, 16) if getattr(config, "sliding_window", None) else (None,)
+    layout = Layout(nodes, None, masks(nodes, total, total, {*windows}, model.device) if masks is not None else {})
+    generator, found = torch.Generator().manual_seed(0), []
+    shapes = [(count, total, width) for count in (heads, *[getattr(config, "num_key_value_heads", None) or heads] * 2)]
+    given = [torch.randn(shape, generator=generator).to(model.device, model.dtype).requires_grad_() for shape in shapes]
+    toward = torch.randn(total, heads, width, generator=generator).to(model.device, model.dtype)
+    both: tuple[Callable[..., Tensor], ...] = (packed, kernel)
+    with torch.enable_grad():
+        for each in both:
+            outs = [each(*given, layout, width**-0.5, window, getattr(config, "attn_logit_softcapping", None)) for window in windows]
+            found.append([tensor for out in outs for tensor in (out, *torch.autograd.grad(out, given, toward))])
+    return all(bool((a - b).abs().max() <= AGREES[model.dtype] * b.abs().max()) for b, a in zip(*found, strict=True))

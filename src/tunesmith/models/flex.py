@@ -18,14 +18,12 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from ..data.forest import Node
-from .attention import Layout, forest_attention, packed
+from .attention import Layout, agrees_with_packed, forest_attention
 from .fused import FastPaths
 
 FLEX = "tunesmith_forest_flex"
 FLEX_ATTENTION = "flex_attention"  # among the fast paths
 MASK_BLOCK = 128  # queries, and keys, of which a mask's block says whether any are seen: torch's own default
-TRIED = 4 * MASK_BLOCK  # tokens of the trial's long node, so that some blocks are seen whole, some in part, and some not
-AGREES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative to the largest number
 
 
 class Visibility(NamedTuple):
@@ -126,7 +124,7 @@ AttentionInterface.register(FLEX, flex_forest_attention)
 def use_flex(model: PreTrainedModel, paths: FastPaths) -> None:
     """Gives a model the FlexAttention kernel, if on its device it computes and differentiates what attention.py's does."""
     try:
-        reason = None if _agrees(model) else "it computes something else"
+        reason = None if agrees_with_packed(model, flex, masks=flex_masks) else "it computes something else"
     except Exception as error:  # no compiler, or shapes that the kernel does not take: torch raises whatever it pleases
         reason = f"it does not run: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
     if reason is not None:
@@ -134,23 +132,3 @@ def use_flex(model: PreTrainedModel, paths: FastPaths) -> None:
         return
     model.set_attn_implementation(FLEX)
     paths.count(FLEX_ATTENTION)
-
-
-def _agrees(model: PreTrainedModel) -> bool:
-    """Whether outputs and gradients of both kernels are equal up to rounding, on a small forest in the model's shape and dtype."""
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    nodes = (Node(0, 20, ()), Node(20, 50, ((0, 20),)), Node(50, TRIED, ((0, 20), (20, 50))), Node(TRIED, TRIED + 9, ()))
-    windows = (None, 16) if getattr(config, "sliding_window", None) else (None,)
-    layout = Layout(nodes, None, flex_masks(nodes, TRIED + 9, TRIED + 9, {*windows}, model.device))
-    kernels: tuple[Callable[..., Tensor], ...] = (packed, flex)
-    generator, found = torch.Generator().manual_seed(0), []
-    shapes = [(count, TRIED + 9, width) for count in (heads, *[getattr(config, "num_key_value_heads", None) or heads] * 2)]
-    given = [torch.randn(shape, generator=generator).to(model.device, model.dtype).requires_grad_() for shape in shapes]
-    toward = torch.randn(TRIED + 9, heads, width, generator=generator).to(model.device, model.dtype)
-    with torch.enable_grad():
-        for kernel in kernels:
-            outs = [kernel(*given, layout, width**-0.5, window, getattr(config, "attn_logit_softcapping", None)) for window in windows]
-            found.append([tensor for out in outs for tensor in (out, *torch.autograd.grad(out, given, toward))])
-    return all(bool((a - b).abs().max() <= AGREES[model.dtype] * b.abs().max()) for b, a in zip(*found, strict=True))

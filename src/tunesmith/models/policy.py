@@ -27,6 +27,7 @@ from .compiled import compile_layers
 from .embeddings import spare_tied_gradient
 from .flex import FLEX, FLEX_ATTENTION, flex_masks, use_flex
 from .fused import FastPaths, fuse_layers, fuse_lora, plain_layers, remove_fast_forwards
+from .grouped import use_grouped
 from .head import logit_shape, token_logprobs
 from .layout import backbone_of, unpackable_reason
 from .offload import offloaded
@@ -97,6 +98,8 @@ class Policy(nn.Module):
             if self.causal.device.type == "cuda":
                 use_flex(self.causal, self.fast_paths)
             fuse_layers(self.causal, self.fast_paths)
+            if "kernels" in self.fast_paths.used:
+                use_grouped(self.causal, self.fast_paths)
             if sharded:
                 self.fast_paths.refused["lora"] = "the base is sharded over processes, and one product would hold it whole"
             else:
@@ -137,6 +140,7 @@ class Policy(nn.Module):
     @contextmanager
     def plain(self) -> Iterator[None]:
         """For a while, every layer takes its own forward, and attention is computed node by node."""
+        attention = self.causal.config._attn_implementation
         self.causal.set_attn_implementation(FOREST)
         fast, self._fast_head = self._fast_head, False
         try:
@@ -144,7 +148,7 @@ class Policy(nn.Module):
                 yield
         finally:
             self._fast_head = fast
-            self.causal.set_attn_implementation(FLEX if FLEX_ATTENTION in self.fast_paths.used else FOREST)
+            self.causal.set_attn_implementation(attention)
 
     @contextmanager
     def deterministic(self) -> Iterator[None]:

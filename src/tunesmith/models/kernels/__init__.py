@@ -96,6 +96,52 @@ def adamw(weight: Tensor, rest: Tensor, gradient: Tensor, first: Tensor, second:
     _spread(_loops().adamw, weight.numel(), AT_LEAST, *arrays, *(np.float32(numbers[name]) for name in names))
 
 
+def gather(x_HTD: Tensor, tokens_Bn: np.ndarray, shared: int) -> Tensor:
+    """[Hkv B, shared n, D]: of each kv head and block, the tokens of every head that shares it. x: also transposed from [T, H, D]."""
+    heads, _, width = x_HTD.shape
+    out = x_HTD.new_empty(heads // shared * len(tokens_Bn), shared * tokens_Bn.shape[1], width)
+    _spread(_loops().gather, len(out), 1, *_by_token(x_HTD), tokens_Bn, shared, _words(out))
+    return out
+
+
+def scatter(values: Tensor, tokens_Bn: np.ndarray, real_B: np.ndarray, out_HTD: Tensor, shared: int) -> None:
+    """What `gather` has taken apart, back in its places: of each block as many tokens as are real."""
+    numbers, *steps = _by_token(out_HTD)
+    _spread(_loops().scatter, len(values), 1, _words(values), tokens_Bn, real_B, shared, *steps, numbers)
+
+
+def add(values: Tensor, tokens_Bm: np.ndarray, real_B: np.ndarray, out_HTD: Tensor) -> None:
+    """The same for kv heads, added (fp32), since blocks share keys."""
+    _spread(_loops().add, len(out_HTD), 1, _cube(values), tokens_Bm, real_B, out_HTD.numpy())
+
+
+def softmax(scores: Tensor, queries_B: np.ndarray, keys_B: np.ndarray, shared: int, scale: float, window: int) -> None:
+    """Softmax of `scale` scores[Hkv B, shared n, m] in their place, causal; window: how far back a query sees, 0 for all."""
+    _spread(_loops().softmax, len(scores), 1, _cube(scores), queries_B, keys_B, shared, np.float32(scale), window)
+
+
+def softmax_backward(grad: Tensor, probs: Tensor, queries_B: np.ndarray, shared: int, scale: float) -> None:
+    """What the scores get, in the place of what `probs` got."""
+    _spread(_loops().softmax_backward, len(grad), 1, _cube(grad), _cube(probs), queries_B, shared, np.float32(scale))
+
+
+def _by_token(x_HTD: Tensor) -> tuple[np.ndarray, int, int]:
+    """[heads x tokens, D], and how far heads and tokens lie apart in it."""
+    heads, tokens = x_HTD.shape[:2]
+    if x_HTD.is_contiguous():
+        return _words(x_HTD).reshape(heads * tokens, -1), tokens, 1
+    return _words(x_HTD.transpose(0, 1)).reshape(heads * tokens, -1), 1, heads
+
+
+def _words(x: Tensor) -> np.ndarray:
+    """A tensor's memory to be copied: four numbers in one where they are so many."""
+    return x.detach().view(torch.int64).numpy() if x.shape[-1] % 4 == 0 else _cube(x)
+
+
+def _cube(x: Tensor) -> np.ndarray:
+    return _numbers(x).reshape(x.shape)
+
+
 def _loops() -> Any:
     from . import loops  # numba takes a second to load
 

@@ -18,10 +18,11 @@ from numba.extending import overload
 
 BLOCK = 2048  # numbers at once where there are no rows: what lies between two loops stays in the first cache
 SUM_BLOCK, ROW_BLOCK = 1 << 16, 64  # numbers, and rows, that one sum is made of, whatever the number of threads
-LEAST = np.float32(-87.3)  # of an exponent: below it fp32 has no normal number
-MOST = np.float32(88.0)
+LEAST = np.float32(-70)  # of an exponent: what is made of it is still a normal number, as slow as any other
+MOST = np.float32(80)
 HALF_UP = np.uint32(0x7FFF)
 ONE = np.float32(1)
+UNSEEN = np.float32(-3e38)
 SHIFT = np.float32(12582912)  # 1.5 x 2^23: what is added to it is rounded to a whole number
 
 
@@ -232,3 +233,110 @@ def adamw(weight, rest, grad, first, second, factor, rate, beta1, beta2, epsilon
             low[i] = max(np.int16(bits[i]), np.int16(-32767))
             rounded = np.int32(min(bits[i], np.int32(0x7FFF7FFF)) + np.int32(32768))
             w[i] = np.uint16(np.uint32(np.uint32(rounded) >> np.uint32(16)))
+
+
+@loop
+def gather(x, head_step, token_step, tokens, groups, out, begin, end):
+    """out[p, g, i] = x[head head_step + tokens[b, i] token_step], of p = (kv, b) and head = (kv, g): blocks of tokens, kv heads apart."""
+    blocks, count = tokens.shape
+    for part in range(begin, end):
+        first, block = part // blocks * groups, part % blocks
+        for group in range(groups):
+            for i in range(count):
+                _copy(x[(first + group) * head_step + tokens[block, i] * token_step], out[part, group * count + i])
+
+
+@loop
+def scatter(values, tokens, real, groups, head_step, token_step, out, begin, end):
+    """The way back: what stands for a block's first real[b] tokens is put in their places."""
+    blocks, count = tokens.shape
+    for part in range(begin, end):
+        first, block = part // blocks * groups, part % blocks
+        for group in range(groups):
+            for i in range(real[block]):
+                _copy(values[part, group * count + i], out[(first + group) * head_step + tokens[block, i] * token_step])
+
+
+@njit(inline="always")
+def _copy(source, to):
+    for d in range(to.size):
+        to[d] = source[d]
+
+
+@loop
+def add(values, tokens, real, out, begin, end):
+    """out[kv, token] (fp32) += values[(kv, b), i], of a block's first real[b] tokens, which other blocks may hold too."""
+    blocks = tokens.shape[0]
+    for head in range(begin, end):
+        for block in range(blocks):
+            for i in range(real[block]):
+                to, source = out[head, tokens[block, i]], values[head * blocks + block, i]
+                for d in range(to.size):
+                    to[d] += wide(source[d])
+
+
+@loop
+def _largest(bits):
+    """The largest of fp32 numbers, given as int32, in whose order a NaN is beyond all numbers, or below all."""
+    highest = np.int32(-2147483648)
+    for i in range(bits.size):
+        highest = max(highest, np.int32(bits[i] ^ np.int32(np.int32(bits[i] >> np.int32(31)) & np.int32(0x7FFFFFFF))))
+    return np.int32(highest ^ np.int32(np.int32(highest >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+
+
+@loop
+def softmax(scores, queries, keys, groups, scale, window, begin, end):
+    """Softmax of scale scores[(kv, b), (group, query), key] in their place; what a query does not see, and what is none, gets 0.
+
+    Of a block, the last query sees the last key, the one before one fewer, and so on. Every row is gone over whole: loops as long as
+    what is seen would cost more by what they guess wrong.
+    """
+    count, width = scores.shape[1] // groups, scores.shape[2]
+    e, place = np.empty(width, np.float32), np.arange(width).astype(np.int32)
+    bits = e.view(np.int32)
+    for part in range(begin, end):
+        block = part % queries.size
+        for row in range(scores.shape[1]):
+            line, query = scores[part, row], row % count
+            if query >= queries[block]:
+                for i in range(width):
+                    line[i] = 0
+                continue
+            last = np.int32(keys[block] - queries[block] + query)
+            first = np.int32(max(last - window + 1, 0) if window > 0 else 0)
+            for i in range(width):
+                seen = (place[i] >= first) & (place[i] <= last)
+                e[i] = wide(line[i]) * scale if seen else UNSEEN
+            largest = _largest(bits)
+            for i in range(width):
+                e[i] = exp(e[i] - largest)
+            for i in range(width):
+                e[i] = e[i] if (place[i] >= first) & (place[i] <= last) else np.float32(0)
+            share = ONE / np.float32(_total(e))
+            for i in range(width):
+                line[i] = narrow(e[i] * share)
+
+
+@summing
+def _along(a, b):
+    total = np.float32(0)
+    for i in range(a.size):
+        total += wide(a[i]) * wide(b[i])
+    return total
+
+
+@loop
+def softmax_backward(grad, probs, queries, groups, scale, begin, end):
+    """What the scores get, in the place of what their softmax got; nothing where the softmax is 0."""
+    count, width = probs.shape[1] // groups, probs.shape[2]
+    for part in range(begin, end):
+        real = queries[part % queries.size]
+        for row in range(probs.shape[1]):
+            d, p = grad[part, row], probs[part, row]
+            if row % count >= real:
+                for i in range(width):
+                    d[i] = 0
+                continue
+            mean = _along(d, p)
+            for i in range(width):
+                d[i] = narrow(wide(p[i]) * (wide(d[i]) - mean) * scale)
