@@ -222,7 +222,7 @@ def run_tunesmith(spec: dict) -> dict:
     from tunesmith.models.policy import Policy
     from tunesmith.objectives import OBJECTIVES
     from tunesmith.recipe import FullMethod, LoraMethod, ModelSection, Stage
-    from tunesmith.train.memory import keep_freed_memory
+    from tunesmith.train.memory import Holes, keep_freed_memory
     from tunesmith.train.optimiser import Optimiser
     from tunesmith.train.schedule import learning_rate
     from tunesmith.train.window import run_window
@@ -237,7 +237,7 @@ def run_tunesmith(spec: dict) -> dict:
     keep_freed_memory()
     rows = [(np.array(row["input_ids"]), np.array([label != -100 for label in row["labels"]], dtype=np.float32)) for row in rows]
     torch.manual_seed(SEED)
-    size, losses, watch = spec["batch"], [], Stopwatch(WARMUP)
+    size, losses, watch, holes = spec["batch"], [], Stopwatch(WARMUP), Holes()
     total = len(rows) // size
     for step in range(total):
         mine = range(step * size, (step + 1) * size)
@@ -245,6 +245,7 @@ def run_tunesmith(spec: dict) -> dict:
         result = run_window(policy, objective, [Batch(build_forest([rows[i] for i in mine]), tuple(mine), np.arange(len(mine)))])
         optimiser.step(learning_rate(step, total=total, warmup=0, peak=stage.learning_rate, kind="cosine"), optimiser.grad_norm())
         losses.append(result.loss)
+        holes.after_update()
         watch.lap()
     tokens = sum(len(ids) for ids, _ in rows[WARMUP * size :])
     return result_of(watch, tokens, losses)

@@ -25,7 +25,7 @@ from ..rundir import RunDirectory, verify_folder, world
 from .checkpoint import Progress, load_checkpoint, load_weights, other_random_numbers, save_checkpoint
 from .devices import added, gather, of_first, sum_in_place, summed
 from .invariants import starts_where_it_compares
-from .memory import peak_memory_bytes
+from .memory import Holes, peak_memory_bytes
 from .optimiser import Optimiser
 from .schedule import learning_rate
 from .signals import StopRequest
@@ -74,6 +74,7 @@ def train(job: Job) -> Progress:
     """
     progress = _resume(job)
     job.stop.defer(True)
+    holes = Holes()
     while True:
         _stop_if_asked(job, progress)
         if _evaluation_is_due(job, progress):
@@ -85,6 +86,7 @@ def train(job: Job) -> Progress:
         if finished:
             break
         _update(job, progress)
+        holes.after_update()
     job.stop.defer(False)
     if not progress.learned:
         raise InvariantViolated(

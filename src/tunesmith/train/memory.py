@@ -17,6 +17,7 @@ from ..errors import DoesNotFit
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # glibc's mallopt parameters
 _NEVER = -1
 _MAPPED, _LARGE = 65536, 1 << 25  # how many blocks may be mapped apart, and of what size on: glibc's own values, the largest
+GROWN = 1.03  # times what an update holds that began without holes
 _FREE_END = 2 * _LARGE  # of the heap, above which it is given back: what glibc makes of that size
 
 
@@ -67,6 +68,33 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
+
+
+class Holes:
+    """The heap's holes, which batches of ever other sizes leave between what is held; given back when they have grown.
+
+    To give all back after each update would cost a tenth of it, since the next one faults its activations in anew.
+    """
+
+    def __init__(self) -> None:
+        self.usual, self._given_back = 0, True
+
+    def after_update(self) -> None:
+        """Gives back what is free, where more than usual is held: what the largest update held that found no holes."""
+        held = resident_bytes()
+        if self._given_back:
+            self.usual, self._given_back = max(self.usual, held), False
+        elif held > GROWN * self.usual:
+            self._given_back = _trim()
+
+
+def _trim() -> bool:
+    """Gives free memory back to the system, wherever it lies; whether the C library could."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 @contextmanager
