@@ -11,7 +11,8 @@ import pytest
 import torch
 from tests.distributed.processes import together, values
 
-from tunesmith.train.memory import keep_freed_memory, return_freed_memory
+from tunesmith.train import memory
+from tunesmith.train.memory import Holes, keep_freed_memory, return_freed_memory
 
 MIB = 2**20
 C = ctypes.CDLL(None)
@@ -96,3 +97,37 @@ def test_the_heaps_free_end_is_kept_in_training_and_given_back_afterwards(afterw
 
     (fell,) = seen(work, tmp_path)
     assert fell > 100 * MIB if afterwards else fell == 0
+
+
+def test_holes_are_given_back_once_they_have_grown_and_a_larger_batch_is_no_hole(monkeypatch):
+    given_back = []
+    monkeypatch.setattr(memory, "_trim", lambda: given_back.append(1) is None)
+    holes = Holes()
+    held = {  # after each update, and whether what is free is given back then
+        100: False,  # the first says what is usual
+        102: False,
+        104: True,
+        103: False,  # without holes it takes 103: that is usual from now on
+        106: False,
+        107: True,
+    }
+    for megabytes, expected in held.items():
+        before = len(given_back)
+        monkeypatch.setattr(memory, "resident_bytes", lambda megabytes=megabytes: megabytes * MIB)
+        holes.after_update()
+        assert (len(given_back) > before) == expected, megabytes
+
+
+def test_what_is_given_back_lies_between_what_is_held(tmp_path):
+    def work() -> list[int]:
+        blocks = [C.malloc(MIB) for _ in range(200)]
+        for block in blocks:
+            ctypes.memset(block, 1, MIB)
+        for block in blocks[::2]:
+            C.free(block)
+        before = memory.resident_bytes()
+        assert memory._trim()
+        return [before - memory.resident_bytes()]
+
+    (fell,) = seen(work, tmp_path)
+    assert fell > 80 * MIB
