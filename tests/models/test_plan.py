@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.toys import batch_of, loaded, make_rows, make_stage, tiny_model
 
+from tunesmith.models import kernels
 from tunesmith.models.costs import MethodCost, method_cost
 from tunesmith.models.footprint import HOLES_IN_16_BITS, generation_bytes, train_footprint
 from tunesmith.models.machine import Machine
@@ -18,8 +19,11 @@ from tunesmith.models.roofline import (
     DECODE_CALLS,
     DECODE_CALLS_IN_16_BITS,
     FORWARD_IN_16_BITS,
+    OPTIMISER_PASSES,
+    OPTIMISER_PASSES_BY_LOOPS,
     READING_IN_16_BITS,
     START_IN_16_BITS,
+    TRAIN_BY_LOOPS,
     TRAIN_IN_16_BITS,
     Shape,
     Tokens,
@@ -190,13 +194,17 @@ def test_what_binds_a_phase_is_the_longest_of_its_times():
     assert together("all", [trained(), saved]).seconds == trained().seconds + 2.0
 
 
-def test_a_cpu_takes_longer_in_16_bits_than_its_speeds_say_and_a_gpu_does_not(monkeypatch):
+@pytest.mark.parametrize("loops", [True, False])
+def test_a_cpu_takes_longer_in_16_bits_than_its_speeds_say_and_a_gpu_does_not(loops, monkeypatch):
+    monkeypatch.setattr(kernels, "unavailable", lambda: None if loops else "there are none")
+    in_training = TRAIN_BY_LOOPS if loops else TRAIN_IN_16_BITS
+
     def seconds(make, cuda: bool) -> float:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         return make().seconds
 
     for make, factor in (
-        (lambda: train_phase(SHAPE, MACHINE, LORA, RANK_16, WORK), TRAIN_IN_16_BITS),
+        (lambda: train_phase(SHAPE, MACHINE, LORA, RANK_16, WORK), in_training),
         (lambda: forward_phase("validate", SHAPE, MACHINE, WORK), FORWARD_IN_16_BITS),
         (lambda: reading_phase("score", SHAPE, MACHINE, WORK), FORWARD_IN_16_BITS * READING_IN_16_BITS),
     ):
@@ -206,7 +214,7 @@ def test_a_cpu_takes_longer_in_16_bits_than_its_speeds_say_and_a_gpu_does_not(mo
         - seconds(lambda: train_phase(SHAPE, MACHINE, LORA, RANK_16, WORK), cuda)
         for cuda in (False, True)
     ]
-    assert attending[0] == pytest.approx(ATTENTION_IN_16_BITS * TRAIN_IN_16_BITS * attending[1])
+    assert attending[0] == pytest.approx(ATTENTION_IN_16_BITS * in_training * attending[1])
     seeing = [
         seconds(lambda: forward_phase("validate", SHAPE, MACHINE, replace(WORK, pairs=1e7)), cuda)
         - seconds(lambda: forward_phase("validate", SHAPE, MACHINE, WORK), cuda)
@@ -223,6 +231,19 @@ def test_a_cpu_takes_longer_in_16_bits_than_its_speeds_say_and_a_gpu_does_not(mo
     in_fp32 = replace(SHAPE, itemsize=4)
     for cuda in (False, True):
         assert seconds(lambda: forward_phase("validate", in_fp32, MACHINE, WORK), cuda) == forward_phase("", in_fp32, MACHINE, WORK).seconds
+
+
+def test_a_loop_moves_16_bit_weights_in_fewer_passes_over_memory_and_fp32_ones_and_other_rules_as_before(monkeypatch):
+    def moved(shape: Shape, loops: bool, **settings) -> float:
+        monkeypatch.setattr(kernels, "unavailable", lambda: None if loops else "there are none")
+        stage = make_stage(method="full", max_steps=7, **settings)
+        return train_phase(shape, MACHINE, stage, WHOLE_MODEL, WORK).bytes
+
+    spared = 7 * WHOLE_MODEL.trainable * 4 * (OPTIMISER_PASSES["adamw_torch_fused"] - OPTIMISER_PASSES_BY_LOOPS)
+    assert moved(SHAPE, False) - moved(SHAPE, True) == pytest.approx(spared)
+    assert moved(SHAPE, False, optim="adafactor") == moved(SHAPE, True, optim="adafactor")
+    in_fp32 = replace(SHAPE, itemsize=4)
+    assert moved(in_fp32, False) == moved(in_fp32, True)
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_dropout": 0.1}])

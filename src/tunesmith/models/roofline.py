@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..recipe import Stage
+from . import kernels
 from .costs import MethodCost
 from .load import LoadedModel
 from .machine import Machine
@@ -29,6 +30,7 @@ BESIDE = 1.15  # what training takes over the sum of its parts; 135M on two core
 # as fast as that in one direction only. 135M with AMX: 1.4 (IA3) to 1.8 (full), up to 2.3 in slower hours, and 0.9 to 1.5; not measured
 # without AMX.
 TRAIN_IN_16_BITS, FORWARD_IN_16_BITS = 1.8, 1.6
+TRAIN_BY_LOOPS = 1.5  # in place of the first where compiled loops do what lies between products (kernels/)
 ATTENTION_IN_16_BITS = 0.33  # of the time of torch's kernel, which is measured
 START_IN_16_BITS = 2.5  # seconds beside a start's passes, in which each product's kernel is made
 # Over FORWARD_IN_16_BITS, where a model answers and scores by transformers' own layers; 1.2 on the quickstart's general text.
@@ -39,6 +41,7 @@ TRAIN_CALLS, FORWARD_CALLS = 260, 80  # operations of one layer on one batch, wi
 DECODE_CALLS, DECODE_CALLS_IN_16_BITS = 90, 1100
 FEW_QUERIES = 3.0  # times what attention's speed says: one query a row is small products, with scores and weights written out
 OPTIMISER_PASSES = {"adamw_torch_fused": 10, "adamw_8bit": 8, "paged_adamw_8bit": 8, "adafactor": 12, "muon": 14}
+OPTIMISER_PASSES_BY_LOOPS = 7  # of AdamW over 16-bit weights, by such a loop
 MASTER_BYTES = 4  # a trained number's, which each of those passes reads or writes, and a checkpoint holds beside its moments
 RECOMPUTED: dict[bool | str, float] = {False: 0.0, "selective": 0.5, True: 1.0}  # share of the layers that checkpointing computes twice
 ATTENTION_BACKWARD = 2.5  # times the forward's work
@@ -124,10 +127,13 @@ def train_phase(shape: Shape, machine: Machine, stage: Stage, cost: MethodCost, 
     near += 2.0 * cost.saved_inputs * tokens * shape.itemsize + work.supervised * shape.vocabulary * 4 * 6
     near += cost.passed_in_16_bits * tokens * shape.itemsize if on_cpu_in_16_bits(shape) else 0.0
     moved = work.batches * shape.weights * (passes + cost.weight_passes)
-    moved += stage.max_steps * cost.trainable * MASTER_BYTES * OPTIMISER_PASSES[stage.optim]
+    loops = on_cpu_in_16_bits(shape) and kernels.unavailable() is None
+    one_pass = loops and cost.whole and stage.optim == "adamw_torch_fused"
+    moved += stage.max_steps * cost.trainable * MASTER_BYTES * (OPTIMISER_PASSES_BY_LOOPS if one_pass else OPTIMISER_PASSES[stage.optim])
     calls = work.batches * shape.layers * (TRAIN_CALLS + again * FORWARD_CALLS)
     found = _phase(f"train {stage.name}", _packed_attention(machine, shape), flops, attention, near, moved, calls)
-    return _slower(found, BESIDE * (TRAIN_IN_16_BITS if on_cpu_in_16_bits(shape) else 1.0))
+    in_16_bits = TRAIN_BY_LOOPS if loops else TRAIN_IN_16_BITS
+    return _slower(found, BESIDE * (in_16_bits if on_cpu_in_16_bits(shape) else 1.0))
 
 
 def forward_phase(name: str, shape: Shape, machine: Machine, work: Tokens) -> Phase:
