@@ -143,6 +143,15 @@ def test_every_query_is_in_one_group_with_the_keys_of_its_block():
             assert group.keys_Bm[b, group.keys_B[b] - 1] == group.queries_Bn[b, group.queries_B[b] - 1], "the last sees itself"
 
 
+def test_what_the_loops_do_not_read_and_rows_too_long_are_left_to_the_other_kernel(monkeypatch):
+    inputs = [torch.randn(n, TOTAL, DIM, generator=torch.Generator().manual_seed(n)) for n in (4, 2, 2)]
+    want = packed(*inputs, Layout(NODES), 0.2, None, None)
+    assert torch.equal(grouped(*inputs, Layout(NODES), 0.2, None, None), want)
+    inputs = [x.bfloat16() for x in inputs]
+    monkeypatch.setattr(grouped_module, "INDICES", 100)
+    assert torch.equal(grouped(*inputs, Layout(NODES), 0.2, None, None), packed(*inputs, Layout(NODES), 0.2, None, None))
+
+
 def test_a_score_that_is_not_a_number_is_seen_in_its_row_alone():
     nodes = (Node(0, 50, ()), Node(50, 90, ()))
     inputs = [torch.randn(n, 96, 16, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (4, 2, 2)]

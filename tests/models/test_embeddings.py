@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.toys import batch_of, make_rows, make_stage, tiny_model
 
+from tunesmith.models import embeddings
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import SFT
 from tunesmith.train.optimiser import Optimiser
@@ -22,8 +23,10 @@ def gradient_of_table(dtype: torch.dtype, *, sparse: bool, batches: int) -> torc
     model = tied_model(dtype)
     policy = Policy(model)
     table = model.get_input_embeddings()
-    assert table.sparse, "this is no table of both kinds, or the path is not taken"
-    table.sparse = sparse
+    assert "forward" in vars(table), "this is no table of both kinds, or the path is not taken"
+    if not sparse:
+        embeddings.plain_lookup(model)
+        assert "forward" not in vars(table)
     optimiser = Optimiser(policy.named_parameters(), make_stage())
     run_window(policy, SFT(), [batch_of(make_rows(4, seed=seed)) for seed in range(batches)])
     place = next(i for i, p in enumerate(optimiser.parameters) if p is table.weight)
@@ -49,8 +52,25 @@ def test_a_table_whose_head_no_loss_has_used_still_trains(dtype):
     assert not torch.equal(model.get_input_embeddings().weight, before)
 
 
+def test_a_policy_made_plain_looks_up_plainly():
+    model = tied_model()
+    Policy(model).make_plain()
+    assert "forward" not in vars(model.get_input_embeddings())
+
+
 def test_tables_apart_and_frozen_ones_are_left_as_they_are():
     apart, frozen = tiny_model("llama"), tied_model().requires_grad_(False)
     for model in (apart, frozen):
         Policy(model)
-        assert not model.get_input_embeddings().sparse
+        assert "forward" not in vars(model.get_input_embeddings())
+
+
+@pytest.mark.parametrize("times", [64, 512])
+def test_a_token_that_occurs_often_gets_all_of_its_small_gradients(times):
+    """Added one by one to the head's gradient of 1 they would all be rounded away."""
+    table = torch.nn.Embedding(5, 4, padding_idx=0, dtype=torch.bfloat16)
+    small = torch.full((times, 4), 0.001).bfloat16()
+    looked_up = embeddings._Lookup.apply(table.weight, torch.full((times,), 3), table.padding_idx)
+    ((looked_up * small).sum() + table.weight.sum()).backward()
+    exact = 1 + times * small[0, 0].double()
+    assert table.weight.grad[3, 0].double() == pytest.approx(float(exact), rel=2**-8)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.distributed.processes import together, values
 from tests.toys import loaded, tiny_model
 
 from tunesmith.models import kernels
@@ -16,6 +17,8 @@ from tunesmith.models.kernels import build, trial
 from tunesmith.models.methods import attach
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import FullMethod
+from tunesmith.rundir import rank
+from tunesmith.train.devices import same_loops_everywhere
 
 STEP = 2**-8  # of bf16, relative
 
@@ -41,12 +44,6 @@ def results_of(function, *inputs: torch.Tensor) -> list[torch.Tensor]:
 
 def test_the_loops_are_in_use_here():
     assert kernels.unavailable() is None
-
-
-def test_exponentials_are_those_of_fp64_as_far_as_they_are_asked():
-    x = torch.linspace(-70, 80, 10001)
-    got = kernels.exponentials(x)
-    assert ((got.double() / x.double().exp()) - 1).abs().max() < 3e-7
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -137,7 +134,7 @@ def test_a_loop_that_computes_something_else_is_found_and_nothing_uses_them(name
 
     monkeypatch.setattr(kernels, name, wrong)
     assert trial.wrong_loop() == name
-    monkeypatch.setattr(kernels, "unavailable", kernels.unavailable.__wrapped__)
+    monkeypatch.setattr(kernels, "_reason", kernels._reason.__wrapped__)
     assert name in kernels.unavailable()
     paths = Policy(attach(loaded(tiny_model("llama", dtype=torch.bfloat16)), FullMethod(), seed=0)).fast_paths
     assert "kernels" not in paths.used
@@ -146,7 +143,12 @@ def test_a_loop_that_computes_something_else_is_found_and_nothing_uses_them(name
 
 @pytest.mark.parametrize(
     "compiler, said",
-    [("no-such-compiler", "no-such-compiler is not installed"), ("false", "does not compile the loops"), (None, "no C compiler")],
+    [
+        ("no-such-compiler", "no-such-compiler is not installed"),
+        ('"gcc', "cannot be compiled"),
+        ("false", "does not compile the loops"),
+        (None, "no C compiler"),
+    ],
 )
 def test_without_a_compiler_the_run_says_so_and_torch_computes(compiler, said, monkeypatch, tmp_path):
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
@@ -155,7 +157,7 @@ def test_without_a_compiler_the_run_says_so_and_torch_computes(compiler, said, m
     else:
         monkeypatch.setenv("CC", compiler)
     monkeypatch.setattr(kernels, "_library", build.load)
-    monkeypatch.setattr(kernels, "unavailable", kernels.unavailable.__wrapped__)
+    monkeypatch.setattr(kernels, "_reason", kernels._reason.__wrapped__)
     paths = Policy(attach(loaded(tiny_model("llama", dtype=torch.bfloat16)), FullMethod(), seed=0)).fast_paths
     assert said in paths.refused["kernels"]
     assert "kernels" not in paths.used
@@ -164,16 +166,58 @@ def test_without_a_compiler_the_run_says_so_and_torch_computes(compiler, said, m
 def test_the_library_is_compiled_once_and_anew_for_another_source(monkeypatch, tmp_path):
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
     build.load()
-    (first,) = (tmp_path / "kernels").iterdir()
+    (first,) = (tmp_path / "kernels").glob("*.so")
     made = first.stat().st_mtime_ns
     build.load()
     other = tmp_path / "loops.c"
     other.write_text(build.SOURCE.read_text() + "\n/* changed */\n")
     monkeypatch.setattr(build, "SOURCE", other)
     build.load()
-    found = list((tmp_path / "kernels").iterdir())
-    assert len(found) == 2
+    assert len(list((tmp_path / "kernels").glob("*.so"))) == 2
     assert first.stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("damage", ["emptied", "cut", "writable by others", "no hash"])
+def test_a_damaged_or_foreign_library_is_compiled_anew(damage, monkeypatch, tmp_path):
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    build.load()
+    (kept,) = (tmp_path / "kernels").glob("*.so")
+    whole = kept.read_bytes()
+    other = tmp_path / "other"  # a loaded file must not change
+    other.write_bytes({"emptied": b"", "cut": whole[:4096]}.get(damage, whole))
+    other.replace(kept)
+    if damage == "writable by others":
+        kept.chmod(0o777)
+    if damage == "no hash":
+        kept.with_suffix(".sha256").unlink()
+    monkeypatch.setattr(build, "_compile", lambda *given, right=build._compile: (compiled.append(given), right(*given)))
+    compiled: list = []
+    assert build.load().swiglu
+    assert len(compiled) == 1
+    assert kept.read_bytes() == whole or damage in ("writable by others", "no hash")
+
+
+def test_a_target_that_the_head_does_not_have_is_an_error():
+    for target in (500, -1):
+        with pytest.raises(IndexError, match="head's 500 tokens"):
+            kernels.token_logprobs(numbers(3, 500), torch.tensor([0, 1, target]), 1.0, entropy=False, slope=True)
+
+
+def test_a_second_moment_whose_beta_is_near_1_is_torchs():
+    second, grad = torch.zeros(3000), numbers(3000)
+    kernels.adamw(
+        numbers(3000), torch.zeros(3000, dtype=torch.int16), grad, torch.zeros(3000), second, **STEP_OF_ADAMW | {"beta2": 0.99999}
+    )
+    torch.testing.assert_close(second.double(), (1 - 0.99999) * grad.double().square(), rtol=1e-6, atol=0)
+
+
+def test_what_one_process_cannot_have_none_uses(monkeypatch, tmp_path):
+    def said() -> list[str | bool]:
+        monkeypatch.setattr(kernels, "_reason", lambda: "no C compiler here" if rank() == 1 else None)
+        same_loops_everywhere()
+        return [kernels.unavailable(), kernels.fit(numbers(3))]
+
+    assert values(together(2, said, tmp_path / "said")) == [["no C compiler here", False]] * 2
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(monkeypatch, tmp_path):

@@ -265,13 +265,8 @@ class _ForestAttention(torch.autograd.Function):
         return d_query.view(heads, total, dim), d_key.to(key.dtype), d_value.to(value.dtype), None, None, None, None
 
 
-def agrees_with_packed(
-    model: PreTrainedModel, kernel: Callable[..., Tensor], *, masks: Callable[..., Mapping[int | None, Any]] | None = None
-) -> bool:
-    """Whether outputs and gradients of another kernel are `packed`'s up to rounding, on a small forest in the model's shape and dtype.
-
-    masks: makes what the kernel needs of nodes, queries, keys, windows and device.
-    """
+def _agrees(model: PreTrainedModel, kernel: Callable[..., Tensor], *, masks: Callable[..., Mapping[int | None, Any]] | None = None) -> bool:
+    """Whether outputs and gradients of another kernel are `packed`'s up to rounding, on a small forest in the model's shape and dtype."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -288,3 +283,16 @@ def agrees_with_packed(
             outs = [each(*given, layout, width**-0.5, window, getattr(config, "attn_logit_softcapping", None)) for window in windows]
             found.append([tensor for out in outs for tensor in (out, *torch.autograd.grad(out, given, toward))])
     return all(bool((a - b).abs().max() <= AGREES[model.dtype] * b.abs().max()) for b, a in zip(*found, strict=True))
+
+
+def refusal(
+    model: PreTrainedModel, kernel: Callable[..., Tensor], *, masks: Callable[..., Mapping[int | None, Any]] | None = None
+) -> str | None:
+    """Why a kernel cannot stand in for `packed` in a model; None: it can.
+
+    masks: makes what it needs of nodes, queries, keys, windows and device.
+    """
+    try:
+        return None if _agrees(model, kernel, masks=masks) else "it computes something else"
+    except Exception as error:  # no compiler, or shapes that the kernel does not take: torch raises whatever it pleases
+        return f"it does not run: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"

@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from ..data.forest import Node
-from .attention import Layout, agrees_with_packed, forest_attention
+from .attention import Layout, forest_attention, refusal
 from .fused import FastPaths
 
 FLEX = "tunesmith_forest_flex"
@@ -123,10 +123,7 @@ AttentionInterface.register(FLEX, flex_forest_attention)
 
 def use_flex(model: PreTrainedModel, paths: FastPaths) -> None:
     """Gives a model the FlexAttention kernel, if on its device it computes and differentiates what attention.py's does."""
-    try:
-        reason = None if agrees_with_packed(model, flex, masks=flex_masks) else "it computes something else"
-    except Exception as error:  # no compiler, or shapes that the kernel does not take: torch raises whatever it pleases
-        reason = f"it does not run: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+    reason = refusal(model, flex, masks=flex_masks)
     if reason is not None:
         paths.refused[FLEX_ATTENTION] = reason
         return

@@ -117,6 +117,7 @@ class _RMSNorm(torch.autograd.Function):
         return out.copy_(normed.mul_(rstd) if normed is not x else normed * rstd).mul_(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001
         x, rstd, weight = ctx.saved_tensors
         if kernels.fit(grad, x, weight):

@@ -1,7 +1,7 @@
 """The forest's attention in bf16 on a CPU: blocks of queries of one shape at once, and compiled loops between the products.
 
-What attention.py computes one block after another is computed here for as many blocks as go into cache. Products of few matrices take twice
-as long each, and torch goes over the scores five times where a loop goes over what a query sees, once. Blocks, keys and their number come
+What attention.py computes one block after another is computed here for as many blocks as go into cache: products of few matrices take twice
+as long each, and so do many small calls. Blocks, keys and their number come
 in whole steps, since oneDNN keeps a kernel for each shape. A soft cap is left to attention.py.
 """
 
@@ -14,16 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, PreTrainedModel
 
 from ..data.forest import Node
 from . import kernels
-from .attention import KEY_STEP, Layout, agrees_with_packed, blocks_of, forest_attention, packed, scaled_product
+from .attention import KEY_STEP, QUERY_BLOCK, Layout, blocks_of, forest_attention, packed, refusal, scaled_product
 from .fused import FastPaths
 
 GROUPED = "tunesmith_forest_grouped"
 GROUPED_ATTENTION = "grouped_attention"  # among the fast paths
 STEP = 32  # queries that a block is filled up to
+INDICES = 1 << 21  # keys that all blocks name, 16 MiB of them: longer rows are left to attention.py
 SCORES = 1 << 20  # numbers: of so many blocks at once that their scores stay in cache
 
 
@@ -42,15 +44,17 @@ def groups_of(nodes: tuple[Node, ...], heads: int) -> list[Group]:
     shapes: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
     for node in nodes:
         for begin, end, spans in blocks_of(node):
-            keys = np.concatenate([np.arange(a, b) for a, b in spans])
-            shapes[-(-(end - begin) // STEP) * STEP, -(-len(keys) // KEY_STEP) * KEY_STEP].append((np.arange(begin, end), keys))
+            keys = np.concatenate([np.arange(a, b, dtype=np.int64) for a, b in spans])
+            shapes[-(-(end - begin) // STEP) * STEP, -(-len(keys) // KEY_STEP) * KEY_STEP].append(
+                (np.arange(begin, end, dtype=np.int64), keys)
+            )
     found = []
     for (n, m), blocks in sorted(shapes.items()):
         most = max(1, SCORES // (heads * n * m))
         while blocks:
             count = 1 << (min(most, len(blocks)).bit_length() - 1)
             taken, blocks = blocks[:count], blocks[count:]
-            sizes = (np.array([len(part[i]) for part in taken]) for i in range(2))
+            sizes = (np.array([len(part[i]) for part in taken], dtype=np.int64) for i in range(2))
             filled = (np.stack([np.pad(part[i], (0, size - len(part[i])), mode="edge") for part in taken]) for i, size in enumerate((n, m)))
             found.append(Group(*filled, *sizes))
     return found
@@ -72,9 +76,15 @@ def _kept(nodes: tuple[Node, ...], heads: int) -> list[Group]:
 
 def grouped(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None, softcap: float | None) -> Tensor:
     """query[Hq, T, D], key and value[Hkv, T + n, D] -> [T, Hq, D]; the arguments are those of attention.py's kernel."""
-    if softcap is not None or scale <= 0:
+    given = (query.contiguous(), key.contiguous(), value.contiguous())
+    if softcap is not None or scale <= 0 or not kernels.fit(*given) or _indices(layout.nodes) > INDICES:
         return packed(query, key, value, layout, scale, window, softcap)
-    return _GroupedAttention.apply(query.contiguous(), key.contiguous(), value.contiguous(), layout.nodes, scale, window or 0)
+    return _GroupedAttention.apply(*given, layout.nodes, scale, window or 0)
+
+
+def _indices(nodes: tuple[Node, ...]) -> int:
+    """How many keys the blocks name, of long rows the square of their length over that of a block."""
+    return sum(-(-(n.end - n.start) // QUERY_BLOCK) * (n.end - n.start + sum(b - a for a, b in n.ancestors)) for n in nodes)
 
 
 class _GroupedAttention(torch.autograd.Function):
@@ -93,13 +103,14 @@ class _GroupedAttention(torch.autograd.Function):
         return out_THD
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_THD):  # noqa: ANN001
         query, key, value = ctx.saved_tensors
         nodes, scale, window = ctx.layout
         shared = len(query) // len(key)
         grad = grad_THD.contiguous().transpose(0, 1)
         d_query = torch.zeros_like(query)
-        d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32) for t in (key, value))
+        d_key, d_value = (t.new_zeros(t.shape, dtype=torch.float32) for t in (key, value))
         for group, q, k, v in _gathered(nodes, query, key, value):
             g = kernels.gather(grad, group.queries_Bn, shared)
             probs = torch.bmm(q, k.transpose(1, 2))
@@ -128,8 +139,8 @@ AttentionInterface.register(GROUPED, grouped_forest_attention)
 
 def use_grouped(model: PreTrainedModel, paths: FastPaths) -> None:
     """Gives a model this kernel, if it computes and differentiates what attention.py's does."""
-    if not agrees_with_packed(model, grouped):
-        paths.refused[GROUPED_ATTENTION] = "it computes something else"
+    if (reason := refusal(model, grouped)) is not None:
+        paths.refused[GROUPED_ATTENTION] = reason
         return
     model.set_attn_implementation(GROUPED)
     paths.count(GROUPED_ATTENTION)

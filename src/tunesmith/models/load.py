@@ -105,7 +105,7 @@ class LoadedModel:
 
 
 def cache_folder() -> Path:
-    """Where converted models lie."""
+    """Where converted models, measurements of the machine and compiled loops lie."""
     return Path(os.environ.get("TUNESMITH_CACHE") or Path.home() / ".cache" / "tunesmith")
 
 

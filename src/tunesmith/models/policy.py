@@ -24,7 +24,7 @@ from ..errors import ModelError
 from .adapters import active_adapter
 from .attention import FOREST, Layout, forest_layout, in_few_shapes
 from .compiled import compile_layers
-from .embeddings import spare_tied_gradient
+from .embeddings import plain_lookup, spare_tied_gradient
 from .flex import FLEX, FLEX_ATTENTION, flex_masks, use_flex
 from .fused import FastPaths, fuse_layers, fuse_lora, plain_layers, remove_fast_forwards
 from .grouped import use_grouped
@@ -165,6 +165,7 @@ class Policy(nn.Module):
     def make_plain(self) -> None:
         """Takes the fast paths out for good."""
         remove_fast_forwards(self.model)
+        plain_lookup(self.causal)
         self._fast_head = False
         self.causal.set_attn_implementation(FOREST)
         taken = dict.fromkeys(self.fast_paths.used, "disagrees with the plain layers on the first batch")

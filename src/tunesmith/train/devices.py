@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import PeerLost
+from ..models import kernels
 from ..rundir import rank, world
 
 T = TypeVar("T")
@@ -116,3 +117,9 @@ def in_order(own: list[T]) -> list[T]:
     """What the processes made of parts that were dealt out as `data.batching.deal` does it, in the parts' order, on all of them."""
     found = gather(own)
     return [part[k] for k in range(max(map(len, found))) for part in found if k < len(part)]
+
+
+def same_loops_everywhere() -> None:
+    """Has every process compute without compiled loops where one cannot have them: replicas would differ in their last bits."""
+    if world() > 1 and (missing := [reason for reason in gather(kernels.unavailable()) if reason]):
+        kernels.leave_out(missing[0])

@@ -79,6 +79,7 @@ def train(job: Job) -> Progress:
         _stop_if_asked(job, progress)
         if _evaluation_is_due(job, progress):
             _evaluate(job, progress)
+            holes.give_back()
             _stop_if_asked(job, progress)
         finished = progress.step >= job.stage.max_steps or progress.stopped_early
         if progress.step and (finished or progress.step % job.stage.save_steps == 0):

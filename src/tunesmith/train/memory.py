@@ -85,7 +85,11 @@ class Holes:
         if self._given_back:
             self.usual, self._given_back = max(self.usual, held), False
         elif held > GROWN * self.usual:
-            self._given_back = _trim()
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Gives back what is free: also what an evaluation leaves, which is no update's."""
+        self._given_back = _trim()
 
 
 def _trim() -> bool:

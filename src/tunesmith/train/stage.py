@@ -41,7 +41,7 @@ from ..objectives import SFT
 from ..recipe import COMPARING, WHOLE, ModelSection, Stage
 from ..rundir import RunDirectory, atomic_folder, rank, verify_folder, world
 from .account import Account, CountedSource
-from .devices import wait
+from .devices import same_loops_everywhere, wait
 from .invariants import (
     computes_the_models_own,
     every_answer_ends_with_a_stop,
@@ -202,6 +202,7 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
     began, account = time.perf_counter(), Account()
     data, seed = inputs.data, inputs.seed
     loaded = _base(inputs)
+    same_loops_everywhere()
     model = build_model(loaded, stage, inputs.start, seed, inputs.new_tokens)
     fingerprint = stage_fingerprint(stage, loaded, data, inputs.template, inputs.start, seed, run.path, inputs.processes)
     stops = stop_tokens(inputs.template, loaded.tokenizer) if inputs.template else []

@@ -1,6 +1,7 @@
 """Elementwise work in bf16 on a CPU, in one pass over memory where torch takes several: what torch computes, up to rounding.
 
-The loops (`loops.c`) are compiled by the system's C compiler. Before the first is used, all are held against torch on a few numbers.
+The loops (`loops.c`) are compiled by the system's C compiler. Before the first is used they are held against torch on a few numbers
+(`trial.py`), and those of attention in a small forest (`grouped.py`).
 Where one disagrees or there is no compiler everything stays with torch, and `unavailable` says why.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any
@@ -24,11 +25,21 @@ SUM_BLOCK, ROW_BLOCK = 1 << 16, 64  # numbers, and rows, that one sum is made of
 _pools: dict[int, ThreadPoolExecutor] = {}
 os.register_at_fork(after_in_child=_pools.clear)  # a fork has none of its parent's threads
 _library = cache(load)
+_left_out: list[str] = []
+
+
+def unavailable() -> str | None:
+    """Why the loops are not used in this process; None: they are."""
+    return _left_out[0] if _left_out else _reason()
+
+
+def leave_out(reason: str) -> None:
+    """Has this process compute without them from here on: where another process of the run cannot have them, all do the same."""
+    _left_out[:] = [reason]
 
 
 @cache
-def unavailable() -> str | None:
-    """Why the loops are not used in this process; None: they are."""
+def _reason() -> str | None:
     try:
         _library()
     except NotBuilt as error:
@@ -42,13 +53,6 @@ def unavailable() -> str | None:
 def fit(*tensors: Tensor) -> bool:
     """Whether the loops can take these: bf16, on a CPU, each in one piece."""
     return all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous() for t in tensors) and unavailable() is None
-
-
-def exponentials(x: Tensor) -> Tensor:
-    """e^x of fp32, as all loops take it: of exponents from -70 to 80, and of others as of the nearest of these."""
-    out = torch.empty_like(x)
-    _spread("exponentials", x.numel(), AT_LEAST, x, out)
-    return out
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -67,7 +71,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """x[..., H] rstd w and rstd[..., 1] (fp32)."""
-    out, rstd, width = torch.empty_like(x), torch.empty(*x.shape[:-1], 1), x.shape[-1]
+    out, rstd, width = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32), x.shape[-1]
     _spread("rms_norm", rstd.numel(), max(1, AT_LEAST // width), x, weight, float(epsilon), width, rstd, out)
     return out, rstd
 
@@ -75,7 +79,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]
 def rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """What x and the weight get; the weight's in fp32."""
     d_x, rows, width = torch.empty_like(x), rstd.numel(), x.shape[-1]
-    d_weight = torch.empty(-(-rows // ROW_BLOCK), width)
+    d_weight = x.new_empty(-(-rows // ROW_BLOCK), width, dtype=torch.float32)
     _spread("rms_norm_backward", len(d_weight), 1, grad, x, rstd, weight, rows, width, d_x, d_weight)
     return d_x, d_weight.sum(0)
 
@@ -83,15 +87,18 @@ def rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> 
 def token_logprobs(raw_SV: Tensor, targets_S: Tensor, scale: float, *, entropy: bool, slope: bool) -> tuple[Tensor, Tensor]:
     """log softmax of `scale` raw at the targets, and its entropy if asked, [S] in fp32. slope: whether raw becomes d logprob / d raw."""
     count, vocabulary = raw_SV.shape
-    logprobs, entropies = torch.empty(count), torch.empty(count if entropy else 0)
+    targets_S = targets_S.to(torch.int64).contiguous()
+    if count and not 0 <= int(targets_S.min()) <= int(targets_S.max()) < vocabulary:
+        raise IndexError(f"targets from {int(targets_S.min())} to {int(targets_S.max())} are not all among the head's {vocabulary} tokens")
+    logprobs, entropies = (raw_SV.new_empty(n, dtype=torch.float32) for n in (count, count if entropy else 0))
     asked = (ctypes.c_int(entropy), ctypes.c_int(slope))
-    _spread("token_logprobs", count, 1, raw_SV, targets_S.contiguous(), float(scale), vocabulary, logprobs, entropies, *asked)
+    _spread("token_logprobs", count, 1, raw_SV, targets_S, float(scale), vocabulary, logprobs, entropies, *asked)
     return logprobs, entropies
 
 
 def square(x: Tensor) -> Tensor:
     """The sum of squares, fp32."""
-    sums = torch.empty(-(-x.numel() // SUM_BLOCK), dtype=torch.float64)
+    sums = x.new_empty(-(-x.numel() // SUM_BLOCK), dtype=torch.float64)
     _spread("squares", len(sums), 1, x, x.numel(), sums)
     return sums.sum().float()
 
@@ -101,7 +108,8 @@ def adamw(weight: Tensor, rest: Tensor, gradient: Tensor, first: Tensor, second:
 
     numbers: factor (of the gradient), rate, beta1, beta2, epsilon, decay, correction1 (1 - beta1^t), correction2 (the root of 1 - beta2^t).
     """
-    names = ("factor", "rate", "beta1", "beta2", "epsilon", "decay", "correction1", "correction2")
+    numbers |= {"rest1": 1 - numbers["beta1"], "rest2": 1 - numbers["beta2"]}
+    names = ("factor", "rate", "rest1", "beta2", "rest2", "epsilon", "decay", "correction1", "correction2")
     loop = "adamw_bf16" if gradient.dtype == torch.bfloat16 else "adamw_fp32"
     _spread(loop, weight.numel(), AT_LEAST, weight, rest, gradient, first, second, *(float(numbers[name]) for name in names))
 
@@ -163,6 +171,9 @@ def _spread(name: str, count: int, least: int, *arguments: Any) -> None:
     if parts not in _pools:
         _pools[parts] = ThreadPoolExecutor(parts - 1)
     others = [_pools[parts].submit(partial(loop, *given, ctypes.c_int64(a), ctypes.c_int64(b))) for a, b in pairwise(cuts[1:])]
-    loop(*given, ctypes.c_int64(0), ctypes.c_int64(cuts[1]))
+    try:
+        loop(*given, ctypes.c_int64(0), ctypes.c_int64(cuts[1]))
+    finally:
+        wait(others)  # whatever ends this one: they write to memory that it holds
     for other in others:
         other.result()

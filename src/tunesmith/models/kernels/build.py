@@ -36,15 +36,43 @@ class NotBuilt(Exception):
 
 def load() -> ctypes.CDLL:
     """The library. Raises NotBuilt."""
-    compiler = _compiler()
-    command = [*compiler, *FLAGS, *(WIDEST if platform.machine() in ("x86_64", "AMD64") else ())]
-    kept = _folder() / f"loops-{_key(command)}.so"
     try:
-        if not kept.is_file():
+        compiler = _compiler()
+        command = [*compiler, *FLAGS, *(WIDEST if platform.machine() in ("x86_64", "AMD64") else ())]
+        kept = cache_folder() / "kernels" / f"loops-{_key(command)}.so"
+        if _is_whole(kept):
+            return ctypes.CDLL(str(kept))
+        if _is_ours(kept.parent):
             _compile(command, kept)
-        return ctypes.CDLL(str(kept))
-    except OSError as error:
-        raise NotBuilt(f"the loops' library cannot be kept or loaded: {error}") from error
+            return ctypes.CDLL(str(kept))
+        with tempfile.TemporaryDirectory(prefix="tunesmith-kernels-") as folder:  # loaded, it is needed no more
+            _compile(command, Path(folder) / kept.name)
+            return ctypes.CDLL(str(Path(folder) / kept.name))
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise NotBuilt(f"the loops cannot be compiled, kept or loaded: {error}") from error
+
+
+def _is_whole(kept: Path) -> bool:
+    """Whether a library is there, as it was written, by this user: a damaged one would end the process, another's could do anything."""
+    said = kept.with_suffix(".sha256")
+    if not (kept.is_file() and said.is_file()) or not (_is_private(kept) and _is_private(kept.parent)):
+        return False
+    return said.read_text() == hashlib.sha256(kept.read_bytes()).hexdigest()
+
+
+def _is_private(path: Path) -> bool:
+    """Whether nobody but this user and root may have written it."""
+    about = path.stat()
+    return about.st_uid in (os.getuid(), 0) and not about.st_mode & 0o022
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether libraries can be kept in a folder, which is made where it is not there."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return _is_private(folder) and os.access(folder, os.W_OK)
+    except OSError:
+        return False
 
 
 def _compiler() -> list[str]:
@@ -56,29 +84,17 @@ def _compiler() -> list[str]:
 
 
 def _compile(command: list[str], kept: Path) -> None:
-    """Compiles beside the place where it is kept, so that no other process loads half of it."""
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    """Compiles beside the place where it is kept, so that no other process loads half of it, and keeps its hash."""
     with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
         made = Path(folder) / "loops.so"
-        try:
-            done = subprocess.run(
-                [*command, str(SOURCE), "-o", str(made), "-lm"], capture_output=True, text=True, timeout=LIMIT, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise NotBuilt(f"{command[0]} did not end within {LIMIT} s") from error
+        done = subprocess.run([*command, str(SOURCE), "-o", str(made), "-lm"], capture_output=True, text=True, timeout=LIMIT, check=False)
         if done.returncode:
             raise NotBuilt(f"{command[0]} does not compile the loops: {(done.stderr.strip().splitlines() or ['it says nothing'])[0]}")
+        said = made.with_suffix(".sha256")
+        said.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+        made.chmod(0o700)
         made.replace(kept)
-
-
-def _folder() -> Path:
-    """Where libraries are kept: the cache folder, or this process's own place where that cannot be written."""
-    folder = cache_folder() / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="tunesmith-kernels-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="tunesmith-kernels-"))
+        said.replace(kept.with_suffix(".sha256"))
 
 
 def _key(command: list[str]) -> str:

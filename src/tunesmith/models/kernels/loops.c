@@ -1,6 +1,6 @@
 /* Elementwise work on bf16, one pass over memory each; compiled for this processor by build.py.
 
-bf16 is held as its 16 bits. Everything is computed in fp32 and rounded once where it is written. Each function takes a stretch of its work,
+bf16 is held as its 16 bits. Everything is computed in fp32 and rounded where it is written. Each function takes a stretch of its work,
 [begin, end): numbers, rows, blocks of them, or matrices. Loops stand one after another over what stays in cache, each simple enough to take
 many numbers at once. Sums alone may change their order (omp simd). A NaN goes through: it is never compared away. */
 
@@ -50,10 +50,6 @@ static inline float exponential(float x) {
 /* An integer that is larger where the number is, and its own inverse; a NaN's is beyond all numbers, or below all. */
 static inline int32_t ordered(float x) { int32_t b = (int32_t)bits_of(x); return b ^ ((b >> 31) & 0x7FFFFFFF); }
 static inline float unordered(int32_t b) { return of_bits((uint32_t)(b ^ ((b >> 31) & 0x7FFFFFFF))); }
-
-void exponentials(const float *x, float *out, count begin, count end) {
-    for (count i = begin; i < end; i++) out[i] = exponential(x[i]);
-}
 
 /* out[b]: the sum of the squares of block b of a's n numbers. */
 void squares(const bf16 *a, count n, double *out, count begin, count end) {
@@ -154,12 +150,12 @@ void token_logprobs(bf16 *raw, const int64_t *targets, float scale, count vocabu
     free(e);
 }
 
-/* One AdamW step of masters whose upper halves are bf16 weights and whose lower halves lie in rest (train/masters.py): the lower half is
+/* One AdamW step (rest1 and rest2: what is left of 1 beside the betas, which fp32 would round) of masters whose upper halves are bf16 weights and whose lower halves lie in rest (train/masters.py): the lower half is
    cut at one bit above its least, and the upper is rounded, a NaN staying one. */
 #define ADAMW(name, type, number)                                                                                                      \
-    void name(bf16 *weight, int16_t *rest, const type *grad, float *first, float *second, float factor, float rate, float beta1,       \
-              float beta2, float epsilon, float decay, float correction1, float correction2, count begin, count end) {                 \
-        float master[BLOCK], keep = 1 - rate * decay, pace = rate / correction1, rest1 = 1 - beta1, rest2 = 1 - beta2;                 \
+    void name(bf16 *weight, int16_t *rest, const type *grad, float *first, float *second, float factor, float rate, float rest1,       \
+              float beta2, float rest2, float epsilon, float decay, float correction1, float correction2, count begin, count end) {    \
+        float master[BLOCK], keep = 1 - rate * decay, pace = rate / correction1;                                                       \
         for (count from = begin; from < end; from += BLOCK) {                                                                          \
             count n = end - from < BLOCK ? end - from : BLOCK;                                                                         \
             bf16 *restrict w = weight + from;                                                                                          \

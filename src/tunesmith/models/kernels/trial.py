@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import kernels
 
 ROUNDING = 2**-8  # half a step of bf16 on each side, relative
-ROWS, WIDTH, VOCABULARY = 70, 72, 300
+ROWS, WIDTH, VOCABULARY = 70, 72, 3000
 
 
 def wrong_loop() -> str | None:
@@ -60,15 +60,16 @@ def _compared() -> Iterator[tuple[str, Tensor, Tensor, float]]:
 
     yield "square", kernels.square(grad)[None], grad.double().square().sum()[None], 1e-5
     yield from _adamw(numbers(3000), grad.view(-1)[:3000], numbers(3000, dtype=torch.float32))
+    yield from _adamw(numbers(3000), grad.view(-1)[:3000].float(), numbers(3000, dtype=torch.float32))
 
 
 def _adamw(weight: Tensor, gradient: Tensor, first: Tensor) -> Iterator[tuple[str, Tensor, Tensor, float]]:
     second, rest = first.square(), torch.arange(-1500, 1500, dtype=torch.int16)
     master = _joined(weight, rest).double()
     d = gradient.double() * 0.5
-    m, v = 0.9 * first.double() + 0.1 * d, 0.99 * second.double() + 0.01 * d.square()
+    m, v = 0.9 * first.double() + 0.1 * d, 0.9999 * second.double() + 0.0001 * d.square()
     moved = master * (1 - 1e-2 * 0.1) - 1e-2 * (m / 0.271) / (v.sqrt() / 0.1723 + 1e-8)
-    named = {"factor": 0.5, "rate": 1e-2, "beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8, "decay": 0.1, "correction1": 0.271}
+    named = {"factor": 0.5, "rate": 1e-2, "beta1": 0.9, "beta2": 0.9999, "epsilon": 1e-8, "decay": 0.1, "correction1": 0.271}
     kernels.adamw(weight, rest, gradient, first, second, **named, correction2=0.1723)
     for got, want in ((_joined(weight, rest), moved), (first, m), (second, v)):
         yield "adamw", got, want, 1e-4
