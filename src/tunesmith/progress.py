@@ -118,7 +118,7 @@ def event_words(event: dict[str, Any]) -> str | None:
     if kind == "checkpoint_refused":
         return f"checkpoint {event['checkpoint']} refused: {event['reason']}"
     if kind == "fast_paths_dropped":
-        return f"some layers are computed plainly, the log says why: {', '.join(event['paths'])}"
+        return "computed plainly, and slower: " + "; ".join(f"{path} ({event['reasons'][path]})" for path in event["paths"])
     return None
 
 
