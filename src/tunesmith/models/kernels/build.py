@@ -95,11 +95,11 @@ def _compile(command: list[str], kept: Path) -> None:
         if not made.is_file():
             raise NotBuilt(f"{command[0]} made no library")
         ctypes.CDLL(str(made))  # or it is not kept
-        said = made.with_suffix(".sha256")
-        said.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+        digest = made.with_suffix(".sha256")
+        digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
         made.chmod(0o700)
         made.replace(kept)
-        said.replace(kept.with_suffix(".sha256"))
+        digest.replace(kept.with_suffix(".sha256"))
 
 
 def _key(command: list[str]) -> str:
