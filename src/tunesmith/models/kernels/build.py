@@ -89,9 +89,8 @@ def _compile(command: list[str], kept: Path) -> None:
         made = Path(folder) / "loops.so"
         done = subprocess.run([*command, str(SOURCE), "-o", str(made), "-lm"], capture_output=True, text=True, timeout=LIMIT, check=False)
         if done.returncode:
-            raise NotBuilt(
-                f"{command[0]} does not compile the loops: {(done.stderr.strip().splitlines() or [f'it ended with status {done.returncode}'])[0]}"
-            )
+            text = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
+            raise NotBuilt(f"{command[0]} does not compile the loops: {text[0]}")
         if not made.is_file():
             raise NotBuilt(f"{command[0]} made no library")
         ctypes.CDLL(str(made))  # or it is not kept
