@@ -167,3 +167,10 @@ def test_a_kernel_that_computes_something_else_is_left_out(monkeypatch):
     paths = Policy(tiny_model("llama", dtype=torch.bfloat16)).fast_paths
     assert paths.refused["grouped_attention"] == "it computes something else"
     assert "kernels" in paths.used
+
+
+@pytest.mark.parametrize("family, takes_it", [("llama", True), ("gemma2", False)])
+def test_a_model_with_a_soft_cap_does_not_say_that_its_blocks_are_grouped(family, takes_it):
+    paths = Policy(tiny_model(family, dtype=torch.bfloat16)).fast_paths
+    assert ("grouped_attention" in paths.used) == takes_it
+    assert "grouped_attention" not in paths.refused

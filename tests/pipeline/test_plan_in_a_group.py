@@ -71,8 +71,11 @@ def test_full_tuning_that_a_control_group_has_no_room_for_is_refused_with_what_f
     )
     done = subprocess.run(["sh", "-c", words], env=environment(), capture_output=True, text=True)
     assert done.returncode == 4, done.stderr
-    need, room = map(float, re.search(r"needs ([\d.]+) GB of memory, this machine has ([\d.]+) GB", done.stderr).groups())
-    fits = float(re.search(r"nearest that fits, with ([\d.]+) GB: method: lora", done.stderr).group(1))
+    said = re.search(r"needs ([\d.]+) GB of memory, this machine has ([\d.]+) GB", done.stderr)
+    named = re.search(r"nearest that fits, with ([\d.]+) GB: method: lora", done.stderr)
+    assert said, done.stderr
+    assert named, done.stderr
+    (need, room), fits = map(float, said.groups()), float(named.group(1))
     assert fits < 0.9 * room + 0.01
     assert room < need
     assert room < LIMIT / 1e9 + 0.5  # libraries' files that others hold too are not the group's

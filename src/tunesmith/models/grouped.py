@@ -1,8 +1,8 @@
 """The forest's attention in bf16 on a CPU: blocks of queries of one shape at once, and compiled loops between the products.
 
-What attention.py computes one block after another is computed here for as many blocks as go into cache: products of few matrices take twice
-as long each, and so do many small calls. Blocks, keys and their number come
-in whole steps, since oneDNN keeps a kernel for each shape. A soft cap is left to attention.py.
+What attention.py computes one block after another is computed here for as many blocks as go into cache: products of few matrices take
+twice as long each, and small calls cost more than their work. Queries and keys of a block come in whole steps and the number of blocks is a
+power of two, since oneDNN keeps a kernel for each shape. A soft cap is left to attention.py.
 """
 
 from __future__ import annotations
@@ -138,7 +138,9 @@ AttentionInterface.register(GROUPED, grouped_forest_attention)
 
 
 def use_grouped(model: PreTrainedModel, paths: FastPaths) -> None:
-    """Gives a model this kernel, if it computes and differentiates what attention.py's does."""
+    """Gives a model this kernel, if it computes and differentiates what attention.py's does; with a soft cap it would leave all to that."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        return
     if (reason := refusal(model, grouped)) is not None:
         paths.refused[GROUPED_ATTENTION] = reason
         return

@@ -150,8 +150,8 @@ void token_logprobs(bf16 *raw, const int64_t *targets, float scale, count vocabu
     free(e);
 }
 
-/* One AdamW step (rest1 and rest2: what is left of 1 beside the betas, which fp32 would round) of masters whose upper halves are bf16 weights and whose lower halves lie in rest (train/masters.py): the lower half is
-   cut at one bit above its least, and the upper is rounded, a NaN staying one. */
+/* One AdamW step of masters whose upper halves are bf16 weights and whose lower halves lie in rest (train/masters.py): the lower half is cut
+   at one bit above its least, and the upper is rounded, a NaN staying one. rest1 and rest2 are 1 - beta, which fp32 would round. */
 #define ADAMW(name, type, number)                                                                                                      \
     void name(bf16 *weight, int16_t *rest, const type *grad, float *first, float *second, float factor, float rate, float rest1,       \
               float beta2, float rest2, float epsilon, float decay, float correction1, float correction2, count begin, count end) {    \

@@ -1,4 +1,4 @@
-"""Every loop held against torch in fp64 on a few numbers, on the processor that it was compiled for."""
+"""The loops held against torch in fp64 on a few numbers, on this processor; those of attention: grouped.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import kernels
 
-ROUNDING = 2**-8  # half a step of bf16 on each side, relative
+ROUNDING = 2**-8  # a whole step of bf16 above a power of two, relative: one rounding is half of it
 ROWS, WIDTH, VOCABULARY = 70, 72, 3000
 
 
