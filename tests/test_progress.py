@@ -102,6 +102,7 @@ def test_durations_are_in_the_unit_a_person_would_use():
 
 def test_a_step_that_teaches_nothing_and_a_note_are_said():
     assert "step 3: nothing to learn from" in event_words({"event": "nothing_learned", "step": 3, "stage": "grpo"})
+    assert event_words({"event": "stopping", "stage": "sft", "signal": "SIGINT"}).startswith("SIGINT: stopping")
     assert event_words({"event": "note", "note": "gold.py:checks raised"}) == "note: gold.py:checks raised"
 
 

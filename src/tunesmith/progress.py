@@ -113,6 +113,8 @@ def event_words(event: dict[str, Any]) -> str | None:
         return f"run {event['number']} of {event['of']}: {event['run']}"
     if kind == "run_failed":
         return f"run {event['run']} failed: {event['error']}"
+    if kind == "stopping":
+        return f"{event['signal']}: stopping with a checkpoint when this step is done"
     if kind == "resumed":
         return f"resumed {event['stage']} at step {event['step']}"
     if kind == "checkpoint_refused":

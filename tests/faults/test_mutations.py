@@ -228,7 +228,7 @@ MUTATIONS = {
         put(checkpoint, "_is_finite", lambda tensor: True),
         "state.safetensors",
     ),
-    "signals wait for the step's end": (check_signal, put(StopRequest, "defer", lambda self, deferring: None), "is lost"),
+    "signals wait for the step's end": (check_signal, put(StopRequest, "defer", lambda self, deferring, heard=None: None), "is lost"),
     "the ledger": (check_ledger, put(Ledger, "check", lambda self: None), "a row vanished"),
     "finished units of an evaluation": (check_scored_once, finished_units_forgotten, "scored twice"),
 }

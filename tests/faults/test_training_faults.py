@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import queue
 import signal
 import time
 from pathlib import Path
@@ -94,6 +95,18 @@ def test_a_signal_that_comes_while_the_last_step_runs_is_answered_too():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Interrupted):
             stop.defer(False)
+
+
+def test_a_signal_that_waits_for_its_steps_end_is_said_at_once_and_once():
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with StopRequest() as stop:
+        stop.defer(True, said.put)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert said.get(timeout=60) == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted):
+            stop.defer(False)
+    assert said.empty()
 
 
 class PoisonedLoss(SFT):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -52,6 +54,36 @@ def test_a_torn_note_of_the_machine_or_an_older_one_is_measured_anew(measured, t
         (tmp_path / "machine.json").write_text(torn)
         assert measure_machine(torch.float32) == SPEEDS
     assert len(measured) == 5
+
+
+def test_what_was_measured_beside_other_work_is_said_to_be_slow_and_not_kept(measured, tmp_path, monkeypatch):
+    waited, told = iter([0.0, 3600.0, 3600.0, 3600.0]), []
+    monkeypatch.setattr(machine, "_waited", lambda: next(waited))
+    assert measure_machine(torch.float32, announce=told.append) == SPEEDS
+    assert "other programs took" in told[1]
+    assert not (tmp_path / "machine.json").exists()
+    measure_machine(torch.float32)
+    measure_machine(torch.float32)
+    assert len(measured) == 2
+    assert (tmp_path / "machine.json").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="this system does not count how long a thread waits")
+def test_a_thread_that_shares_its_processor_has_waited_for_it():
+    """Two processes more on the one processor that this one may use."""
+    ours = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(ours)})
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        before, began = machine._waited(), time.process_time()
+        while time.process_time() - began < 0.3:
+            pass
+        assert machine._waited() - before > 0.15
+    finally:
+        os.sched_setaffinity(0, ours)
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def test_the_measured_speeds_are_those_of_a_computer(tmp_path, monkeypatch):

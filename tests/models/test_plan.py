@@ -48,7 +48,7 @@ SHAPE = Shape(
     hidden=576,
     inner=1536,
     vocabulary=49152,
-    itemsize=2,
+    dtype=torch.bfloat16,
     cached=11_520,
     weights=269_030_016,
 )
@@ -119,7 +119,7 @@ def test_the_state_of_full_tuning_is_what_the_optimiser_holds(dtype, accumulatio
     held = [tensor for name, tensor in optimiser.state().items() if name.startswith(("first.", "second.", "rest."))]
     held += [optimiser.flat_gradient, *(unit.gradient for unit in optimiser._apart)]
     trained = sum(p.numel() for p in model.parameters())
-    size = replace(SHAPE, itemsize=dtype.itemsize)
+    size = replace(SHAPE, dtype=dtype)
 
     def planned(trainable):
         return memory(stage, tokens=0, trainable=trainable, bare=0, shape=size)
@@ -194,41 +194,44 @@ def test_what_binds_a_phase_is_the_longest_of_its_times():
     assert together("all", [trained(), saved]).seconds == trained().seconds + 2.0
 
 
-@pytest.mark.parametrize("loops", [True, False])
-def test_a_cpu_takes_longer_in_16_bits_than_its_speeds_say_and_a_gpu_does_not(loops, monkeypatch):
+@pytest.mark.parametrize(
+    "loops, dtype, in_training",
+    [(True, torch.bfloat16, TRAIN_BY_LOOPS), (False, torch.bfloat16, TRAIN_IN_16_BITS), (True, torch.float16, TRAIN_IN_16_BITS)],
+)
+def test_a_cpu_takes_longer_in_16_bits_than_its_speeds_say_and_a_gpu_does_not(loops, dtype, in_training, monkeypatch):
     monkeypatch.setattr(kernels, "unavailable", lambda: None if loops else "there are none")
-    in_training = TRAIN_BY_LOOPS if loops else TRAIN_IN_16_BITS
+    shape = replace(SHAPE, dtype=dtype)
 
     def seconds(make, cuda: bool) -> float:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         return make().seconds
 
     for make, factor in (
-        (lambda: train_phase(SHAPE, MACHINE, LORA, RANK_16, WORK), in_training),
-        (lambda: forward_phase("validate", SHAPE, MACHINE, WORK), FORWARD_IN_16_BITS),
-        (lambda: reading_phase("score", SHAPE, MACHINE, WORK), FORWARD_IN_16_BITS * READING_IN_16_BITS),
+        (lambda: train_phase(shape, MACHINE, LORA, RANK_16, WORK), in_training),
+        (lambda: forward_phase("validate", shape, MACHINE, WORK), FORWARD_IN_16_BITS),
+        (lambda: reading_phase("score", shape, MACHINE, WORK), FORWARD_IN_16_BITS * READING_IN_16_BITS),
     ):
         assert seconds(make, cuda=False) == pytest.approx(factor * seconds(make, cuda=True))
     attending = [
-        seconds(lambda: train_phase(SHAPE, MACHINE, LORA, RANK_16, replace(WORK, pairs=1e7)), cuda)
-        - seconds(lambda: train_phase(SHAPE, MACHINE, LORA, RANK_16, WORK), cuda)
+        seconds(lambda: train_phase(shape, MACHINE, LORA, RANK_16, replace(WORK, pairs=1e7)), cuda)
+        - seconds(lambda: train_phase(shape, MACHINE, LORA, RANK_16, WORK), cuda)
         for cuda in (False, True)
     ]
     assert attending[0] == pytest.approx(ATTENTION_IN_16_BITS * in_training * attending[1])
     seeing = [
-        seconds(lambda: forward_phase("validate", SHAPE, MACHINE, replace(WORK, pairs=1e7)), cuda)
-        - seconds(lambda: forward_phase("validate", SHAPE, MACHINE, WORK), cuda)
+        seconds(lambda: forward_phase("validate", shape, MACHINE, replace(WORK, pairs=1e7)), cuda)
+        - seconds(lambda: forward_phase("validate", shape, MACHINE, WORK), cuda)
         for cuda in (False, True)
     ]
     assert seeing[0] == pytest.approx(ATTENTION_IN_16_BITS * FORWARD_IN_16_BITS * seeing[1])
-    answering = [seconds(lambda: reading_phase("score", SHAPE, MACHINE, replace(WORK, pairs=1e7)), cuda) for cuda in (False, True)]
+    answering = [seconds(lambda: reading_phase("score", shape, MACHINE, replace(WORK, pairs=1e7)), cuda) for cuda in (False, True)]
     assert answering[0] == pytest.approx(FORWARD_IN_16_BITS * READING_IN_16_BITS * answering[1]), "its attention is another"
-    starting = [seconds(lambda: start_phase("start", SHAPE, MACHINE, WORK), cuda) for cuda in (False, True)]
+    starting = [seconds(lambda: start_phase("start", shape, MACHINE, WORK), cuda) for cuda in (False, True)]
     assert starting[0] == pytest.approx(START_IN_16_BITS + FORWARD_IN_16_BITS * starting[1])
     decoding = [seconds(lambda: said(items=1), cuda) for cuda in (False, True)]
-    more_calls = 40 * SHAPE.layers * (DECODE_CALLS_IN_16_BITS - DECODE_CALLS)
+    more_calls = 40 * shape.layers * (DECODE_CALLS_IN_16_BITS - DECODE_CALLS)
     assert decoding[0] - decoding[1] == pytest.approx(more_calls * MACHINE.call_seconds)
-    in_fp32 = replace(SHAPE, itemsize=4)
+    in_fp32 = replace(shape, dtype=torch.float32)
     for cuda in (False, True):
         assert seconds(lambda: forward_phase("validate", in_fp32, MACHINE, WORK), cuda) == forward_phase("", in_fp32, MACHINE, WORK).seconds
 
@@ -242,7 +245,7 @@ def test_a_loop_moves_16_bit_weights_in_fewer_passes_over_memory_and_fp32_ones_a
     spared = 7 * WHOLE_MODEL.trainable * 4 * (OPTIMISER_PASSES["adamw_torch_fused"] - OPTIMISER_PASSES_BY_LOOPS)
     assert moved(SHAPE, False) - moved(SHAPE, True) == pytest.approx(spared)
     assert moved(SHAPE, False, optim="adafactor") == moved(SHAPE, True, optim="adafactor")
-    in_fp32 = replace(SHAPE, itemsize=4)
+    in_fp32 = replace(SHAPE, dtype=torch.float32)
     assert moved(in_fp32, False) == moved(in_fp32, True)
 
 
@@ -287,7 +290,7 @@ def test_a_lora_product_reads_its_inputs_beside_it_a_dora_layer_more_and_a_plain
     assert 0 < one < all_layers < dora
     assert method_cost(model, FullMethod()).passed_in_16_bits == 0
     more = replace(RANK_16, passed_in_16_bits=1000)
-    for shape, bytes_more in ((SHAPE, 1000 * WORK.computed * SHAPE.itemsize), (replace(SHAPE, itemsize=4), 0)):
+    for shape, bytes_more in ((SHAPE, 1000 * WORK.computed * SHAPE.itemsize), (replace(SHAPE, dtype=torch.float32), 0)):
         with_it, without = (train_phase(shape, MACHINE, LORA, cost, WORK).bytes for cost in (more, RANK_16))
         assert with_it - without == pytest.approx(bytes_more)
 

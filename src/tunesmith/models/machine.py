@@ -33,6 +33,7 @@ TAKEN = "medians by the clock"  # how speeds are measured: what was measured oth
 LAYER = (1536, 576)  # outputs, inputs of one of the weights that a decoding step reads
 STREAMED, CACHED = 1 << 25, 1 << 20  # numbers: more than any cache holds, and about one layer's activations
 STORED = 1 << 26  # bytes written to measure the storage
+BESIDE = 0.1  # share of the time spent waiting for a processor, above which speeds are another program's doing and are not kept
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,31 @@ class Machine:
 
 
 def measure_machine(dtype: torch.dtype, *, announce: Callable[[str], None] = lambda text: None) -> Machine:
-    """The machine's speeds in this dtype and with the present threads; announce: told before it is measured anew."""
+    """The machine's speeds in this dtype and with the present threads, kept unless other programs took part of it meanwhile.
+
+    announce: told before it is measured anew, and why it is not kept.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path, name = cache_folder() / "machine.json", machine_name(dtype, device)
     known = _known_machines(path)
     if set(known.get(name, ())) != {field.name for field in fields(Machine)}:
         announce(f"measuring this machine's speed for the plan, once, about {SECONDS:.0f} s")
+        waited, began = _waited(), time.perf_counter()
         known[name] = asdict(_measure(dtype, device, path.parent))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, known)
+        if (share := (_waited() - waited) / (time.perf_counter() - began)) > BESIDE:
+            announce(f"other programs took {share:.0%} of that time: the plan holds beside them, and the next one measures again")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, known)
     return Machine(**known[name])
+
+
+def _waited() -> float:
+    """Seconds that this thread was ready and had no processor; 0 where the system does not count them (Linux does)."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def machine_name(dtype: torch.dtype, device: torch.device) -> str:

@@ -60,11 +60,16 @@ class Shape:
     hidden: int
     inner: int
     vocabulary: int
-    itemsize: int
+    dtype: torch.dtype
     cached: int
     """Numbers that one token leaves in the cache of keys and values, all layers together."""
     weights: int
     """Bytes that the weights are held in."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number that the model computes with."""
+        return self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def model_shape(loaded: LoadedModel) -> Shape:
         hidden=config.hidden_size,
         inner=inner,
         vocabulary=table.shape[0],
-        itemsize=table.element_size(),
+        dtype=table.dtype,
         cached=2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_size,
         weights=sum(p.numel() * p.element_size() for p in model.parameters()),
     )
@@ -129,7 +134,7 @@ def train_phase(shape: Shape, machine: Machine, stage: Stage, cost: MethodCost, 
     near += 2.0 * cost.saved_inputs * tokens * shape.itemsize + work.supervised * shape.vocabulary * 4 * 6
     near += cost.passed_in_16_bits * tokens * shape.itemsize if on_cpu_in_16_bits(shape) else 0.0
     moved = work.batches * shape.weights * (passes + cost.weight_passes)
-    loops = on_cpu_in_16_bits(shape) and kernels.unavailable() is None
+    loops = shape.dtype == torch.bfloat16 and on_cpu_in_16_bits(shape) and kernels.unavailable() is None
     one_pass = loops and cost.whole and stage.optim == "adamw_torch_fused"
     moved += stage.max_steps * cost.trainable * MASTER_BYTES * (OPTIMISER_PASSES_BY_LOOPS if one_pass else OPTIMISER_PASSES[stage.optim])
     calls = work.batches * shape.layers * (TRAIN_CALLS + again * FORWARD_CALLS)

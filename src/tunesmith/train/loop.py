@@ -73,7 +73,7 @@ def train(job: Job) -> Progress:
     Interrupted after a signal, with a checkpoint of the current step written.
     """
     progress = _resume(job)
-    job.stop.defer(True)
+    job.stop.defer(True, lambda name: job.report({"event": "stopping", "stage": job.stage.name, "signal": name}))
     holes = Holes()
     while True:
         _stop_if_asked(job, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 from ..errors import Interrupted
@@ -17,6 +18,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._deferring = False
+        self._heard: Callable[[str], None] | None = None
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -28,9 +30,12 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def defer(self, deferring: bool) -> None:
-        """While deferring, a signal is only noted: the loop asks `received` at the end of each step."""
-        self._deferring = deferring
+    def defer(self, deferring: bool, heard: Callable[[str], None] | None = None) -> None:
+        """While deferring, a signal is only noted: the loop asks `received` at the end of each step.
+
+        heard: told the name of the first one when it comes, in a thread of its own, since a handler may not print amid a print.
+        """
+        self._deferring, self._heard = deferring, heard
         if not deferring and self.received is not None:
             self._stop()
 
@@ -39,6 +44,8 @@ class StopRequest:
         self.received = self.received or signal.Signals(number)
         if first and not self._deferring:
             self._stop()
+        if first and self._heard is not None:
+            threading.Thread(target=self._heard, args=(self.received.name,), daemon=True).start()
 
     def _stop(self) -> None:
         name = self.received.name if self.received else "signal"
