@@ -186,7 +186,7 @@ def run_tunesmith(spec: dict) -> dict:
     import torch
 
     from tunesmith.data.batching import DatasetSource
-    from tunesmith.models.load import load_model, stored_weights
+    from tunesmith.models.load import load_model
     from tunesmith.models.methods import attach
     from tunesmith.models.policy import Policy
     from tunesmith.objectives import OBJECTIVES
@@ -204,8 +204,6 @@ def run_tunesmith(spec: dict) -> dict:
     policy = Policy(attach(load_model(ModelSection(name=folder, dtype=spec["dtype"])), method, seed=SEED))
     policy.model.eval()
     objective, optimiser = OBJECTIVES["dpo"](stage.objective), Optimiser(policy.named_parameters(), stage)
-    if spec["method"] == "full":
-        optimiser.start_from((f"model.{name}", value) for name, value in stored_weights(folder))
     keep_freed_memory()
     torch.manual_seed(SEED)
     items = [[_row(np, pair, name) for name in ("chosen_ids", "rejected_ids")] for pair in pairs]

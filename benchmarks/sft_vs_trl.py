@@ -217,7 +217,7 @@ def run_tunesmith(spec: dict) -> dict:
 
     from tunesmith.data.batching import Batch
     from tunesmith.data.forest import build_forest
-    from tunesmith.models.load import load_model, stored_weights
+    from tunesmith.models.load import load_model
     from tunesmith.models.methods import attach
     from tunesmith.models.policy import Policy
     from tunesmith.objectives import OBJECTIVES
@@ -232,8 +232,6 @@ def run_tunesmith(spec: dict) -> dict:
     stage = Stage(name="sft", objective="sft", method=method, learning_rate=peak_rate(spec))
     policy = Policy(attach(load_model(ModelSection(name=folder, dtype=spec["dtype"])), method, seed=SEED))
     objective, optimiser = OBJECTIVES["sft"](), Optimiser(policy.named_parameters(), stage)
-    if spec["method"] == "full":
-        optimiser.start_from((f"model.{name}", value) for name, value in stored_weights(folder))
     keep_freed_memory()
     rows = [(np.array(row["input_ids"]), np.array([label != -100 for label in row["labels"]], dtype=np.float32)) for row in rows]
     torch.manual_seed(SEED)

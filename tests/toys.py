@@ -254,3 +254,10 @@ __all__ = [
     "tiny_tokenizer",
     "train_stage",
 ]
+
+
+def is_a_neighbour(weights: torch.Tensor, masters: torch.Tensor) -> bool:
+    """Whether each bf16 weight is one of the two that its master lies between, or its master."""
+    upper, bits = weights.contiguous().view(torch.int16).int(), masters.contiguous().view(torch.int32)
+    beyond = upper - (bits >> 16)
+    return bool(((beyond == 0) | ((beyond == 1) & (bits & 0xFFFF != 0))).all())

@@ -6,17 +6,21 @@ import os
 import signal
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tests.distributed import processes
 from tests.distributed.processes import stage_of, together, train, trained, values
 from tests.distributed.work import WORK, furthest, stage_for
 from tests.toys import tiny_model
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DeviceMesh, DTensor, Shard, distribute_tensor
 
 from tunesmith.models.policy import Policy
 from tunesmith.rundir import rank
 from tunesmith.train import loop, updates
 from tunesmith.train import stage as stage_module
+from tunesmith.train.masters import Apart
+from tunesmith.train.updates import Moment
+from tunesmith.train.updates.adamw import AdamW
 
 
 def sharded_run(kind, path, **settings):
@@ -67,6 +71,31 @@ def test_a_sharded_run_goes_on_unsharded_on_one_process_and_sharded_on_two_to_th
         assert ("state.1.safetensors" in files) == (count == 2)
     assert trained(tmp_path / "run").losses == pytest.approx(unbroken.losses, rel=1e-5)
     assert furthest(tmp_path / "run", unbroken.path) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(13, 5), (301, 77)])
+def test_each_processs_part_of_a_bf16_weight_is_rounded_as_it_is_in_the_whole(shape, tmp_path):
+    """So that a checkpoint of two processes' halves, of which weights and lower bits are kept, gives one process the same masters."""
+
+    def moved(mesh=None):
+        draw = torch.Generator().manual_seed(0)
+        value, gradient = (torch.randn(shape, generator=draw).bfloat16() for _ in range(2))
+        value = value if mesh is None else distribute_tensor(value, mesh, [Shard(0)])
+        gradient = gradient if mesh is None else distribute_tensor(gradient, mesh, [Shard(0)])
+        weights = torch.nn.Parameter(value)
+        unit = Apart("weight", weights, AdamW(stage_for("full")))
+        for step in range(3):
+            unit.gradient = gradient.to_local() if mesh is not None else gradient
+            unit.move(1.0, Moment(step + 1, 1e-3, 0.0))
+        held = [weights.full_tensor() if mesh is not None else weights.data, unit.masters[0]]
+        return [tensor.float().flatten().tolist() for tensor in held]
+
+    weights, whole = moved()
+    (first, upper), (second, lower) = values(together(2, lambda: moved(DeviceMesh("cpu", [0, 1])), tmp_path / "said"))
+    assert first == second == weights
+    assert upper + lower == whole
+    assert torch.tensor(weights).view(torch.int32).bitwise_and(0xFFFF).count_nonzero() == 0
+    assert weights != whole
 
 
 @pytest.fixture(params=[97, 112])

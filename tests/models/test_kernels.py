@@ -103,8 +103,8 @@ def test_what_is_not_finite_is_not_lost(value, place):
     assert not logprobs[row].isfinite()
     assert logprobs.isfinite().sum() == 7
     assert not kernels.square(x).isfinite()
-    weight, rest, first, second = numbers(4000), torch.zeros(4000, dtype=torch.int16), torch.zeros(4000), torch.zeros(4000)
-    kernels.adamw(weight, rest, x.view(-1), first, second, **STEP_OF_ADAMW)
+    weight, low, first, second = numbers(4000), torch.zeros(4000, dtype=torch.int16), torch.zeros(4000), torch.zeros(4000)
+    kernels.adamw(weight, low, x.view(-1), first, second, **STEP_OF_ADAMW)
     assert not weight[place].isfinite()
     assert weight.isfinite().sum() == 3999
 

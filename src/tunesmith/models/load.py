@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelError, StorageFailed, TunesmithError
@@ -161,14 +159,6 @@ def load_model(section: ModelSection) -> LoadedModel:
         model = model.to("cuda")
     identity = ModelIdentity(name, hash_weights(folder), str(folder), revision)
     return LoadedModel(model.eval(), tokenizer, identity, dtype, section.quantization, scaling and scaling.model_dump())
-
-
-def stored_weights(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of a folder's weight files as it is stored, by name, one at a time."""
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(path, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                yield name, tensors.get_tensor(name)
 
 
 def hash_weights(folder: str | Path) -> str:

@@ -2,17 +2,23 @@
 
 Every trained weight has an fp32 master, since a 16-bit weight rounds most updates away. Tensors held in fp32 are their own masters and
 lie in one flat buffer, a `Run` of which one call updates. The others stand `Apart`: a bf16 tensor is the upper half of its master, whose
-other 16 bits lie in `rest`, so that weight and master take 4 bytes and not 6; an fp16 tensor, with an exponent of its own, has its master
+other 16 bits lie in `low`, so that weight and master take 4 bytes and not 6; an fp16 tensor, with an exponent of its own, has its master
 beside it (6 bytes); of a tensor that is sharded over processes (a DTensor), this process's part is updated, and nothing is laid flat.
+
+A bf16 weight is not its master's nearest value: from a model stored in bf16 all masters begin at one, and an update of 2e-5 would move no
+weight of 0.1 for a dozen updates, and then many at once. Each weight is rounded up from a threshold of its own, of which every share of a
+step is the limit for as many weights (stochastic rounding with fixed draws): as many weights move by a step as the update is of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..models import kernels
 from .updates import Moment, Rule
@@ -21,8 +27,9 @@ from .updates.adamw import AdamW
 UPDATE_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 23}
 """bf16 weights updated at once where the rule allows it: 1 MiB a buffer on a processor, so that most stays in cache, and 32 on a GPU."""
 
-HALF = 1 << 15  # half a bf16 step, in units of an fp32's last bit: a rest goes from -HALF to HALF - 1, so that one at HALF is cut by one
-NAN = 0x7FFF7FFF  # above it, rounding would make of CUDA's NaN a number
+LOW = 0xFFFF  # what of a master's bits a bf16 weight does not hold
+NAN = 0x7FFF0000  # above it, rounding would make of CUDA's NaN a number
+GOLDEN = 0x9E3779B1  # 2^32 over the golden ratio: multiples of it lie evenly, every few of them (Weyl 1916)
 
 Piece = tuple[Tensor, Tensor, dict[str, Tensor]]
 """A master, its gradient, and what the rule remembers of it."""
@@ -93,7 +100,8 @@ class Apart:
         self.sharded = isinstance(parameter, DTensor)
         self.gradient: Tensor | None = None
         held = local(parameter)
-        self.rest = torch.zeros(held.shape, dtype=torch.int16, device=held.device) if held.dtype == torch.bfloat16 else None
+        self.low = torch.zeros(held.shape, dtype=torch.int16, device=held.device) if held.dtype == torch.bfloat16 else None
+        self.first = _first(parameter)
         self.copy = held.float() if held.dtype == torch.float16 else None
         self.memory = rule.remember(held.shape, held.device)
         parameter.register_post_accumulate_grad_hook(self._gather)
@@ -123,50 +131,39 @@ class Apart:
     def masters(self) -> list[Tensor]:
         """The weights in fp32; of a bf16 tensor a copy."""
         held = local(self.parameters[0])
-        return [_join(held, self.rest) if self.rest is not None else held if self.copy is None else self.copy]
+        if self.low is None:
+            return [held if self.copy is None else self.copy]
+        return [_join(held.view(-1), self.low.view(-1), _thresholds(self.first, held.numel(), held.device)).view(held.shape)]
 
     def pieces(self, factor: float) -> Iterator[Piece]:
         """What the rule is to move, the gradient multiplied by a factor; whoever takes a piece and moves it, asks for the next one."""
         held = local(self.parameters[0])
         gradient = torch.zeros_like(held) if self.gradient is None else self.gradient
-        if self.rest is None:
+        if self.low is None:
             master = held if self.copy is None else self.copy
             yield master, gradient.float().mul_(factor), self.memory
             held.copy_(master)
             return
-        parts = (held, self.rest, gradient, *self.memory.values())
+        parts = (held, self.low, gradient, *self.memory.values())
         blocks = zip(*(part.view(-1).split(_block(held)) for part in parts), strict=True) if self.rule.joins else [parts]
-        for upper, rest, grad, *memory in blocks:
-            master = _join(upper, rest)
+        begin = self.first
+        for upper, low, grad, *memory in blocks:
+            thresholds = _thresholds(begin, upper.numel(), upper.device).view(upper.shape)
+            begin += upper.numel()
+            master = _join(upper, low, thresholds)
             yield master, grad.float().mul_(factor), dict(zip(self.memory, memory, strict=True))
             bits = master.view(torch.int32)
-            rest.copy_(bits).clamp_(min=1 - HALF)  # its lower half; halfway between two bf16 values one more, which rounds away from 0
-            upper.view(torch.int16).copy_(bits.clamp_(max=NAN).add_(HALF).bitwise_right_shift_(16))
+            low.copy_(bits)
+            upper.view(torch.int16).copy_(bits.clamp_(max=NAN).add_(thresholds).bitwise_right_shift_(16))
 
     def move(self, factor: float, moment: Moment) -> None:
         """One update, the gradient multiplied by a factor; by AdamW of bf16 weights on a CPU in one pass."""
         held, gradient = local(self.parameters[0]), self.gradient
-        whole = gradient is not None and gradient.is_contiguous() and self.rest is not None
+        whole = gradient is not None and gradient.is_contiguous() and self.low is not None
         if whole and isinstance(self.rule, AdamW) and kernels.fit(held):
-            self.rule.update_halves(held, self.rest, gradient, self.memory, factor, moment)
+            self.rule.update_halves(held, self.low, gradient, self.memory, factor, moment, first=self.first)
         else:
             _move(self, factor, moment)
-
-    def begin_at(self, value: Tensor) -> None:
-        """Takes fp32 values as the masters, if all round to the weights held; else leaves all as they are."""
-        parameter = self.parameters[0]
-        if value.dtype != torch.float32 or value.shape != parameter.shape:
-            return
-        if isinstance(parameter, DTensor):
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
-        held = local(parameter)
-        value = value.to(held.device)
-        if not torch.equal(value.to(held.dtype), held):
-            return
-        if self.rest is not None:
-            self.rest.copy_(_rest(value, held))
-        elif self.copy is not None:
-            self.copy.copy_(value)
 
     def follow(self) -> None:
         """Gives a weight that has its master beside it that master's value."""
@@ -175,16 +172,18 @@ class Apart:
 
     def sample(self, stride: int) -> Tensor:
         """Every so-manieth weight."""
-        if self.rest is not None:
-            return _join(local(self.parameters[0]).flatten()[::stride], self.rest.flatten()[::stride])
-        return self.masters[0].flatten()[::stride].clone()
+        if self.low is None:
+            return self.masters[0].flatten()[::stride].clone()
+        held = local(self.parameters[0])
+        thresholds = _thresholds(self.first, held.numel(), held.device, stride)
+        return _join(held.view(-1)[::stride], self.low.view(-1)[::stride], thresholds)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors that give the weights, as they are to be kept."""
         (name,) = self.names
         yield f"weight.{name}", local(self.parameters[0]) if self.copy is None else self.copy
-        if self.rest is not None:
-            yield f"rest.{name}", self.rest
+        if self.low is not None:
+            yield f"low.{name}", self.low
 
     def remembered(self) -> Iterator[tuple[str, Tensor]]:
         """What the rule remembers."""
@@ -198,12 +197,23 @@ def _move(unit: Run | Apart, factor: float, moment: Moment) -> None:
             unit.rule.update(master, gradient, memory, moment)
 
 
-def _join(held: Tensor, rest: Tensor) -> Tensor:
-    """The fp32 values whose upper halves, rounded, are the bf16 tensor, and whose lower halves are int16."""
-    return held.float().view(torch.int32).add_(rest.to(torch.int32)).view(torch.float32)
+def _first(parameter: Tensor) -> int:
+    """The place in the whole tensor of the first number that lies in this process."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return offset[0] * math.prod(parameter.shape[1:])
 
 
-def _rest(master: Tensor, held: Tensor) -> Tensor:
-    """What `_join` needs besides a bf16 tensor that the master rounds to: numbers of 16 bits, held in 32."""
-    upper = held.float().view(torch.int32)
-    return torch.sub(master.view(torch.int32), upper, out=upper).clamp_(max=HALF - 1)
+def _thresholds(first: int, count: int, device: torch.device, stride: int = 1) -> Tensor:
+    """int32, at every so-manieth of `count` places from `first` on: what is added to a master's bits before its lower half is cut off."""
+    start = first * GOLDEN % (1 << 32)
+    places = torch.arange(0, count, stride, dtype=torch.int32, device=device)
+    return places.mul_(GOLDEN - (1 << 32)).add_(start - (start >> 31 << 32)).bitwise_right_shift_(16).bitwise_and_(LOW)
+
+
+def _join(upper: Tensor, low: Tensor, thresholds: Tensor) -> Tensor:
+    """The fp32 values that a bf16 tensor was rounded from, whose lower halves are int16."""
+    lower = low.to(torch.int32).bitwise_and_(LOW)
+    bits = upper.view(torch.int16).to(torch.int32).sub_(torch.add(lower, thresholds).bitwise_right_shift_(16))
+    return bits.bitwise_left_shift_(16).bitwise_or_(lower).view(torch.float32)

@@ -92,17 +92,6 @@ class Optimiser:
         """Every trained tensor in fp32, in the order of `names`; of a bf16 tensor a copy, of a sharded one this process's part."""
         return [master for unit, *_ in self._units for master in unit.masters]
 
-    def start_from(self, stored: Iterable[tuple[str, Tensor]]) -> None:
-        """Gives masters the bits that loading in 16 bits dropped: `stored` are fp32 values by name, taken where they round to the weight.
-
-        A master that begins exactly at a bf16 value moves that weight only after half a bf16 step: the first updates would do nothing.
-        """
-        apart = {unit.names[0]: unit for unit in self._apart}
-        for name, value in stored:
-            if name in apart:
-                apart[name].begin_at(value)
-        self._start = self._sample()
-
     def zero_grad(self) -> None:
         """Sets every gradient to 0."""
         self.flat_gradient.zero_()

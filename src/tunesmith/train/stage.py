@@ -21,7 +21,7 @@ from ..data.render import stop_tokens
 from ..data.template import ChatTemplate
 from ..errors import CheckpointError, RecipeError
 from ..models.embeddings import grow_embeddings
-from ..models.load import LoadedModel, hash_weights, load_model, stored_weights
+from ..models.load import LoadedModel, hash_weights, load_model
 from ..models.methods import (
     attach,
     continue_adapter,
@@ -225,8 +225,6 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
         scales, loss_scale = learning_rate_scales(work.policy, stage.method), LossScale() if loaded.dtype == torch.float16 else None
         tables = _tables(work.policy)
         optimiser = Optimiser(work.policy.named_parameters(), stage, scales=scales, tables=tables, loss_scale=loss_scale)
-        if stage.method.type in WHOLE:
-            optimiser.start_from((f"model.{name}", value) for name, value in stored_weights(loaded.identity.folder))
         job = Job(
             stage=stage,
             policy=work.policy,

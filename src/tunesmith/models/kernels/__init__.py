@@ -103,15 +103,16 @@ def square(x: Tensor) -> Tensor:
     return sums.sum().float()
 
 
-def adamw(weight: Tensor, rest: Tensor, gradient: Tensor, first: Tensor, second: Tensor, **numbers: float) -> None:
-    """One AdamW step of a bf16 weight whose master's lower half is `rest`; the gradient in bf16 or fp32.
+def adamw(weight: Tensor, low: Tensor, gradient: Tensor, first: Tensor, second: Tensor, *, place: int = 0, **numbers: float) -> None:
+    """One AdamW step of bf16 weights whose masters' lower halves are `low`; the gradient in bf16 or fp32.
 
+    place: of the first weight, by which it is rounded (train/masters.py).
     numbers: factor (of the gradient), rate, beta1, beta2, epsilon, decay, correction1 (1 - beta1^t), correction2 (the root of 1 - beta2^t).
     """
     numbers |= {"rest1": 1 - numbers["beta1"], "rest2": 1 - numbers["beta2"]}
     names = ("factor", "rate", "rest1", "beta2", "rest2", "epsilon", "decay", "correction1", "correction2")
     loop = "adamw_bf16" if gradient.dtype == torch.bfloat16 else "adamw_fp32"
-    _spread(loop, weight.numel(), AT_LEAST, weight, rest, gradient, first, second, *(float(numbers[name]) for name in names))
+    _spread(loop, weight.numel(), AT_LEAST, weight, low, gradient, first, second, place, *(float(numbers[name]) for name in names))
 
 
 def gather(x_HTD: Tensor, tokens_Bn: np.ndarray, shared: int) -> Tensor:

@@ -150,19 +150,27 @@ void token_logprobs(bf16 *raw, const int64_t *targets, float scale, count vocabu
     free(e);
 }
 
-/* One AdamW step of masters whose upper halves are bf16 weights and whose lower halves lie in rest (train/masters.py): the lower half is cut
-   at one bit above its least, and the upper is rounded, a NaN staying one. rest1 and rest2 are 1 - beta, which fp32 would round. */
+/* What is added to the bits of the weight at a place before its lower half is cut off: train/masters.py says why. */
+static inline uint32_t threshold(uint32_t place) { return place * 0x9E3779B1u >> 16; }
+
+/* One AdamW step of masters whose upper halves, rounded from their thresholds, are bf16 weights, and whose lower halves are `lower`; a NaN
+   stays one. rest1 and rest2 are 1 - beta, which fp32 would round. */
 #define ADAMW(name, type, number)                                                                                                      \
-    void name(bf16 *weight, int16_t *rest, const type *grad, float *first, float *second, float factor, float rate, float rest1,       \
-              float beta2, float rest2, float epsilon, float decay, float correction1, float correction2, count begin, count end) {    \
+    void name(bf16 *weight, uint16_t *lower, const type *grad, float *first, float *second, count place, float factor, float rate,     \
+              float rest1, float beta2, float rest2, float epsilon, float decay, float correction1, float correction2, count begin,    \
+              count end) {                                                                                                             \
         float master[BLOCK], keep = 1 - rate * decay, pace = rate / correction1;                                                       \
         for (count from = begin; from < end; from += BLOCK) {                                                                          \
             count n = end - from < BLOCK ? end - from : BLOCK;                                                                         \
+            uint32_t at = (uint32_t)(place + from);                                                                                    \
             bf16 *restrict w = weight + from;                                                                                          \
-            int16_t *restrict low = rest + from;                                                                                       \
+            uint16_t *restrict low = lower + from;                                                                                     \
             const type *restrict g = grad + from;                                                                                      \
             float *restrict m = first + from, *restrict v = second + from;                                                             \
-            for (count i = 0; i < n; i++) master[i] = of_bits(((uint32_t)w[i] << 16) + (uint32_t)(int32_t)low[i]);                     \
+            for (count i = 0; i < n; i++) {                                                                                            \
+                uint32_t carried = (low[i] + threshold(at + (uint32_t)i)) >> 16;                                                       \
+                master[i] = of_bits((w[i] - carried) << 16 | low[i]);                                                                  \
+            }                                                                                                                          \
             for (count i = 0; i < n; i++) {                                                                                            \
                 float d = number(g[i]) * factor, a = m[i] + rest1 * (d - m[i]), b = beta2 * v[i] + rest2 * d * d;                      \
                 m[i] = a;                                                                                                              \
@@ -170,10 +178,9 @@ void token_logprobs(bf16 *raw, const int64_t *targets, float scale, count vocabu
                 master[i] = master[i] * keep - pace * a / (sqrtf(b) / correction2 + epsilon);                                          \
             }                                                                                                                          \
             for (count i = 0; i < n; i++) {                                                                                            \
-                int32_t bits = (int32_t)bits_of(master[i]), most = bits < 0x7FFF7FFF ? bits : 0x7FFF7FFF;                              \
-                int16_t lower = (int16_t)bits;                                                                                         \
-                low[i] = lower > -32767 ? lower : -32767;                                                                              \
-                w[i] = (bf16)((uint32_t)(most + 32768) >> 16);                                                                         \
+                int32_t bits = (int32_t)bits_of(master[i]), most = bits < 0x7FFF0000 ? bits : 0x7FFF0000;                              \
+                low[i] = (uint16_t)bits;                                                                                               \
+                w[i] = (bf16)(((uint32_t)most + threshold(at + (uint32_t)i)) >> 16);                                                   \
             }                                                                                                                          \
         }                                                                                                                              \
     }

@@ -64,16 +64,21 @@ def _compared() -> Iterator[tuple[str, Tensor, Tensor, float]]:
 
 
 def _adamw(weight: Tensor, gradient: Tensor, first: Tensor) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-    second, rest = first.square(), torch.arange(-1500, 1500, dtype=torch.int16)
-    master = _joined(weight, rest).double()
+    second, place, count = first.square(), 10**10, len(weight)
+    low = torch.arange(0, 20 * count, 20, dtype=torch.int32)
+    master = _joined(weight, low, place).double()
     d = gradient.double() * 0.5
     m, v = 0.9 * first.double() + 0.1 * d, 0.9999 * second.double() + 0.0001 * d.square()
     moved = master * (1 - 1e-2 * 0.1) - 1e-2 * (m / 0.271) / (v.sqrt() / 0.1723 + 1e-8)
     named = {"factor": 0.5, "rate": 1e-2, "beta1": 0.9, "beta2": 0.9999, "epsilon": 1e-8, "decay": 0.1, "correction1": 0.271}
-    kernels.adamw(weight, rest, gradient, first, second, **named, correction2=0.1723)
-    for got, want in ((_joined(weight, rest), moved), (first, m), (second, v)):
+    low = low.to(torch.int16)
+    kernels.adamw(weight, low, gradient, first, second, place=place, **named, correction2=0.1723)
+    for got, want in ((_joined(weight, low.int() & 0xFFFF, place), moved), (first, m), (second, v)):
         yield "adamw", got, want, 1e-4
 
 
-def _joined(weight: Tensor, rest: Tensor) -> Tensor:
-    return (weight.float().view(torch.int32) + rest.int()).view(torch.float32)
+def _joined(weight: Tensor, low: Tensor, place: int) -> Tensor:
+    """Masters of bf16 weights that were rounded up from thresholds (train/masters.py)."""
+    thresholds = (torch.arange(len(weight)) + place) * 0x9E3779B1 % (1 << 32) >> 16
+    upper = weight.view(torch.int16).int() - (low + thresholds >> 16).int()
+    return (upper << 16 | low).view(torch.float32)

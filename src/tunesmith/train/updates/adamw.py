@@ -47,15 +47,19 @@ class AdamW:
         )
 
     def update_halves(
-        self, weight: Tensor, rest: Tensor, gradient: Tensor, memory: dict[str, Tensor], factor: float, moment: Moment
+        self, weight: Tensor, low: Tensor, gradient: Tensor, memory: dict[str, Tensor], factor: float, moment: Moment, *, first: int
     ) -> None:
-        """One step of a bf16 weight whose master's lower half is `rest`, the gradient multiplied by a factor: all in one pass."""
+        """One step of a bf16 weight whose masters' lower halves are `low`, the gradient multiplied by a factor: all in one pass.
+
+        first: the place of the first number, by which it is rounded.
+        """
         kernels.adamw(
             weight,
-            rest,
+            low,
             gradient,
             memory["first"],
             memory["second"],
+            place=first,
             factor=factor,
             rate=moment.learning_rate,
             beta1=self.beta1,
