@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,6 +227,19 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(monkeypatch, tmp_path):
     (tmp_path / "cache").write_text("a file where the folder would be")
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     assert build.load().swiglu
+
+
+def test_a_cache_from_which_nothing_may_be_loaded_is_no_obstacle(monkeypatch, tmp_path):
+    """As a stand-in says of one mounted noexec; what is loaded lies elsewhere."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    assert build.load().swiglu
+    plain, opened = os.statvfs, []
+    flags = SimpleNamespace(f_flag=os.ST_NOEXEC)
+    monkeypatch.setattr(build.os, "statvfs", lambda path: flags if "cache" in Path(path).parts else plain(path))
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: opened.append(path) or SimpleNamespace(swiglu=True))
+    assert build.load().swiglu
+    assert opened
+    assert not any("cache" in Path(path).parts for path in opened)
 
 
 def test_sums_are_made_of_the_blocks_that_the_source_says():

@@ -55,7 +55,7 @@ def load() -> ctypes.CDLL:
 def _is_whole(kept: Path) -> bool:
     """Whether a library is there, as it was written, by this user: a damaged one would end the process, another's could do anything."""
     said = kept.with_suffix(".sha256")
-    if not (kept.is_file() and said.is_file()) or not (_is_private(kept) and _is_private(kept.parent)):
+    if not (kept.is_file() and said.is_file() and _is_private(kept) and _is_private(kept.parent) and _runs_code(kept.parent)):
         return False
     return said.read_text() == hashlib.sha256(kept.read_bytes()).hexdigest()
 
@@ -66,11 +66,16 @@ def _is_private(path: Path) -> bool:
     return about.st_uid in (os.getuid(), 0) and not about.st_mode & 0o022
 
 
+def _runs_code(folder: Path) -> bool:
+    """Whether a library may be loaded from a folder: of a file system mounted noexec none may."""
+    return not os.statvfs(folder).f_flag & os.ST_NOEXEC
+
+
 def _is_ours(folder: Path) -> bool:
     """Whether libraries can be kept in a folder, which is made where it is not there."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return _is_private(folder) and os.access(folder, os.W_OK)
+        return _is_private(folder) and _runs_code(folder) and os.access(folder, os.W_OK)
     except OSError:
         return False
 
