@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -110,6 +112,44 @@ def test_what_is_not_finite_is_not_lost(value, place):
     kernels.adamw(weight, low, x.view(-1), first, second, **STEP_OF_ADAMW)
     assert not weight[place].isfinite()
     assert weight.isfinite().sum() == 3999
+
+
+@pytest.mark.parametrize("bits", [0x7FC0, 0x7FFF, 0xFFC0, 0xFFFF, 0x7F81])
+def test_a_nan_of_any_kind_stays_one(bits):
+    x = numbers(8, 500)
+    x.view(torch.int16)[3, 7] = bits - (bits >> 15 << 16)
+    assert x[3, 7].isnan()
+    assert kernels.swiglu(x, x)[3, 7].isnan()
+    assert kernels.rms_norm(x, numbers(500), 1e-5)[0][3].isnan().all()
+    scores = x[None, :, :32].contiguous()
+    kernels.softmax(scores, np.array([8]), np.array([32]), 1, 1.0, 0)
+    assert scores[0, 3].isnan().all()
+    assert scores.isnan().sum() == 32
+
+
+def test_no_part_of_a_loop_still_writes_when_another_has_ended_it(monkeypatch):
+    written = []
+
+    def loop(begin, end):
+        if not begin.value:
+            raise KeyboardInterrupt
+        time.sleep(0.2)
+        written.append((begin.value, end.value))
+
+    monkeypatch.setattr(kernels, "_library", lambda: SimpleNamespace(loop=loop))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    with pytest.raises(KeyboardInterrupt):
+        kernels._spread("loop", 9, 1)
+    assert sorted(written) == [(3, 6), (6, 9)]
+
+
+def test_a_gradient_of_any_nan_makes_the_weight_none():
+    for bits in (0x7FFFFFFF, 0x7FC00000, -0x400000):  # CUDA's, and a processor's of either sign
+        gradient = numbers(4000).float()
+        gradient.view(torch.int32)[::7] = bits
+        weight, low, first, second = numbers(4000), torch.zeros(4000, dtype=torch.int16), torch.zeros(4000), torch.zeros(4000)
+        kernels.adamw(weight, low, gradient, first, second, **STEP_OF_ADAMW)
+        assert torch.equal(weight.isnan(), gradient.isnan())
 
 
 STEP_OF_ADAMW = {

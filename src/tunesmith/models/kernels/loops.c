@@ -23,10 +23,10 @@ static inline uint32_t bits_of(float x) { uint32_t b; memcpy(&b, &x, 4); return 
 static inline float of_bits(uint32_t b) { float x; memcpy(&x, &b, 4); return x; }
 static inline float wide(bf16 b) { return of_bits((uint32_t)b << 16); }
 
-/* To the nearest bf16, halfway to the even one. */
+/* To the nearest bf16, halfway to the even one. A NaN stays one: those that come from bf16 numbers, or from no number, have no lower bits. */
 static inline bf16 narrow(float x) {
-    uint32_t b = bits_of(x), rounded = b + 0x7FFF + ((b >> 16) & 1);
-    return (bf16)(((b & 0x7FFFFFFF) > 0x7F800000 ? b | 0x400000 : rounded) >> 16);
+    uint32_t b = bits_of(x);
+    return (bf16)((b + 0x7FFF + ((b >> 16) & 1)) >> 16);
 }
 
 /* e^x to an fp32's last bits: 2^n times a polynomial of what is left (Cephes' expf). */
