@@ -69,8 +69,19 @@ def test_tables_apart_and_frozen_ones_are_left_as_they_are():
 def test_a_token_that_occurs_often_gets_all_of_its_small_gradients(times):
     """Added one by one to the head's gradient of 1 they would all be rounded away."""
     table = torch.nn.Embedding(5, 4, padding_idx=0, dtype=torch.bfloat16)
-    small = torch.full((times, 4), 0.001).bfloat16()
+    small = torch.full((times, 4), 0.0009).bfloat16()  # less than half a step of bf16 from a quarter on
     looked_up = embeddings._Lookup.apply(table.weight, torch.full((times,), 3), table.padding_idx)
     ((looked_up * small).sum() + table.weight.sum()).backward()
     exact = 1 + times * small[0, 0].double()
     assert table.weight.grad[3, 0].double() == pytest.approx(float(exact), rel=2**-8)
+
+
+def test_the_padding_token_gets_no_gradient_from_the_lookup_as_with_torchs_own():
+    table = torch.nn.Embedding(5, 4, padding_idx=2)
+    tokens, given = torch.tensor([1, 2, 2, 4]), torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    found = [
+        torch.autograd.grad((looked_up * given).sum(), table.weight)[0].to_dense()
+        for looked_up in (embeddings._Lookup.apply(table.weight, tokens, 2), table(tokens))
+    ]
+    assert torch.equal(*found)
+    assert found[0].count_nonzero() == 8
