@@ -182,7 +182,7 @@ def make_rows(spec: dict) -> list[list[tuple[list[int], int]]]:
 
 
 def make_model(spec: dict):
-    """(the model with its method's parameters made trainable, its weights before they were rounded, where all train)."""
+    """The model with its method's parameters made trainable."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -194,12 +194,11 @@ def make_model(spec: dict):
     config = AutoConfig.for_model(**spec["shape"])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     full = spec["method"] == "full"
-    stored = {name: value.detach().clone() for name, value in model.named_parameters()} if full else {}
     # TRL's full tuning keeps fp32 weights under autocast, as its optimiser has no other masters
     dtype = torch.float32 if full and spec["system"] == "trl" else getattr(torch, spec["dtype"])
     model = model.to("cuda" if torch.cuda.is_available() else "cpu", dtype).eval()
     loaded = LoadedModel(model, None, ModelIdentity("random", "0" * 64, ""), dtype)
-    return attach(loaded, FullMethod() if full else LoraMethod(r=RANK), seed=SEED), stored
+    return attach(loaded, FullMethod() if full else LoraMethod(r=RANK), seed=SEED)
 
 
 def stopwatch(spec: dict) -> Stopwatch:
@@ -233,14 +232,13 @@ def run_tunesmith(spec: dict) -> dict:
         weighted = [(np.array(ids), (np.arange(len(ids)) >= first).astype(np.float32)) for ids, first in rows]
         return Batch(build_forest(weighted), tuple(range(len(rows))), np.arange(len(rows)))
 
-    updates, (model, stored) = make_rows(spec), make_model(spec)
+    updates, model = make_rows(spec), make_model(spec)
     method = FullMethod() if spec["method"] == "full" else LoraMethod(r=RANK)
     stage = Stage(name="sft", objective="sft", method=method, learning_rate=RATES[spec["method"]])
     policy = Policy(model, gradient_checkpointing=spec["system"] == "tunesmith_checkpointing")
     objective = OBJECTIVES["sft"]()
     fast_paths_agree(policy, objective, batch_of(updates[0][:2]))
     optimiser = Optimiser(policy.named_parameters(), stage)
-    optimiser.start_from((f"model.{name}", value) for name, value in stored.items())
     torch.manual_seed(SEED)
     losses, computed, watch = [], 0, stopwatch(spec)
     for step, rows in enumerate(updates):
@@ -264,7 +262,7 @@ def run_trl(spec: dict) -> dict:
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    updates, (model, _) = make_rows(spec), make_model(spec)
+    updates, model = make_rows(spec), make_model(spec)
     attention = "sdpa"
     if torch.cuda.is_available():
         attention = "flash_attention_2" if importlib.util.find_spec("flash_attn") else torch_varlen()

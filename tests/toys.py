@@ -236,10 +236,18 @@ def model_folder(
     return path
 
 
+def is_a_neighbour(weights: torch.Tensor, masters: torch.Tensor) -> bool:
+    """Whether each bf16 weight is one of the two that its master lies between, or its master."""
+    upper, bits = weights.contiguous().view(torch.int16).int(), masters.contiguous().view(torch.int32)
+    beyond = upper - (bits >> 16)
+    return bool(((beyond == 0) | ((beyond == 1) & (bits & 0xFFFF != 0))).all())
+
+
 __all__ = [
     "Rows",
     "VOCABULARY",
     "ItemsOf",
+    "is_a_neighbour",
     "items_of",
     "make_items",
     "make_prompts",
@@ -254,10 +262,3 @@ __all__ = [
     "tiny_tokenizer",
     "train_stage",
 ]
-
-
-def is_a_neighbour(weights: torch.Tensor, masters: torch.Tensor) -> bool:
-    """Whether each bf16 weight is one of the two that its master lies between, or its master."""
-    upper, bits = weights.contiguous().view(torch.int16).int(), masters.contiguous().view(torch.int32)
-    beyond = upper - (bits >> 16)
-    return bool(((beyond == 0) | ((beyond == 1) & (bits & 0xFFFF != 0))).all())

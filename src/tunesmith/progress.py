@@ -58,7 +58,8 @@ class Display:
             self._bar = None
 
     def _say(self, text: str) -> None:
-        (self._bar.console if self._bar else self.console).print(visible(text), highlight=False, markup=False, soft_wrap=True)
+        bar = self._bar  # a signal is said from a thread of its own
+        (bar.console if bar else self.console).print(visible(text), highlight=False, markup=False, soft_wrap=True)
 
     def _step(self, event: dict[str, Any]) -> None:
         memory = event["peak_memory_bytes"] / 1e9

@@ -8,6 +8,7 @@ import hashlib
 import os
 import queue
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -98,15 +99,29 @@ def test_a_signal_that_comes_while_the_last_step_runs_is_answered_too():
 
 
 def test_a_signal_that_waits_for_its_steps_end_is_said_at_once_and_once():
-    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    said: queue.SimpleQueue[tuple[str, threading.Thread]] = queue.SimpleQueue()
     with StopRequest() as stop:
-        stop.defer(True, said.put)
+        stop.defer(True, lambda name: said.put((name, threading.current_thread())))
         os.kill(os.getpid(), signal.SIGINT)
-        assert said.get(timeout=60) == "SIGINT"
+        name, thread = said.get(timeout=60)
+        assert name == "SIGINT"
+        assert thread is not threading.main_thread(), "a handler may come amid a print"
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Interrupted):
             stop.defer(False)
     assert said.empty()
+
+
+def test_where_no_thread_can_be_started_the_signal_is_answered_all_the_same(monkeypatch):
+    def none(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none)
+    with StopRequest() as stop:
+        stop.defer(True, lambda name: None)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted):
+            stop.defer(False)
 
 
 class PoisonedLoss(SFT):

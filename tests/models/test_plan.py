@@ -99,7 +99,7 @@ def test_offloaded_activations_are_those_of_one_layer():
     assert kept == away
 
 
-def test_full_tuning_in_bf16_needs_moments_rests_and_gradients_beside_the_weights_that_are_there():
+def test_full_tuning_in_bf16_needs_moments_lower_halves_and_gradients_beside_the_weights_that_are_there():
     def beyond(stage):
         return memory(stage, trainable=SHAPE.parameters) - memory(stage, trainable=0)
 
@@ -116,7 +116,7 @@ def test_the_state_of_full_tuning_is_what_the_optimiser_holds(dtype, accumulatio
     optimiser = Optimiser(policy.named_parameters(), stage)
     batches = [batch_of(make_rows(2, seed=seed)) for seed in range(accumulation)]
     run_window(policy, SFT(), batches)
-    held = [tensor for name, tensor in optimiser.state().items() if name.startswith(("first.", "second.", "rest."))]
+    held = [tensor for name, tensor in optimiser.state().items() if name.startswith(("first.", "second.", "low."))]
     held += [optimiser.flat_gradient, *(unit.gradient for unit in optimiser._apart)]
     trained = sum(p.numel() for p in model.parameters())
     size = replace(SHAPE, dtype=dtype)

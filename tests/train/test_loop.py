@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -278,6 +279,23 @@ def test_a_resumed_run_says_where_the_checkpoint_lacks_the_random_state_of_a_kin
     assert part(before, 2) == []
     (note,) = part(after, 3)
     assert f"holds the random state of {before}, and this machine has {after}:" in note
+
+
+def test_a_signal_within_a_step_is_said_before_the_step_ends(tmp_path):
+    policy, stop, said = Policy(tiny_model("llama")), StopRequest(), threading.Event()
+
+    class Signalled(SFT):
+        def terms(self, outputs: Any, batch: Any) -> Any:
+            if outputs.logprobs.requires_grad:
+                stop._handle(signal.SIGINT, None)
+                assert said.wait(60)
+            return super().terms(outputs, batch)
+
+    with RunDirectory.open(tmp_path / "run", resume=False) as run:
+        job = make_job(policy, make_stage(max_steps=3), run, ROWS, objective=Signalled(), stop=stop)
+        job.report = lambda event: said.set() if event.get("event") == "stopping" and event["signal"] == "SIGINT" else None
+        with pytest.raises(Interrupted, match="after step 1"):
+            train(job)
 
 
 @pytest.mark.parametrize("batches_seen", [0, 1, 3, 4])

@@ -15,6 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
@@ -29,11 +30,11 @@ from .load import cache_folder
 SECONDS = 10.0  # of the whole measurement
 TRIAL = 0.02  # seconds of one trial, of which the median counts, so that another program's short work counts little
 PRODUCTS = ((1024, 576, 1536), (512, 2048, 2048), (2048, 576, 576))  # rows, inputs, outputs: what layers of small models compute
-TAKEN = "medians by the clock"  # how speeds are measured: what was measured otherwise is not used
+TAKEN = "medians by the clock, alone"  # how speeds are measured: what was measured otherwise is not used
 LAYER = (1536, 576)  # outputs, inputs of one of the weights that a decoding step reads
 STREAMED, CACHED = 1 << 25, 1 << 20  # numbers: more than any cache holds, and about one layer's activations
 STORED = 1 << 26  # bytes written to measure the storage
-BESIDE = 0.1  # share of the time spent waiting for a processor, above which speeds are another program's doing and are not kept
+BESIDE = 0.1  # share of the time waited for a processor, above which speeds are not kept: they are also another program's doing
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Machine:
 
 
 def measure_machine(dtype: torch.dtype, *, announce: Callable[[str], None] = lambda text: None) -> Machine:
-    """The machine's speeds in this dtype and with the present threads, kept unless other programs took part of it meanwhile.
+    """The machine's speeds in this dtype and with the present threads, kept unless this process had to wait for a processor meanwhile.
 
     announce: told before it is measured anew, and why it is not kept.
     """
@@ -65,11 +66,13 @@ def measure_machine(dtype: torch.dtype, *, announce: Callable[[str], None] = lam
     path, name = cache_folder() / "machine.json", machine_name(dtype, device)
     known = _known_machines(path)
     if set(known.get(name, ())) != {field.name for field in fields(Machine)}:
-        announce(f"measuring this machine's speed for the plan, once, about {SECONDS:.0f} s")
+        announce(f"measuring this machine's speed for the plan, about {SECONDS:.0f} s")
         waited, began = _waited(), time.perf_counter()
         known[name] = asdict(_measure(dtype, device, path.parent))
         if (share := (_waited() - waited) / (time.perf_counter() - began)) > BESIDE:
-            announce(f"other programs took {share:.0%} of that time: the plan holds beside them, and the next one measures again")
+            announce(
+                f"{min(share, 1):.0%} of that time no processor was free: the plan holds beside such work, the next measures again"
+            )
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, known)
@@ -77,11 +80,14 @@ def measure_machine(dtype: torch.dtype, *, announce: Callable[[str], None] = lam
 
 
 def _waited() -> float:
-    """Seconds that this thread was ready and had no processor; 0 where the system does not count them (Linux does)."""
-    try:
-        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
-    except (OSError, IndexError, ValueError):
+    """Seconds that threads of this process were ready and had no processor, as Linux counts them; 0 where they are more than processors."""
+    if not hasattr(os, "sched_getaffinity") or torch.get_num_threads() > len(os.sched_getaffinity(0)):
         return 0.0
+    waited = 0
+    for thread in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError, IndexError, ValueError):  # it has ended, or the system does not count
+            waited += int(thread.read_text().split()[1])
+    return waited / 1e9
 
 
 def machine_name(dtype: torch.dtype, device: torch.device) -> str:

@@ -1,9 +1,10 @@
 """Where trained weights lie, in fp32 or so that fp32 can be had: parameters, their gradients, and what a rule remembers of them.
 
 Every trained weight has an fp32 master, since a 16-bit weight rounds most updates away. Tensors held in fp32 are their own masters and
-lie in one flat buffer, a `Run` of which one call updates. The others stand `Apart`: a bf16 tensor is the upper half of its master, whose
-other 16 bits lie in `low`, so that weight and master take 4 bytes and not 6; an fp16 tensor, with an exponent of its own, has its master
-beside it (6 bytes); of a tensor that is sharded over processes (a DTensor), this process's part is updated, and nothing is laid flat.
+lie in one flat buffer, a `Run` of which one call updates. The others stand `Apart`: a bf16 tensor is the upper half of its master, or one
+more, and the other 16 bits lie in `low`, so that weight and master take 4 bytes and not 6; an fp16 tensor, with an exponent of its own,
+has its master beside it (6 bytes); of a tensor that is sharded over processes (a DTensor), this process's part is updated, and nothing is
+laid flat.
 
 A bf16 weight is not its master's nearest value: from a model stored in bf16 all masters begin at one, and an update of 2e-5 would move no
 weight of 0.1 for a dozen updates, and then many at once. Each weight is rounded up from a threshold of its own, of which every share of a
@@ -133,7 +134,7 @@ class Apart:
         held = local(self.parameters[0])
         if self.low is None:
             return [held if self.copy is None else self.copy]
-        return [_join(held.view(-1), self.low.view(-1), _thresholds(self.first, held.numel(), held.device)).view(held.shape)]
+        return [_join(held.reshape(-1), self.low.reshape(-1), self.first).view(held.shape)]
 
     def pieces(self, factor: float) -> Iterator[Piece]:
         """What the rule is to move, the gradient multiplied by a factor; whoever takes a piece and moves it, asks for the next one."""
@@ -148,13 +149,10 @@ class Apart:
         blocks = zip(*(part.view(-1).split(_block(held)) for part in parts), strict=True) if self.rule.joins else [parts]
         begin = self.first
         for upper, low, grad, *memory in blocks:
-            thresholds = _thresholds(begin, upper.numel(), upper.device).view(upper.shape)
-            begin += upper.numel()
-            master = _join(upper, low, thresholds)
+            master = _join(upper.view(-1), low.view(-1), begin).view(upper.shape)
             yield master, grad.float().mul_(factor), dict(zip(self.memory, memory, strict=True))
-            bits = master.view(torch.int32)
-            low.copy_(bits)
-            upper.view(torch.int16).copy_(bits.clamp_(max=NAN).add_(thresholds).bitwise_right_shift_(16))
+            _divide(master.view(-1), upper.view(-1), low.view(-1), begin)
+            begin += upper.numel()
 
     def move(self, factor: float, moment: Moment) -> None:
         """One update, the gradient multiplied by a factor; by AdamW of bf16 weights on a CPU in one pass."""
@@ -174,9 +172,8 @@ class Apart:
         """Every so-manieth weight."""
         if self.low is None:
             return self.masters[0].flatten()[::stride].clone()
-        held = local(self.parameters[0])
-        thresholds = _thresholds(self.first, held.numel(), held.device, stride)
-        return _join(held.view(-1)[::stride], self.low.view(-1)[::stride], thresholds)
+        held = local(self.parameters[0]).reshape(-1)
+        return _join(held[::stride], self.low.reshape(-1)[::stride], self.first, stride)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors that give the weights, as they are to be kept."""
@@ -206,14 +203,30 @@ def _first(parameter: Tensor) -> int:
 
 
 def _thresholds(first: int, count: int, device: torch.device, stride: int = 1) -> Tensor:
-    """int32, at every so-manieth of `count` places from `first` on: what is added to a master's bits before its lower half is cut off."""
-    start = first * GOLDEN % (1 << 32)
-    places = torch.arange(0, count, stride, dtype=torch.int32, device=device)
-    return places.mul_(GOLDEN - (1 << 32)).add_(start - (start >> 31 << 32)).bitwise_right_shift_(16).bitwise_and_(LOW)
+    """[count] in int32, at every so-manieth place from `first` on: what is added to a master's bits before its lower half is cut off."""
+    start, each = (number % (1 << 32) for number in (first * GOLDEN, stride * GOLDEN))
+    start, each = (number - (number >> 31 << 32) for number in (start, each))  # the same bits, as int32 has them
+    places = torch.arange(count, dtype=torch.int32, device=device)
+    return places.mul_(each).add_(start).bitwise_right_shift_(16).bitwise_and_(LOW)
 
 
-def _join(upper: Tensor, low: Tensor, thresholds: Tensor) -> Tensor:
-    """The fp32 values that a bf16 tensor was rounded from, whose lower halves are int16."""
-    lower = low.to(torch.int32).bitwise_and_(LOW)
-    bits = upper.view(torch.int16).to(torch.int32).sub_(torch.add(lower, thresholds).bitwise_right_shift_(16))
-    return bits.bitwise_left_shift_(16).bitwise_or_(lower).view(torch.float32)
+def _join(upper_N: Tensor, low_N: Tensor, first: int, stride: int = 1) -> Tensor:
+    """[N] in fp32: the masters of bf16 weights, whose lower halves are int16; every so-manieth from `first` on. A block at a time."""
+    master_N = torch.empty(upper_N.shape, dtype=torch.float32, device=upper_N.device)
+    block = _block(upper_N)
+    for number, (master, upper, low) in enumerate(zip(*(t.split(block) for t in (master_N, upper_N, low_N)), strict=True)):
+        lower = low.to(torch.int32).bitwise_and_(LOW)
+        carried = _thresholds(first + number * block * stride, len(lower), lower.device, stride).add_(lower).bitwise_right_shift_(16)
+        bits = master.view(torch.int32).copy_(upper.view(torch.int16))
+        bits.sub_(carried).bitwise_left_shift_(16).bitwise_or_(lower)
+    return master_N
+
+
+def _divide(master_N: Tensor, upper_N: Tensor, low_N: Tensor, first: int) -> None:
+    """What `_join` puts together, taken apart again after the masters, which are overwritten, have moved."""
+    block = _block(upper_N)
+    for number, (master, upper, low) in enumerate(zip(*(t.split(block) for t in (master_N, upper_N, low_N)), strict=True)):
+        bits = master.view(torch.int32)
+        low.copy_(bits)
+        thresholds = _thresholds(first + number * block, len(bits), bits.device)
+        upper.view(torch.int16).copy_(bits.clamp_(max=NAN).add_(thresholds).bitwise_right_shift_(16))

@@ -163,7 +163,8 @@ class Optimiser:
         odd = sorted({(k, tuple(t.shape)) for k, t in mine.items()} ^ {(k, tuple(t.shape)) for k, t in tensors.items()})
         if odd:
             raise CheckpointError(
-                f"the checkpoint's weights are not this stage's: {odd[0][0]}", mend="resume with the recipe the run began with"
+                f"the checkpoint's weights are not this stage's: {odd[0][0]}",
+                mend="resume with the recipe and the version of tunesmith that the run began with",
             )
         for name, held in mine.items():
             held.copy_(tensors[name])

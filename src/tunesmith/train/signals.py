@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from collections.abc import Callable
@@ -45,7 +46,8 @@ class StopRequest:
         if first and not self._deferring:
             self._stop()
         if first and self._heard is not None:
-            threading.Thread(target=self._heard, args=(self.received.name,), daemon=True).start()
+            with contextlib.suppress(RuntimeError):  # no more threads: then it is said at the step's end
+                threading.Thread(target=self._heard, args=(self.received.name,), daemon=True).start()
 
     def _stop(self) -> None:
         name = self.received.name if self.received else "signal"
