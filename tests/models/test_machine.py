@@ -70,16 +70,19 @@ def test_what_was_measured_beside_other_work_is_said_to_be_slow_and_not_kept(mea
 
 
 @pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="this system does not count how long a thread waits")
-def test_a_thread_that_shares_its_processor_has_waited_for_it():
+def test_a_thread_that_shares_its_processor_has_waited_for_it(monkeypatch):
     """Two processes more on the one processor that this one may use."""
     ours = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(ours)})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
         before, began = machine._waited(), time.process_time()
         while time.process_time() - began < 0.3:
             pass
         assert machine._waited() - before > 0.15
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        assert machine._waited() == 0, "more threads than processors wait for each other"
     finally:
         os.sched_setaffinity(0, ours)
         for process in busy:

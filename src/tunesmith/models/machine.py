@@ -70,9 +70,7 @@ def measure_machine(dtype: torch.dtype, *, announce: Callable[[str], None] = lam
         waited, began = _waited(), time.perf_counter()
         known[name] = asdict(_measure(dtype, device, path.parent))
         if (share := (_waited() - waited) / (time.perf_counter() - began)) > BESIDE:
-            announce(
-                f"{min(share, 1):.0%} of that time no processor was free: the plan holds beside such work, the next measures again"
-            )
+            announce(f"{min(share, 1):.0%} of that time no processor was free: the plan holds beside such work, the next measures again")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, known)
