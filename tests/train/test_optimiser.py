@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -253,6 +255,18 @@ def test_a_model_stored_in_bf16_learns_in_bf16_as_fast_as_in_fp32():
         fallen[dtype] = losses[0] - losses[-1]
     assert fallen[torch.float32] > 0.05
     assert fallen[torch.bfloat16] == pytest.approx(fallen[torch.float32], rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_stage_that_has_ended_leaves_neither_weights_nor_masters_nor_moments(dtype):
+    policy = Policy(tiny_model("llama", dtype=dtype))
+    optimiser = Optimiser(policy.named_parameters(), make_stage())
+    run_window(policy, SFT(), [batch_of(make_rows(4))])
+    optimiser.step(1e-5, optimiser.grad_norm())
+    held = [weakref.ref(thing) for thing in (*policy.parameters(), *optimiser.state().values(), *(unit for unit, *_ in optimiser._units))]
+    del policy, optimiser
+    gc.collect()
+    assert [thing() for thing in held if thing() is not None] == []
 
 
 def test_adamw_on_bf16_weights_would_round_most_updates_away():

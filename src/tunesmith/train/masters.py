@@ -14,6 +14,7 @@ step is the limit for as many weights (stochastic rounding with fixed draws): as
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -105,7 +106,8 @@ class Apart:
         self.first = _first(parameter)
         self.copy = held.float() if held.dtype == torch.float16 else None
         self.memory = rule.remember(held.shape, held.device)
-        parameter.register_post_accumulate_grad_hook(self._gather)
+        me = weakref.ref(self)  # a hook that held this would keep it and the weights for good: the collector does not see through it
+        parameter.register_post_accumulate_grad_hook(lambda parameter: me()._gather(parameter))
 
     def _gather(self, parameter: nn.Parameter) -> None:
         """Takes what a backward pass left in the parameter, so that the next one's is not added to it in 16 bits."""
