@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tests.cli_tools import environment
 from tests.distributed.processes import together, values
 
 from tunesmith.train import memory
@@ -24,6 +27,15 @@ def faults(size: int) -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.empty(size, dtype=torch.uint8).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has getrusage's figure alone")
+def test_the_peak_of_a_process_is_its_own_and_not_that_of_the_program_that_started_it():
+    large = torch.empty(1 << 30, dtype=torch.uint8).fill_(1)
+    words = "from tunesmith.train.memory import peak_memory_bytes; print(peak_memory_bytes())"
+    done = subprocess.run([sys.executable, "-c", words], env=environment(), capture_output=True, text=True, check=True)
+    assert 50 * MIB < int(done.stdout) < large.nbytes
+    del large
 
 
 def seen(work: Callable[[], list[int]], folder: Path) -> list[int]:
