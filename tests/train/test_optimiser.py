@@ -143,8 +143,8 @@ def test_weights_of_either_sign_are_rounded_as_often_up_as_their_masters_are_abo
 def test_a_part_of_a_tensor_is_rounded_as_it_is_in_the_whole(monkeypatch):
     values = torch.randn(30, 11, generator=torch.Generator().manual_seed(0))
 
-    def rounded(values: torch.Tensor, first: int) -> torch.Tensor:
-        monkeypatch.setattr(masters, "_first", lambda parameter: first)
+    def rounded(values: torch.Tensor, place: int) -> torch.Tensor:
+        monkeypatch.setattr(masters, "_place", lambda parameter: place)
         weights = torch.nn.Parameter(torch.zeros(values.shape, dtype=torch.bfloat16))
         for master, _, _ in Apart("weight", weights, AdamW(make_stage())).pieces(1.0):
             master.copy_(values.reshape(master.shape))
@@ -154,11 +154,11 @@ def test_a_part_of_a_tensor_is_rounded_as_it_is_in_the_whole(monkeypatch):
     assert not torch.equal(rounded(values, 0)[13:], rounded(values[13:], 0))
 
 
-@pytest.mark.parametrize("first", [0, 5, 2**31 - 3, 2**32 - 3, 3 * 10**10])
+@pytest.mark.parametrize("place", [0, 5, 2**31 - 3, 2**32 - 3, 3 * 10**10])
 @pytest.mark.parametrize("stride", [1, 7])
-def test_thresholds_are_multiples_of_the_golden_ratio_at_any_place(first, stride):
-    exact = [(first + i) * 0x9E3779B1 % 2**32 >> 16 for i in range(0, 100, stride)]
-    assert masters._thresholds(first, len(exact), torch.device("cpu"), stride).tolist() == exact
+def test_thresholds_are_multiples_of_the_golden_ratio_at_any_place(place, stride):
+    exact = [(place + i) * 0x9E3779B1 % 2**32 >> 16 for i in range(0, 100, stride)]
+    assert masters._thresholds(place, len(exact), torch.device("cpu"), stride).tolist() == exact
 
 
 def test_weights_that_are_updated_in_blocks_move_as_all_at_once_do(monkeypatch):

@@ -103,7 +103,7 @@ class Apart:
         self.gradient: Tensor | None = None
         held = local(parameter)
         self.low = torch.zeros(held.shape, dtype=torch.int16, device=held.device) if held.dtype == torch.bfloat16 else None
-        self.first = _first(parameter)
+        self.place = _place(parameter)
         self.copy = held.float() if held.dtype == torch.float16 else None
         self.memory = rule.remember(held.shape, held.device)
         me = weakref.ref(self)  # a hook that held this would keep it and the weights for good: the collector does not see through it
@@ -136,7 +136,7 @@ class Apart:
         held = local(self.parameters[0])
         if self.low is None:
             return [held if self.copy is None else self.copy]
-        return [_join(held.reshape(-1), self.low.reshape(-1), self.first).view(held.shape)]
+        return [_join(held.reshape(-1), self.low.reshape(-1), self.place).view(held.shape)]
 
     def pieces(self, factor: float) -> Iterator[Piece]:
         """What the rule is to move, the gradient multiplied by a factor; whoever takes a piece and moves it, asks for the next one."""
@@ -149,7 +149,7 @@ class Apart:
             return
         parts = (held, self.low, gradient, *self.memory.values())
         blocks = zip(*(part.view(-1).split(_block(held)) for part in parts), strict=True) if self.rule.joins else [parts]
-        begin = self.first
+        begin = self.place
         for upper, low, grad, *memory in blocks:
             master = _join(upper.view(-1), low.view(-1), begin).view(upper.shape)
             yield master, grad.float().mul_(factor), dict(zip(self.memory, memory, strict=True))
@@ -161,7 +161,7 @@ class Apart:
         held, gradient = local(self.parameters[0]), self.gradient
         whole = gradient is not None and gradient.is_contiguous() and self.low is not None
         if whole and isinstance(self.rule, AdamW) and kernels.fit(held):
-            self.rule.update_halves(held, self.low, gradient, self.memory, factor, moment, first=self.first)
+            self.rule.update_halves(held, self.low, gradient, self.memory, factor, moment, place=self.place)
         else:
             _move(self, factor, moment)
 
@@ -175,7 +175,7 @@ class Apart:
         if self.low is None:
             return self.masters[0].flatten()[::stride].clone()
         held = local(self.parameters[0]).reshape(-1)
-        return _join(held[::stride], self.low.reshape(-1)[::stride], self.first, stride)
+        return _join(held[::stride], self.low.reshape(-1)[::stride], self.place, stride)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors that give the weights, as they are to be kept."""
@@ -196,7 +196,7 @@ def _move(unit: Run | Apart, factor: float, moment: Moment) -> None:
             unit.rule.update(master, gradient, memory, moment)
 
 
-def _first(parameter: Tensor) -> int:
+def _place(parameter: Tensor) -> int:
     """The place in the whole tensor of the first number that lies in this process."""
     if not isinstance(parameter, DTensor):
         return 0
@@ -204,31 +204,31 @@ def _first(parameter: Tensor) -> int:
     return offset[0] * math.prod(parameter.shape[1:])
 
 
-def _thresholds(first: int, count: int, device: torch.device, stride: int = 1) -> Tensor:
-    """[count] in int32, at every so-manieth place from `first` on: what is added to a master's bits before its lower half is cut off."""
-    start, each = (number % (1 << 32) for number in (first * GOLDEN, stride * GOLDEN))
+def _thresholds(place: int, count: int, device: torch.device, stride: int = 1) -> Tensor:
+    """[count] in int32, at every so-manieth place from `place` on: what is added to a master's bits before its lower half is cut off."""
+    start, each = (number % (1 << 32) for number in (place * GOLDEN, stride * GOLDEN))
     start, each = (number - (number >> 31 << 32) for number in (start, each))  # the same bits, as int32 has them
     places = torch.arange(count, dtype=torch.int32, device=device)
     return places.mul_(each).add_(start).bitwise_right_shift_(16).bitwise_and_(LOW)
 
 
-def _join(upper_N: Tensor, low_N: Tensor, first: int, stride: int = 1) -> Tensor:
-    """[N] in fp32: the masters of bf16 weights, whose lower halves are int16; every so-manieth from `first` on. A block at a time."""
+def _join(upper_N: Tensor, low_N: Tensor, place: int, stride: int = 1) -> Tensor:
+    """[N] in fp32: the masters of bf16 weights, whose lower halves are int16; every so-manieth from `place` on. A block at a time."""
     master_N = torch.empty(upper_N.shape, dtype=torch.float32, device=upper_N.device)
     block = _block(upper_N)
     for number, (master, upper, low) in enumerate(zip(*(t.split(block) for t in (master_N, upper_N, low_N)), strict=True)):
         lower = low.to(torch.int32).bitwise_and_(LOW)
-        carried = _thresholds(first + number * block * stride, len(lower), lower.device, stride).add_(lower).bitwise_right_shift_(16)
+        carried = _thresholds(place + number * block * stride, len(lower), lower.device, stride).add_(lower).bitwise_right_shift_(16)
         bits = master.view(torch.int32).copy_(upper.view(torch.int16))
         bits.sub_(carried).bitwise_left_shift_(16).bitwise_or_(lower)
     return master_N
 
 
-def _divide(master_N: Tensor, upper_N: Tensor, low_N: Tensor, first: int) -> None:
+def _divide(master_N: Tensor, upper_N: Tensor, low_N: Tensor, place: int) -> None:
     """What `_join` puts together, taken apart again after the masters, which are overwritten, have moved."""
     block = _block(upper_N)
     for number, (master, upper, low) in enumerate(zip(*(t.split(block) for t in (master_N, upper_N, low_N)), strict=True)):
         bits = master.view(torch.int32)
         low.copy_(bits)
-        thresholds = _thresholds(first + number * block, len(bits), bits.device)
+        thresholds = _thresholds(place + number * block, len(bits), bits.device)
         upper.view(torch.int16).copy_(bits.clamp_(max=NAN).add_(thresholds).bitwise_right_shift_(16))

@@ -47,11 +47,11 @@ class AdamW:
         )
 
     def update_halves(
-        self, weight: Tensor, low: Tensor, gradient: Tensor, memory: dict[str, Tensor], factor: float, moment: Moment, *, first: int
+        self, weight: Tensor, low: Tensor, gradient: Tensor, memory: dict[str, Tensor], factor: float, moment: Moment, *, place: int
     ) -> None:
         """One step of a bf16 weight whose masters' lower halves are `low`, the gradient multiplied by a factor: all in one pass.
 
-        first: the place of the first number, by which it is rounded.
+        place: of the first number in its tensor, by which it is rounded.
         """
         kernels.adamw(
             weight,
@@ -59,7 +59,7 @@ class AdamW:
             gradient,
             memory["first"],
             memory["second"],
-            place=first,
+            place=place,
             factor=factor,
             rate=moment.learning_rate,
             beta1=self.beta1,
