@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,3 +80,24 @@ def test_the_random_state_of_a_gpu_is_kept_beside_the_processors_where_there_is_
                 patch.setattr(torch.cuda, "is_available", lambda: True)
                 load_checkpoint(folder, optimiser, "f")
             assert put == held
+
+
+def test_what_was_read_of_a_checkpoint_leaves_memory_at_once(tmp_path, monkeypatch):
+    """The whole of a mapped file would count as the process's peak beside the state that it is copied to."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        pytest.skip("no /proc here")
+    weights = [(f"layers.{i}.weight", torch.nn.Parameter(torch.rand(1000, 1000))) for i in range(8)]
+    optimiser = Optimiser(weights, make_stage(method="full", max_steps=2))
+    with RunDirectory.open(tmp_path / "run", resume=False) as run:
+        folder = save_checkpoint(run, "sft", Progress(step=1), optimiser, "f", {})
+    mapped, real = [], Optimiser.load_weights
+
+    def load_weights(own, tensors):
+        mapped.append(int(status.read_text().partition("RssFile:")[2].split()[0]) << 10)
+        real(own, tensors)
+
+    monkeypatch.setattr(Optimiser, "load_weights", load_weights)
+    before = int(status.read_text().partition("RssFile:")[2].split()[0]) << 10
+    load_checkpoint(folder, optimiser, "f")
+    assert mapped[0] - before < (folder / "state.safetensors").stat().st_size / 4

@@ -131,7 +131,7 @@ def load_checkpoint(folder: Path, optimiser: Optimiser, fingerprint: str) -> tup
             torch.cuda.set_rng_state(own.get_tensor(f"{RNG}cuda"))
         source = {name.removeprefix(SOURCE): files[0].get_tensor(name) for name in files[0].keys() if name.startswith(SOURCE)}  # noqa: SIM118
         _require_whole_blocks(files, optimiser, folder)
-        optimiser.load(_own(files, optimiser))
+    optimiser.load(_Saved(folder, optimiser))
     return progress, source
 
 
@@ -148,8 +148,7 @@ def other_random_numbers(folder: Path) -> str | None:
 
 def load_weights(folder: Path, optimiser: Optimiser) -> None:
     """Puts only a checkpoint's trained weights in place: for taking the best one at the end."""
-    with _parts(folder) as files:
-        optimiser.load_weights(_own(files, optimiser))
+    optimiser.load_weights(_Saved(folder, optimiser))
 
 
 @contextmanager
@@ -160,18 +159,30 @@ def _parts(folder: Path) -> Iterator[list[Any]]:
         yield [opened.enter_context(safe_open(folder / name, "pt")) for name in names]
 
 
-def _own(files: Sequence[Any], optimiser: Optimiser) -> dict[str, torch.Tensor]:
-    """This process's part of every tensor of the optimiser's state."""
-    mine = optimiser.state()
-    lengths = gather({name: len(tensor) for name, tensor in mine.items() if is_sharded(name, optimiser)})
-    held = {}
-    for name in (name for name in files[0].keys() if not name.startswith((SOURCE, RNG))):  # noqa: SIM118 - no mapping
-        parts = [file.get_tensor(name) for file in files if name in file.keys()]  # noqa: SIM118
-        held[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if name in lengths[0] and len(held[name]) == sum(each[name] for each in lengths):
-            begin = sum(each[name] for each in lengths[: rank()])
-            held[name] = held[name][begin : begin + len(mine[name])]
-    return held
+class _Saved(Mapping[str, torch.Tensor]):
+    """This process's part of every tensor of a saved optimiser's state. Each is opened alone when it is asked for: pages of a mapped file
+    that were read count as this process's memory until the file is closed."""
+
+    def __init__(self, folder: Path, optimiser: Optimiser) -> None:
+        self._folder = folder
+        self._lengths = gather({name: len(tensor) for name, tensor in optimiser.state().items() if is_sharded(name, optimiser)})
+        with _parts(folder) as files:
+            self._names = [name for name in files[0].keys() if not name.startswith((SOURCE, RNG))]  # noqa: SIM118 - no mapping
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with _parts(self._folder) as files:
+            parts = [file.get_tensor(name) for file in files if name in file.keys()]  # noqa: SIM118
+        held = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if name in self._lengths[0] and len(held) == sum(each[name] for each in self._lengths):
+            begin = sum(each[name] for each in self._lengths[: rank()])
+            held = held[begin : begin + self._lengths[rank()][name]]
+        return held
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _require_whole_blocks(files: Sequence[Any], optimiser: Optimiser, folder: Path) -> None:
