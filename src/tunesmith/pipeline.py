@@ -25,7 +25,7 @@ from .forewarning import quarantine_notes, verdict_warnings
 from .launch import require_processes
 from .models.load import EMBEDDED
 from .planning import compare_plan, cost_of, make_plan
-from .preparation import fresh_base, prepare, require_files
+from .preparation import fresh_base, prepare, require_files, run_path
 from .recipe import Recipe, Stage, TrackingSection, dump_recipe, load_recipe
 from .report import write_report
 from .report.card import write_card
@@ -124,10 +124,10 @@ def evaluate(
     Raises ModelError, and makes no folder, where a candidate needs training and nothing was trained.
     """
     given = load_recipe(recipe, sets, out=out)
-    if set(given.evaluate.candidates) - UNTRAINED and not (_run_path(given) / "model").exists():
+    if set(given.evaluate.candidates) - UNTRAINED and not (run_path(given) / "model").exists():
         raise ModelError(
             "the folder holds no trained run",
-            where=str(_run_path(given)),
+            where=str(run_path(given)),
             mend="train it first: tunesmith train RECIPE, with the same --out",
         )
     with _session(recipe, sets, out, True, report) as session:
@@ -168,7 +168,7 @@ def plan(
             "plan": predicted,
             "ledger": session.data.ledger.to_json(),
             "findings": [finding.to_json() for finding in session.data.findings],
-            "notes": [*session.data.notes, *quarantine_notes(session, _run_path(given))],
+            "notes": [*session.data.notes, *quarantine_notes(session, run_path(given))],
             "warnings": verdict_warnings(session.recipe, session.tasks),
             "recipe": dump_recipe(shown),
             "example": colourise(Rendered(ids, weights, 0), session.loaded.tokenizer),
@@ -182,7 +182,7 @@ def _session(
     recipe = load_recipe(source, sets, out=out)
     require_files(recipe)
     require_trackers(recipe.tracking)
-    with StopRequest() as stop, process_group(), _directory(_run_path(recipe), resume) as directory, _hub_explained(recipe.model.name):
+    with StopRequest() as stop, process_group(), _directory(run_path(recipe), resume) as directory, _hub_explained(recipe.model.name):
         yield Session(recipe, directory, stop, report if rank() == 0 else lambda event: None)
 
 
@@ -191,10 +191,6 @@ def _directory(path: Path, resume: bool) -> RunDirectory:
     opened = RunDirectory.open(path, resume=resume) if rank() == 0 else None
     resumed = of_first(lambda: opened.resumed)
     return opened or RunDirectory.follow(path, resumed=resumed)
-
-
-def _run_path(recipe: Recipe) -> Path:
-    return Path(recipe.output.dir or Path("runs") / recipe.name)
 
 
 @contextmanager

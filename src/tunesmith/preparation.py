@@ -36,8 +36,13 @@ from .train.work import kind_of, learns_from_answers
 FROM_ROWS = {"max_steps", "warmup_steps", "eval_steps"}  # settings that, left open, follow from the number of rows
 
 
+def run_path(recipe: Recipe) -> Path:
+    """The run directory of a recipe."""
+    return Path(recipe.output.dir or Path("runs") / recipe.name)
+
+
 def require_files(recipe: Recipe) -> None:
-    """Names a missing local file, or a gate's unknown metric, before anything is loaded. Raises MissingFile or RecipeError."""
+    """Names a missing local file or model, or a gate's unknown metric, before anything is loaded. Raises MissingFile or RecipeError."""
     check_gates(recipe.evaluate.gates, None)  # by name; which of them the task can have is known when its rows are
     named = {"task.output_schema": recipe.task.output_schema, "evaluate.general": recipe.evaluate.general}
     for stage in recipe.stages:
@@ -51,6 +56,12 @@ def require_files(recipe: Recipe) -> None:
         for source in (section.train, section.test, section.validation):
             if isinstance(source, str) and Path(source).is_absolute() and not Path(source).exists():
                 locate(source)
+    stages = {stage.name for stage in recipe.stages}
+    for stage in recipe.stages:
+        if stage.start_from not in stages:
+            locate_start(stage, run_path(recipe))
+        for name in set(named_models(stage.objective)) - stages:
+            locate_result(name, run_path(recipe), where=f"stages.{stage.name}.objective")
 
 
 def prepare(session: Session) -> None:
@@ -99,13 +110,9 @@ def _with_processes(session: Session) -> Recipe:
 
 
 def _require_rewards(session: Session, stage: Stage) -> None:
-    """Tries a stage's rewards out before anything is trained: functions, columns, and reward models that are there already."""
+    """Tries a stage's rewards out before anything is trained: functions, and the columns that they ask for."""
     if not learns_from_answers(stage):
         return
-    stages = {other.name for other in session.stages}
-    for name in named_models(stage.objective):
-        if name not in stages:
-            locate_result(name, session.run.path, where=f"stages.{stage.name}.objective")
     programs = [reward for reward in stage.objective.rewards if not isinstance(reward, ModelReward)]
     if programs:
         with make_rewards(programs) as rewards:

@@ -97,6 +97,25 @@ def test_a_start_or_method_that_cannot_be_is_refused_before_anything_is_trained(
     assert not (tmp_path / "run" / "stages").exists()
 
 
+@pytest.mark.parametrize(
+    "named, place",
+    [
+        ({"start_from": "nowhere"}, "stages.sft.start_from"),
+        ({"objective": {"type": "grpo", "rewards": [{"type": "model", "model": "nowhere"}]}}, "stages.sft.objective"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named_before_a_folder_is_made_or_anything_is_read(tiny, named, place, tmp_path):
+    (tmp_path / "nowhere").mkdir()
+    (tmp_path / "nowhere" / "config.json").write_text("{}")  # and no weights
+    stages = [stage(**named)]
+    if "start_from" in named:
+        stages[0]["start_from"] = str(tmp_path / "nowhere")
+    with pytest.raises(RecipeError, match="is no earlier stage, run or model folder") as caught:
+        tunesmith.run(recipe(tmp_path, tiny, stages=stages), out=tmp_path / "run")
+    assert caught.value.where == place
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_method_that_says_what_the_adapter_is_may_stand_there(tiny, first, tmp_path):
     stages = [stage(start_from=str(first), method={"type": "lora", "r": 4}, **STILL)]
     run = tunesmith.train(recipe(tmp_path, tiny, stages=stages), out=tmp_path / "run").path

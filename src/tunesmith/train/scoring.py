@@ -188,7 +188,8 @@ def locate_result(named: str, run: Path, *, where: str = "stages") -> Path:
     for folder in (run / "stages" / named / "model", Path(named) / "model", Path(named)):
         if is_model(folder):
             return folder
-    raise RecipeError(f"`{named}` is no earlier stage, run or model folder", where=where, mend="name one that is there")
+    what = f"`{named}` is no earlier stage, run or model folder"
+    raise RecipeError(what, where=where, mend="name one that is there, with its weights as safetensors")
 
 
 Gold = Callable[[Sequence[str], Sequence[str]], np.ndarray]
