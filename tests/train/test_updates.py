@@ -13,8 +13,9 @@ from tunesmith.errors import RecipeError
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import SFT
 from tunesmith.recipe import Stage
+from tunesmith.train import masters
 from tunesmith.train.optimiser import Optimiser
-from tunesmith.train.updates import require_optimiser
+from tunesmith.train.updates import AdamW8bit, require_optimiser
 from tunesmith.train.updates.muon import orthogonalised
 from tunesmith.train.window import run_window
 
@@ -131,6 +132,35 @@ def test_adamw_in_8_bits_makes_the_updates_of_bitsandbytes():
         "first.tall": torch.uint8,
         "first.vector": torch.float32,  # too small for blocks of 256
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_moments_in_8_bits_are_moved_a_block_at_a_time_to_the_same_bits(monkeypatch, dtype):
+    """Whole tensors in fp32 beside them, the kernel's own copies included, would take more than the moments save."""
+
+    def moved(block: int) -> tuple[dict[str, torch.Tensor], int]:
+        monkeypatch.setitem(masters.UPDATE_BLOCK, "cpu", block)
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(60, 90).to(dtype))
+        optimiser, largest, real = Optimiser([("weight", weight)], make_stage(optim="adamw_8bit")), 0, AdamW8bit.update
+
+        def update(self, master, *rest):
+            nonlocal largest
+            largest = max(largest, master.numel())
+            real(self, master, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(AdamW8bit, "update", update)
+            for seed in range(3):
+                optimiser.zero_grad()
+                torch.manual_seed(seed)
+                (weight * torch.randn(60, 90).to(dtype)).sum().backward()
+                optimiser.step(1e-2, 1.0)  # the norm itself is summed by blocks
+        return {name: held.clone() for name, held in optimiser.state().items()}, largest
+
+    (whole, at_once), (cut, most) = moved(1 << 18), moved(1024)
+    assert (at_once, most) == (5400, 1024)
+    assert all(torch.equal(cut[name], held) for name, held in whole.items())
 
 
 @pytest.mark.parametrize("optim", OPTIMS)

@@ -48,12 +48,13 @@ def _block(held: Tensor) -> int:
 
 
 class Run:
-    """fp32 tensors side by side in the flat buffer, moved by one rule at one rate: one tensor, or any number where the rule joins them."""
+    """fp32 tensors side by side in the flat buffer, moved by one rule at one rate: one tensor, or any number where each of theirs moves by
+    itself."""
 
     def __init__(self, named: list[tuple[str, nn.Parameter]], masters: Tensor, gradients: Tensor, rule: Rule):
         self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self.rule = rule
-        shape = masters.shape if rule.joins else self.parameters[0].shape
+        shape = masters.shape if rule.group == 1 else self.parameters[0].shape
         self.master, self.gradient = masters.view(shape), gradients.view(shape)
         self.memory = rule.remember(shape, masters.device)
         self.masters = self._cut(self.master)
@@ -62,14 +63,19 @@ class Run:
             parameter.data, parameter.grad = master, gradient
 
     def _cut(self, joined: Tensor) -> list[Tensor]:
-        if not self.rule.joins:
+        if self.rule.group != 1:
             return [joined]
         parts = joined.split([p.numel() for p in self.parameters])
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
     def pieces(self, factor: float) -> Iterator[Piece]:
         """What the rule is to move, the gradient multiplied by a factor."""
-        yield self.master, self.gradient.mul_(factor) if factor != 1.0 else self.gradient, self.memory
+        gradient = self.gradient.mul_(factor) if factor != 1.0 else self.gradient
+        if self.rule.group == 1:  # in one call
+            yield self.master, gradient, self.memory
+            return
+        for master, grad, *memory in _blocks(self.rule, self.master, gradient, *self.memory.values()):
+            yield master, grad, dict(zip(self.memory, memory, strict=True))
 
     def move(self, factor: float, moment: Moment) -> None:
         """One update, the gradient multiplied by a factor."""
@@ -144,13 +150,12 @@ class Apart:
         gradient = torch.zeros_like(held) if self.gradient is None else self.gradient
         if self.low is None:
             master = held if self.copy is None else self.copy
-            yield master, gradient.float().mul_(factor), self.memory
+            for part, grad, *memory in _blocks(self.rule, master, gradient, *self.memory.values()):
+                yield part, grad.float().mul_(factor), dict(zip(self.memory, memory, strict=True))
             held.copy_(master)
             return
-        parts = (held, self.low, gradient, *self.memory.values())
-        blocks = zip(*(part.view(-1).split(_block(held)) for part in parts), strict=True) if self.rule.joins else [parts]
         begin = self.place
-        for upper, low, grad, *memory in blocks:
+        for upper, low, grad, *memory in _blocks(self.rule, held, self.low, gradient, *self.memory.values()):
             master = _join(upper.view(-1), low.view(-1), begin).view(upper.shape)
             yield master, grad.float().mul_(factor), dict(zip(self.memory, memory, strict=True))
             _divide(master.view(-1), upper.view(-1), low.view(-1), begin)
@@ -188,6 +193,14 @@ class Apart:
         """What the rule remembers."""
         for kind, held in self.memory.items():
             yield f"{kind}.{self.names[0]}", held
+
+
+def _blocks(rule: Rule, held: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A tensor, and others with a number for each of its own or for each group of them, in the blocks that the rule moves at once."""
+    if rule.group is None:
+        return iter([(held, *others)])
+    block, N = _block(held), held.numel()
+    return zip(*(t.view(-1).split(block if t.numel() == N else block // rule.group) for t in (held, *others)), strict=True)
 
 
 def _move(unit: Run | Apart, factor: float, moment: Moment) -> None:

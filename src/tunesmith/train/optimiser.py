@@ -65,7 +65,7 @@ class Optimiser:
         def group(pair: tuple[str, nn.Parameter]) -> tuple[bool, bool, float, bool, str]:
             """What lies side by side: the flat buffer's tensors first, those that one call may move together."""
             name, p = pair
-            flat, joins = p.dtype == torch.float32 and not isinstance(p, DTensor), rules[name].joins
+            flat, joins = p.dtype == torch.float32 and not isinstance(p, DTensor), rules[name].group == 1
             return not flat, p.dim() < 2 or SCALES in name, scales.get(name, 1.0), joins, "" if flat and joins else name
 
         named.sort(key=group)

@@ -23,8 +23,9 @@ class Moment:
 class Rule(Protocol):
     """One rule; it may be asked about any number of tensors and keeps nothing itself."""
 
-    joins: bool
-    """Whether each number moves by itself, so that tensors may be laid end to end or cut into blocks, and what is remembered with them."""
+    group: int | None
+    """Numbers that move together, with what is remembered of them: a tensor may be cut between groups; where it is 1, tensors may be laid
+    end to end. None: a tensor moves whole."""
 
     def remember(self, shape: torch.Size, device: torch.device) -> dict[str, Tensor]:
         """What is remembered of a tensor of this shape before its first update, by name."""

@@ -21,7 +21,7 @@ CLIP = 1.0  # an update whose root mean square is above this is scaled down (sec
 class Adafactor:
     """A few bytes a row and a column."""
 
-    joins = False
+    group = None
 
     def remember(self, shape: torch.Size, device: torch.device) -> dict[str, Tensor]:
         """Means of squared gradients: of a matrix along its last two dimensions, of a vector each number's own."""

@@ -19,7 +19,7 @@ from ._rule import Moment
 class AdamW:
     """Two moments a weight, 8 bytes."""
 
-    joins = True
+    group = 1
 
     def __init__(self, stage: Stage):
         self.beta1, self.beta2, self.epsilon = stage.adam_beta1, stage.adam_beta2, stage.adam_epsilon

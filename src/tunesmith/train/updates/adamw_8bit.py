@@ -21,12 +21,11 @@ PAGED_FROM = 100_000  # numbers; smaller moments are not worth a page
 class AdamW8bit:
     """Two moments a weight, 2 bytes and a little."""
 
-    joins = False
-
     def __init__(self, stage: Stage, *, paged: bool = False):
         from bitsandbytes import functional
 
         self.functional, self.paged = functional, paged
+        self.group = None if paged else MOMENTS_BLOCK  # a part of a paged tensor is no paged tensor to the kernel
         self.beta1, self.beta2, self.epsilon = stage.adam_beta1, stage.adam_beta2, stage.adam_epsilon
         self.levels = [functional.create_dynamic_map(signed=signed) for signed in (True, False)]
 

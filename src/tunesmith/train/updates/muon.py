@@ -23,7 +23,7 @@ ADAMW_SIZE = 0.2  # root mean square of AdamW's updates, in learning rates
 class Muon:
     """One moment a weight, 4 bytes."""
 
-    joins = False
+    group = None
 
     def remember(self, shape: torch.Size, device: torch.device) -> dict[str, Tensor]:
         """The momentum."""
