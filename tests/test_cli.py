@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -245,6 +247,8 @@ def test_the_version_is_that_of_the_package():
     from importlib.metadata import version
 
     assert call("--version") == (0, f"tunesmith {version('tunesmith')}\n", "")
+    named = subprocess.run([sys.executable, "-m", "tunesmith", "--version"], capture_output=True, text=True, check=True)
+    assert named.stdout == f"tunesmith {version('tunesmith')}\n"
 
 
 def test_schema_prints_the_schema():

@@ -394,7 +394,3 @@ def _signals_end_the_verb() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-if __name__ == "__main__":
-    main()

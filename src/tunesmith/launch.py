@@ -56,7 +56,7 @@ def start(launch: LaunchSection, words: Sequence[str]) -> int:
 
     os.environ.setdefault(PATIENCE, str(WARNING_SECONDS))
     try:
-        run(parse_args(["--standalone", f"--nproc_per_node={launch.nproc_per_node}", "-m", "tunesmith.cli", *words]))
+        run(parse_args(["--standalone", f"--nproc_per_node={launch.nproc_per_node}", "-m", "tunesmith", *words]))
     except ChildFailedError as error:
         return max(1, error.get_first_failure()[1].exitcode)  # below 0 where a signal killed it
     except SignalException:
@@ -85,7 +85,7 @@ def cluster_file(path: str | Path, tool: str, sets: Sequence[str] = ()) -> str:
 
 def _torchrun(recipe: Recipe, run: str, meeting: str, nodes: str) -> str:
     words = f"--nnodes={nodes} --nproc_per_node={recipe.launch.nproc_per_node or 1} {meeting}"
-    return f"env {PATIENCE}={WARNING_SECONDS} torchrun {words} -m tunesmith.cli run {run}"
+    return f"env {PATIENCE}={WARNING_SECONDS} torchrun {words} -m tunesmith run {run}"
 
 
 def _slurm(recipe: Recipe, run: str) -> str:

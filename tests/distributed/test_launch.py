@@ -34,7 +34,7 @@ def torchrun(command: str) -> list[str]:
     start = words.index("torchrun")
     assert words[start - 2 : start] == ["env", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300"]
     words = words[start:]
-    assert words[words.index("-m") :][:3] == ["-m", "tunesmith.cli", "run"]
+    assert words[words.index("-m") :][:3] == ["-m", "tunesmith", "run"]
     assert words[-1] == "--resume"
     assert "--nproc_per_node=8" in words
     return words

@@ -26,7 +26,7 @@ def push(run, hub: Hub, *words: str, home) -> subprocess.CompletedProcess:
     """The command line, in a process of its own: the endpoint is read when the hub's client is imported."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_TOKEN": TOKEN}
-    command = [sys.executable, "-m", "tunesmith.cli", "export", str(run), *words, "--json"]
+    command = [sys.executable, "-m", "tunesmith", "export", str(run), *words, "--json"]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 

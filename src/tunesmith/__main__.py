@@ -1,0 +1,5 @@
+"""`python -m tunesmith`: the command line, by the interpreter that is named."""
+
+from .cli import main
+
+main()
