@@ -69,7 +69,7 @@ def test_an_unknown_key_that_is_near_to_none_is_refused_with_all_known_ones(writ
         ("    method: lora", "    method: lor", 13, ["stages.1.method", "unknown type `lor`"]),
         ("    method: lora", "    method: {r: 3}", 13, ["stages.1.method.type", "not given"]),
         ("    method: lora", "    method: {type: lora, r: 1.5}", 13, ["stages.1.method.r", "valid integer", "1.5"]),
-        ("name: more", "name: sft", 1, ["stage names must differ", "sft"]),
+        ("name: more", "name: sft", 11, ["stages.1.name: stage names must differ", "sft"]),
         ("    objective: {type: sft}\n", "", 11, ["stages.1.objective", "not given"]),
         ("  name: smollm2-135m-instruct", "  - smollm2-135m-instruct", 2, ["model", "valid dictionary"]),
     ],
@@ -332,7 +332,7 @@ def test_a_seed_that_no_generator_takes_is_refused(seed):
 def test_a_choice_by_validation_loss_without_validation_rows_is_refused(setting):
     none, some = {"train": "rows.jsonl", "validation": 0}, {"train": "rows.jsonl", "validation": 0.1}
     stage = {"name": "sft", "objective": "sft", "learning_rate": 1e-4, **setting}
-    assert f"{next(iter(setting))} of stage sft needs validation rows" in refused(values(data=none, stages=[stage])).what
+    assert f"stages.0.{next(iter(setting))}: it needs validation rows" in refused(values(data=none, stages=[stage])).what
     assert "needs validation rows" in refused(values(data=some, stages=[stage | {"data": none}])).what
     load_recipe(values(data=some, stages=[stage]))
     load_recipe(values(data=none, stages=[stage | {"data": some}]))

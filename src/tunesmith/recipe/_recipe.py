@@ -50,7 +50,8 @@ class Recipe(Section):
         names = [stage.name for stage in self.stages]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"stage names must differ; {', '.join(twice)} occurs twice")
+            second = names.index(twice[0], names.index(twice[0]) + 1)
+            raise ValueError(f"stages.{second}.name: stage names must differ; {', '.join(twice)} occurs twice")
         for i, name in enumerate(names):
             if name in (*CANDIDATES, "base"):
                 raise ValueError(f"stages.{i}.name: {name} is the name of a candidate or of the base itself; call the stage something else")
@@ -107,10 +108,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _choices_have_rows(self) -> Recipe:
-        for stage in self.stages:
+        for i, stage in enumerate(self.stages):
             asked = "early_stopping_patience" if stage.early_stopping_patience else "load_best_model_at_end"
             if getattr(stage, asked) and (stage.data or self.data).validation == 0:
-                raise ValueError(f"{asked} of stage {stage.name} needs validation rows, and data.validation is 0")
+                raise ValueError(f"stages.{i}.{asked}: it needs validation rows, and data.validation is 0")
         return self
 
 

@@ -153,8 +153,8 @@ void token_logprobs(bf16 *raw, const int64_t *targets, float scale, count vocabu
 /* What is added to the bits of the weight at a place before its lower half is cut off: train/masters.py says why. */
 static inline uint32_t threshold(uint32_t place) { return place * 0x9E3779B1u >> 16; }
 
-/* One AdamW step of masters whose upper halves, rounded from their thresholds, are bf16 weights, and whose lower halves are `lower`; a
-   processor's NaN and CUDA's stay none. rest1 and rest2 are 1 - beta, which fp32 would round. */
+/* One AdamW step of masters whose upper halves, rounded from their thresholds, are bf16 weights, and whose lower halves are `lower`.
+   A NaN stays one, whose bits a processor and CUDA set differently. rest1 and rest2 are 1 - beta, which fp32 would round. */
 #define ADAMW(name, type, number)                                                                                                      \
     void name(bf16 *weight, uint16_t *lower, const type *grad, float *first, float *second, count place, float factor, float rate,     \
               float rest1, float beta2, float rest2, float epsilon, float decay, float correction1, float correction2, count begin,    \
