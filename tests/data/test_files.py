@@ -92,6 +92,9 @@ def test_a_missing_file_names_the_nearest_and_a_folder_is_not_a_file(tmp_path):
     with pytest.raises(MissingFile, match=r"did you mean .*train\.jsonl") as caught:
         read_records(str(tmp_path / "trian.jsonl"), section())
     assert caught.value.exit_status == 2
+    with pytest.raises(MissingFile) as caught:
+        read_records(str(tmp_path / "rows.jsonl"), section())
+    assert caught.value.mend == "check the path"  # only the ending is alike
     with pytest.raises(MissingFile, match="folder"):
         read_records(str(tmp_path), section())
     (tmp_path / "link.jsonl").symlink_to("gone.jsonl")
