@@ -2,7 +2,8 @@
 
 Takes queries from any model whose attention goes through transformers' AttentionInterface, and the keys and values of a `PrefixCache`;
 gives the attended values. Scores over the prefix are one matrix product a key-value head for all rows together, scores over the suffixes
-one a row and head, and one softmax in float32 runs over both. Exact up to rounding. Every extra argument is honoured (scaling, softcap,
+one a row and head, and one softmax in float32 runs over both. In bf16 on a CPU compiled loops do what is no large product, where they are
+available. Exact up to rounding. Every extra argument is honoured (scaling, softcap,
 sliding window) or refused by name with ModelError (sinks, position bias, dropout, bidirectional or chunked patterns).
 """
 
@@ -18,7 +19,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ..errors import ModelError
-from ..models.attention import KEY_STEP, QUERY_STEP, in_few_shapes
+from ..models import kernels
+from ..models.attention import KEY_STEP, QUERY_STEP, Layout, in_few_shapes
+from ..models.grouped import grouped
 from .cache import Block, PrefixCache, PrefixLayer
 
 NAME = "tunesmith_shared_prefix"
@@ -104,9 +107,38 @@ def shared_prefix_attention(
     layer = cache.layers[cache.last_updated]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     step = cache.layout.kind == "step"
-    query_NHD = query[:, :, 0] if step else query[0].transpose(0, 1)
-    attended_NHD = attend(query_NHD, layer, scaling, softcap or 0.0, window)
+    if softcap or scaling <= 0 or not kernels.fit(layer.keys, layer.values):
+        attended_NHD = attend(query[:, :, 0] if step else query[0].transpose(0, 1), layer, scaling, softcap or 0.0, window)
+    elif step:
+        attended_NHD = _step_by_loops(query[:, :, 0], layer, scaling, window)
+    else:
+        attended_NHD = _rows_by_loops(query[0], key[0], value[0], layer, scaling, window)
     return attended_NHD.unsqueeze(1 if step else 0), None
+
+
+def _rows_by_loops(
+    query_HND: torch.Tensor, key_KND: torch.Tensor, value_KND: torch.Tensor, layer: PrefixLayer, scaling: float, window: int
+) -> torch.Tensor:
+    """Attended values [N, H, Dv] of a pass over rows: the attention of training, over a forest of one root."""
+    if P := layer.layout.prefix:
+        key_KND, value_KND = (torch.cat((own, shared[:, :P]), 1) for own, shared in zip((key_KND, value_KND), layer.prefix, strict=True))
+    return grouped(query_HND, key_KND, value_KND, Layout(layer.layout.nodes()), scaling, window or None, None)
+
+
+def _step_by_loops(query_BHD: torch.Tensor, layer: PrefixLayer, scaling: float, window: int) -> torch.Tensor:
+    """Attended values [B, H, Dv] of a step: products over the prefix for all rows together, and one loop for all that is a row's own."""
+    (B, H, D), layout, scores = query_BHD.shape, layer.layout, None
+    K, rows = len(layer.keys), B * H // len(layer.keys)
+    if layout.prefix:
+        query_KRD = query_BHD.view(B, K, H // K, D).transpose(0, 1).reshape(K, rows, D)
+        query_KRD = torch.nn.functional.pad(query_KRD, (0, 0, 0, -rows % QUERY_STEP if rows > QUERY_STEP else 0))
+        scores = torch.bmm(query_KRD, layer.prefix[0].transpose(1, 2))
+    how = {"starts_B": layout.start_array(), "used": layout.used, "shared": layout.prefix, "window": window, "scale": scaling}
+    attended_BHD = kernels.attend_step(query_BHD.contiguous(), layer.keys, layer.values, scores, **how)
+    if scores is None:
+        return attended_BHD
+    of_prefix = torch.bmm(scores, layer.prefix[1])[:, :rows].view(K, B, H // K, -1).transpose(0, 1)
+    return attended_BHD.add_(of_prefix.reshape(B, H, -1))
 
 
 def attend(query_NHD: torch.Tensor, layer: PrefixLayer, scaling: float, softcap: float, window: int) -> torch.Tensor:

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ..data.forest import Node
 from ..models.attention import KEY_STEP, in_few_shapes
 
 # Slots are added by at least this many, and by half of what is there, so that a long answer copies its cache a few times at most.
@@ -64,6 +67,8 @@ class RowLayout:
     start_B: torch.Tensor = field(init=False)
     masks: dict[tuple[int, int], torch.Tensor | None] = field(default_factory=dict)
     _blocks: list[Block] | None = None
+    _nodes: tuple[Node, ...] | None = None
+    _start_array: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.row_N = torch.tensor([b for b, start in enumerate(self.starts) for _ in range(start, self.used)], device=self.device)
@@ -74,7 +79,21 @@ class RowLayout:
         """Forgets what was derived from starts and used."""
         self.start_B = torch.tensor(self.starts, device=self.device)
         self.masks.clear()
-        self._blocks = None
+        self._blocks = self._nodes = self._start_array = None
+
+    def nodes(self) -> tuple[Node, ...]:
+        """A "rows" pass as a forest whose prefix stands behind its tokens."""
+        if self._nodes is None:
+            N, ends = len(self.row_N), np.cumsum([self.used - start for start in self.starts]).tolist()
+            shared = ((N, N + self.prefix),) if self.prefix else ()
+            self._nodes = tuple(Node(a, b, shared) for a, b in pairwise([0, *ends]))
+        return self._nodes
+
+    def start_array(self) -> np.ndarray:
+        """First slot of each row, int64[B]."""
+        if self._start_array is None:
+            self._start_array = np.array(self.starts, dtype=np.int64)
+        return self._start_array
 
     def blocks(self, heads: int) -> list[Block]:
         """The current pass in blocks whose scores are few enough; rows of like length should be neighbours, for little padding."""

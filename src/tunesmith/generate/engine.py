@@ -3,7 +3,7 @@
 Takes rows (rows.py), moves them to their end; takes prompts and answers, gives log-probabilities. The prefix common to all prompts of a
 call is computed once, for one row, and what rows of one prompt share beyond it once for all of them; the suffixes of a batch run together
 without padding; the head runs on the positions that need it. Tokens that an adapter has learned are where the shared prefix begins.
-Run it under `attention_implementation(model, attention.NAME)`.
+Run it under `attention_implementation(model, attention.NAME)` and `taking(forwards)`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
+from ..models import kernels
+from ..models.fused import FastPaths, fast_forwards, plain_layers, taking
 from ..models.head import logit_shape, shape_logits
 from ..models.virtual import virtual_tokens
 from .attention import NAME, attending, attention_implementation
@@ -47,6 +49,9 @@ class Engine:
         self.decoder, self.lm_head = model.get_decoder(), model.get_output_embeddings()
         self.config = model.config.get_text_config()
         self.layers = self.config.num_hidden_layers
+        loops = self.config.dtype == torch.bfloat16 and model.device.type == "cpu" and kernels.unavailable() is None
+        self.forwards = fast_forwards(model, FastPaths()) if loops else {}
+        """What layers are to take while the engine runs: where compiled loops do their work in one pass."""
         self.last_position = (getattr(self.config, "max_position_embeddings", None) or sys.maxsize) - 1
 
     def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
@@ -139,7 +144,7 @@ class Engine:
         """
         ids = list(ids)
         n, p = len(ids), len(ids) // 2
-        with attention_implementation(self.model, NAME):
+        with attention_implementation(self.model, NAME), taking(self.forwards):
             cache = PrefixCache(self.layers, [n - p, n - p - 2], extra_slots=1, prefix=self.prefix(ids[:p]), device=self.model.device)
             rows_NH = self.forward(cache, input_ids=self._tensor([ids[p:] + ids[p:-2]]))
             if sorted(cache.attended) != list(range(self.layers)):
@@ -147,7 +152,7 @@ class Engine:
             cache.next_step()
             step_BH = self.forward(cache, input_ids=self._tensor([ids[:1], ids[-2:-1]]))
             ours_3V = self.logits(torch.stack([rows_NH[n - p - 1], rows_NH[-1], step_BH[1]])).float()
-        with attention_implementation(self.model, plain_attention), warnings.catch_warnings():
+        with attention_implementation(self.model, plain_attention), plain_layers(self.model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)  # PEFT's own word for a prefix
             plain_3V = self.tuned(input_ids=self._tensor([ids]), use_cache=False).logits[0, [-1, -3, -2]].float()
         plain_3V, ours_3V = (x - x.mean(dim=-1, keepdim=True) for x in (plain_3V, ours_3V))

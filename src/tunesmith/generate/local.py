@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..models.dora import norms_kept
+from ..models.fused import taking
 from ..models.layout import unpackable_reason
 from ..models.virtual import virtual_count
 from .attention import NAME, attention_implementation
@@ -111,7 +112,10 @@ class LocalGenerator:
             if not self._checked:
                 self._engine = self._checked_engine(prompts[0], plain)
                 self._checked = True
-            with attention_implementation(self._base, NAME if self._engine else plain):
+            with (
+                attention_implementation(self._base, NAME if self._engine else plain),
+                taking(self._engine.forwards if self._engine else {}),
+            ):
                 yield self._engine or Fallback(self.model, self.batch_size)
 
     def _checked_engine(self, prompt: Sequence[int], plain_attention: str) -> Engine | None:

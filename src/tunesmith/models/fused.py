@@ -12,7 +12,7 @@ In bf16 on a CPU what lies between products is done by compiled loops (`kernels`
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -231,13 +231,20 @@ def _rms_forward(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def fuse_layers(model: nn.Module, paths: FastPaths) -> None:
-    """Gives RMSNorm and SwiGLU modules of the usual form their fast forward; each kind is tried against its own forward first."""
+    """Gives RMSNorm and SwiGLU modules of the usual form their fast forward."""
+    for module, forward in fast_forwards(model, paths).items():
+        module.forward = forward
+
+
+def fast_forwards(model: nn.Module, paths: FastPaths) -> dict[nn.Module, types.MethodType]:
+    """The fast forwards of RMSNorm and SwiGLU modules of the usual form; each kind is tried against its own forward first."""
     first = next(model.parameters())
     if first.device.type == "cpu" and _dtype(model) == torch.bfloat16:
         if reason := kernels.unavailable():
             paths.refused["kernels"] = reason
         else:
             paths.count("kernels")
+    found: dict[nn.Module, types.MethodType] = {}
     trials: dict[type, bool] = {}
     for module in model.modules():
         fast = _candidate(module)
@@ -249,8 +256,22 @@ def fuse_layers(model: nn.Module, paths: FastPaths) -> None:
             if not trials[type(module)]:
                 paths.refused[name] = f"{type(module).__name__} computes something else"
         if trials[type(module)]:
-            module.forward = types.MethodType(forward, module)
+            found[module] = types.MethodType(forward, module)
             paths.count(name)
+    return found
+
+
+@contextmanager
+def taking(forwards: Mapping[nn.Module, types.MethodType]) -> Iterator[None]:
+    """For a while, modules take the given forwards; those that have one already keep it."""
+    given = {module: forward for module, forward in forwards.items() if "forward" not in vars(module)}
+    for module, forward in given.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in given:
+            del module.forward
 
 
 def remove_fast_forwards(model: nn.Module) -> dict[nn.Module, types.MethodType]:

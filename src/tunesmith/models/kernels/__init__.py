@@ -141,6 +141,45 @@ def softmax(scores: Tensor, queries_B: np.ndarray, keys_B: np.ndarray, shared: i
     _spread("softmax", len(scores), 1, scores, queries_B, keys_B, *sizes, float(scale), window)
 
 
+def attend_step(
+    query_BHD: Tensor,
+    keys_KBSD: Tensor,
+    values_KBSD: Tensor,
+    scores_KRP: Tensor | None,
+    *,
+    starts_B: np.ndarray,
+    used: int,
+    shared: int,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """What the values of each row's own slots give a step's token, [B, H, Dv]; slots are starts[b] up to the one before `used`.
+
+    scores: of the `shared` keys that all rows begin with, [K, B x heads of a kv head or more, `shared` or more], which become
+    probabilities; None where there are none. window: how far back a token sees, 0 for all.
+    """
+    (rows, heads, width), kv_heads, value_width = query_BHD.shape, len(keys_KBSD), values_KBSD.shape[-1]
+    out = query_BHD.new_empty(rows, heads, value_width)
+    lines, filled = (0, 0) if scores_KRP is None else scores_KRP.shape[1:]
+    sizes = (rows, kv_heads, heads // kv_heads, keys_KBSD.shape[2], used, width, value_width, shared, lines, filled)
+    least = max(1, AT_LEAST // ((shared + used) * width * (heads // kv_heads)))
+    _spread(
+        "attend_step",
+        kv_heads * rows,
+        least,
+        query_BHD,
+        keys_KBSD,
+        values_KBSD,
+        starts_B,
+        *sizes,
+        window,
+        float(scale),
+        out if scores_KRP is None else scores_KRP,
+        out,
+    )
+    return out
+
+
 def _steps(x_HTD: Tensor) -> tuple[int, int]:
     """How far heads and tokens lie apart, in rows of D."""
     heads, tokens = x_HTD.shape[:2]

@@ -255,3 +255,57 @@ void softmax(bf16 *scores, const int64_t *queries, const int64_t *keys, count bl
     }
     free(e);
 }
+
+/* Attention of one token a row to the keys of its own slots, starts[b] up to the one before `used`, and to a shared prefix of `shared` keys,
+   whose scores[kv, `lines` for (b, group), filled] are there and become their probabilities, for the values to be multiplied by. out[b, head, D]: what
+   the row's own values give. Heads are (kv, group); keys and values[kv, b, slots, D]; window: how far back, 0 for all. */
+void attend_step(const bf16 *query, const bf16 *keys, const bf16 *values, const int64_t *starts, count rows, count kv_heads, count groups,
+                 count slots, count used, count width, count value_width, count shared, count lines, count filled, count window,
+                 float scale, bf16 *scores, bf16 *out, count begin, count end) {
+    float *e = malloc((size_t)(shared + used) * sizeof(float)), *restrict q = malloc((size_t)width * sizeof(float));
+    float *restrict sum = malloc((size_t)value_width * sizeof(float));
+    for (count part = begin; part < end; part++) {
+        count kv = part / rows, b = part % rows, first = starts[b], before = 0, position = shared + used - 1 - first;
+        if (window > 0 && used - window > first) first = used - window;
+        if (window > 0 && position - window + 1 > 0) before = position - window + 1 < shared ? position - window + 1 : shared;
+        count own = used - first, seen = shared - before + own;
+        const bf16 *k = keys + (part * slots + first) * width, *v = values + (part * slots + first) * value_width;
+        for (count group = 0; group < groups; group++) {
+            const bf16 *restrict from = query + (b * kv_heads * groups + kv * groups + group) * width;
+            bf16 *line = scores + (kv * lines + b * groups + group) * filled;
+            for (count d = 0; d < width; d++) q[d] = wide(from[d]) * scale;
+            for (count i = before; i < shared; i++) e[i - before] = wide(line[i]) * scale;
+            for (count i = 0; i < own; i++) {
+                const bf16 *restrict key = k + i * width;
+                float dot = 0;
+#pragma omp simd reduction(+ : dot)
+                for (count d = 0; d < width; d++) dot += q[d] * wide(key[d]);
+                e[shared - before + i] = dot;
+            }
+            int32_t highest = INT32_MIN;
+#pragma omp simd reduction(max : highest)
+            for (count i = 0; i < seen; i++) { int32_t o = ordered(e[i]); highest = o > highest ? o : highest; }
+            float largest = unordered(highest), total = 0;
+#pragma omp simd reduction(+ : total)
+            for (count i = 0; i < seen; i++) {
+                e[i] = exponential(e[i] - largest);
+                total += e[i];
+            }
+            float share = 1 / total;
+            for (count d = 0; d < value_width; d++) sum[d] = 0;
+            for (count i = 0; i < own; i++) {
+                const bf16 *restrict value = v + i * value_width;
+                float weight = e[shared - before + i] * share;
+                for (count d = 0; d < value_width; d++) sum[d] += weight * wide(value[d]);
+            }
+            bf16 *restrict to = out + (b * kv_heads * groups + kv * groups + group) * value_width;
+            for (count d = 0; d < value_width; d++) to[d] = narrow(sum[d]);
+            for (count i = 0; i < before; i++) line[i] = 0;
+            for (count i = before; i < shared; i++) line[i] = narrow(e[i - before] * share);
+            for (count i = shared; i < filled; i++) line[i] = 0;
+        }
+    }
+    free(e);
+    free(q);
+    free(sum);
+}

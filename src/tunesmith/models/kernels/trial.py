@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,9 +59,31 @@ def _compared() -> Iterator[tuple[str, Tensor, Tensor, float]]:
     yield "token_logprobs", entropy, -(logp.exp() * logp).sum(-1).detach(), 1e-4
     yield "token_logprobs", raw, torch.autograd.grad(chosen.sum(), logits)[0], ROUNDING
 
+    yield "attend_step", *_attended(numbers, 0)
+    yield "attend_step", *_attended(numbers, 9)
+
     yield "square", kernels.square(grad)[None], grad.double().square().sum()[None], 1e-5
     yield from _adamw(numbers(3000), grad.view(-1)[:3000], numbers(3000, dtype=torch.float32))
     yield from _adamw(numbers(3000), grad.view(-1)[:3000].float(), numbers(3000, dtype=torch.float32))
+
+
+def _attended(numbers: Callable[..., Tensor], window: int) -> tuple[Tensor, Tensor, float]:
+    """A step of three rows, two heads on each of two kv heads, over six shared keys and up to seven of their own."""
+    shared, used, scale, starts = 6, 8, 0.3, [1, 4, 7]
+    query, keys, values, before = numbers(3, 4, 16), numbers(2, 3, 10, 16), numbers(2, 3, 10, 8), numbers(2, shared, 16)
+    scores = torch.nn.functional.pad(query.view(3, 2, 2, 16).transpose(0, 1).reshape(2, 6, 16) @ before.mT, (0, 2))
+    given, learned = scores[..., :shared].double(), numbers(2, shared, 8)
+    own = kernels.attend_step(query, keys, values, scores, starts_B=np.array(starts), used=used, shared=shared, window=window, scale=scale)
+    got = own.double() + (scores[..., :shared].double() @ learned.double()).view(2, 3, 2, 8).transpose(0, 1).reshape(3, 4, 8)
+    want = torch.empty_like(got)
+    for b, start in enumerate(starts):
+        for head in range(4):
+            kv = head // 2
+            logits = torch.cat([given[kv, 2 * b + head % 2], keys[kv, b, start:used].double() @ query[b, head].double()]) * scale
+            if window:
+                logits[: max(0, len(logits) - window)] = -torch.inf
+            want[b, head] = torch.softmax(logits, 0) @ torch.cat([learned[kv], values[kv, b, start:used]]).double()
+    return got, want, 16 * ROUNDING  # sums of rounded terms that may come to nothing
 
 
 def _adamw(weight: Tensor, gradient: Tensor, first: Tensor) -> Iterator[tuple[str, Tensor, Tensor, float]]:
