@@ -30,20 +30,21 @@ BESIDE = 1.15  # what training takes over the sum of its parts; 135M on two core
 # as fast as that in one direction only. 135M with AMX: 1.4 (IA3) to 1.8 (full), up to 2.3 in slower hours, and 0.9 to 1.5; not measured
 # without AMX.
 TRAIN_IN_16_BITS, FORWARD_IN_16_BITS = 1.8, 1.6
-# In place of the first where compiled loops do what lies between products (kernels/): 1.5 by turns in one process, 1.8 (full) and 2.0
-# (LoRA) by two whole runs on two threads in slow hours.
-TRAIN_BY_LOOPS = 1.7
+# In place of the first where compiled loops do what lies between products (kernels/): 1.5 by turns in one process, 1.2 (GRPO's) to 2.7 by
+# ten whole runs on two threads.
+TRAIN_BY_LOOPS = 2.1
 ATTENTION_IN_16_BITS = 0.33  # of the time of torch's kernel, which is measured
-START_IN_16_BITS = 2.5  # seconds beside a start's passes, in which each product's kernel is made
-# Over FORWARD_IN_16_BITS, where a model answers and scores by transformers' own layers; 1.2 on the quickstart's general text.
+START_IN_16_BITS = 4.0  # seconds beside a start's passes, in which each product's kernel is made
+# Over FORWARD_IN_16_BITS, where a model answers by transformers' own layers and not by loops; 1.2 on the quickstart's general text.
 READING_IN_16_BITS = 1.3
 TRAIN_CALLS, FORWARD_CALLS = 260, 80  # operations of one layer on one batch, with their backward or alone
 # Of one layer in one decoding step. In 16 bits with AMX a step of one row takes 2 ms a layer beside the weights that it reads: a thousand
-# times the small call that is measured.
-DECODE_CALLS, DECODE_CALLS_IN_16_BITS = 90, 1100
+# times the small call that is measured; by loops, what an evaluation of three candidates and GRPO's answers took.
+DECODE_CALLS, DECODE_CALLS_IN_16_BITS, DECODE_CALLS_BY_LOOPS = 90, 1100, 950
 FEW_QUERIES = 3.0  # times what attention's speed says: one query a row is small products, with scores and weights written out
-# Of an update, over all that trains; 135M on two cores: 8-bit moments took 3.3 s in bf16 and 2.3 in fp32, Muon's products 3.4 and 3.6.
-OPTIMISER_PASSES = {"adamw_torch_fused": 10, "adamw_8bit": 60, "paged_adamw_8bit": 60, "adafactor": 14, "muon": 70}
+# Of an update, over all that trains; 135M on two cores: 8-bit moments took 2.5 s in bf16 (in blocks) and 2.3 in fp32, Muon's products
+# 3.4 and 3.6.
+OPTIMISER_PASSES = {"adamw_torch_fused": 10, "adamw_8bit": 45, "paged_adamw_8bit": 45, "adafactor": 14, "muon": 70}
 OPTIMISER_PASSES_BY_LOOPS = 7  # of AdamW over 16-bit weights, by such a loop
 MASTER_BYTES = 4  # a trained number's, which each of those passes reads or writes, and a checkpoint holds beside its moments
 RECOMPUTED: dict[bool | str, float] = {False: 0.0, "selective": 0.5, True: 1.0}  # share of the layers that checkpointing computes twice
@@ -135,7 +136,7 @@ def train_phase(shape: Shape, machine: Machine, stage: Stage, cost: MethodCost, 
     near += 2.0 * cost.saved_inputs * tokens * shape.itemsize + work.supervised * shape.vocabulary * 4 * 6
     near += cost.passed_in_16_bits * tokens * shape.itemsize if on_cpu_in_16_bits(shape) else 0.0
     moved = work.batches * shape.weights * (passes + cost.weight_passes)
-    loops = shape.dtype == torch.bfloat16 and on_cpu_in_16_bits(shape) and kernels.unavailable() is None
+    loops = _by_loops(shape)
     one_pass = loops and cost.whole and stage.optim == "adamw_torch_fused"
     moved += stage.max_steps * cost.trainable * MASTER_BYTES * (OPTIMISER_PASSES_BY_LOOPS if one_pass else OPTIMISER_PASSES[stage.optim])
     calls = work.batches * shape.layers * (TRAIN_CALLS + again * FORWARD_CALLS)
@@ -164,7 +165,10 @@ def start_phase(name: str, shape: Shape, machine: Machine, work: Tokens) -> Phas
 
 
 def reading_phase(name: str, shape: Shape, machine: Machine, work: Tokens) -> Phase:
-    """A forward pass of a model that answers, with its own attention: over prompts, or over references, which it scores."""
+    """A forward pass of a model that answers: over prompts, or over references, which it scores; by loops as in training, else with an
+    attention of its own."""
+    if _by_loops(shape):
+        return forward_phase(name, shape, machine, work)
     return _slower(_forward(name, shape, machine, work), READING_IN_16_BITS if on_cpu_in_16_bits(shape) else 1.0)
 
 
@@ -180,7 +184,8 @@ def decode_phase(
     attention = 4.0 * shape.hidden * shape.layers * said * (context + new_tokens / 2)
     near = said * (shape.vocabulary * 4 * 3 + FORWARD_SHARE * _elementwise(shape, 1))
     steps = (longest or new_tokens) * math.ceil(items / batch)
-    calls = steps * shape.layers * (DECODE_CALLS_IN_16_BITS if on_cpu_in_16_bits(shape) else DECODE_CALLS)
+    in_16_bits = DECODE_CALLS_BY_LOOPS if _by_loops(shape) else DECODE_CALLS_IN_16_BITS
+    calls = steps * shape.layers * (in_16_bits if on_cpu_in_16_bits(shape) else DECODE_CALLS)
     slower = replace(machine, attention_flops_per_second=machine.attention_flops_per_second / FEW_QUERIES)
     return _phase(name, slower, flops, attention, near, 0.0, calls, read=steps * shape.weights)
 
@@ -205,6 +210,11 @@ def phase_json(phase: Phase) -> dict[str, Any]:
 def on_cpu_in_16_bits(shape: Shape) -> bool:
     """Whether a model's products are made in 16 bits by a processor."""
     return shape.itemsize == 2 and not torch.cuda.is_available()
+
+
+def _by_loops(shape: Shape) -> bool:
+    """Whether compiled loops do what lies between those products."""
+    return shape.dtype == torch.bfloat16 and on_cpu_in_16_bits(shape) and kernels.unavailable() is None
 
 
 def _slower(phase: Phase, factor: float) -> Phase:
