@@ -247,8 +247,9 @@ def test_the_version_is_that_of_the_package():
     from importlib.metadata import version
 
     assert call("--version") == (0, f"tunesmith {version('tunesmith')}\n", "")
-    named = subprocess.run([sys.executable, "-m", "tunesmith", "--version"], capture_output=True, text=True, check=True)
-    assert named.stdout == f"tunesmith {version('tunesmith')}\n"
+    for module in ("tunesmith", "tunesmith.cli"):
+        named = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+        assert named.stdout == f"tunesmith {version('tunesmith')}\n"
 
 
 def test_schema_prints_the_schema():

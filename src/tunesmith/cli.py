@@ -394,3 +394,7 @@ def _signals_end_the_verb() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+if __name__ == "__main__":  # `-m tunesmith.cli`, which files for clusters may say
+    main()

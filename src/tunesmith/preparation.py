@@ -60,7 +60,7 @@ def require_files(recipe: Recipe) -> None:
     for stage in recipe.stages:
         if stage.start_from not in stages:
             locate_start(stage, run_path(recipe))
-        for name in set(named_models(stage.objective)) - stages:
+        for name in (name for name in named_models(stage.objective) if name not in stages):
             locate_result(name, run_path(recipe), where=f"stages.{stage.name}.objective")
 
 

@@ -89,6 +89,8 @@ def test_what_the_csv_module_writes_is_read_back_field_by_field(tmp_path, pairs)
 
 def test_a_missing_file_names_the_nearest_and_a_folder_is_not_a_file(tmp_path):
     jsonl(tmp_path, [GOOD])
+    for ending in ("csv", "md", "zip"):
+        (tmp_path / f"train.{ending}").write_text("other")
     with pytest.raises(MissingFile, match=r"did you mean .*train\.jsonl") as caught:
         read_records(str(tmp_path / "trian.jsonl"), section())
     assert caught.value.exit_status == 2

@@ -12,10 +12,15 @@ from tests.families import tiny_model
 from tests.generate.helpers import ANSWERS, generator, prompts_with_prefix, reference_logprobs, tokens_of
 from tests.models.method_cases import METHOD_CASES, method
 from tests.toys import loaded, tiny_tokenizer
-from tunesmith.generate import attention
-from tunesmith.models import kernels
+from tunesmith.data.forest import Node
+from tunesmith.generate import Sampling, attention
+from tunesmith.generate.cache import PrefixCache
+from tunesmith.models import fused, kernels
+from tunesmith.models import grouped as grouped_module
 from tunesmith.models.fused import remove_fast_forwards
+from tunesmith.models.grouped import groups_of
 from tunesmith.models.methods import attach
+from tunesmith.models.policy import Policy
 
 STEP = 2**-8  # of bf16, relative
 PROMPTS = prompts_with_prefix(len(ANSWERS), prefix=37, longest=30)
@@ -66,7 +71,20 @@ def test_a_steps_nan_is_not_lost():
     assert out.isnan().sum() == 16
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mistral"])
+def switch(monkeypatch: pytest.MonkeyPatch, loops: bool) -> list[str]:
+    """Gives what is noted where loops are in use or not."""
+    monkeypatch.setattr(kernels, "unavailable", lambda: None if loops else "switched off")
+    return [] if loops else ["LlamaForCausalLM: answers come without the compiled loops, which is slower: switched off"]
+
+
+def counting(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    """Grows by one with each call of a loop."""
+    calls, real = [], getattr(kernels, name)
+    monkeypatch.setattr(kernels, name, lambda *given, **how: (calls.append(1), real(*given, **how))[1])
+    return calls
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 def test_with_the_loops_answers_are_scored_as_near_to_fp32_as_without(monkeypatch, family):
     """Rows after a shared prefix, of which the longer ones are more than one block of queries."""
     model = tiny_model(family).eval()
@@ -75,25 +93,30 @@ def test_with_the_loops_answers_are_scored_as_near_to_fp32_as_without(monkeypatc
     model = copy.deepcopy(halved).float()  # the same weights
     answers = [answer * 13 for answer in ANSWERS]
     exact = [reference_logprobs(model, prompt, answer) for prompt, answer in zip(PROMPTS, answers, strict=True)]
-    off = {}
+    off, blocks = {}, counting(monkeypatch, "softmax")
     for loops in (False, True):
-        monkeypatch.setattr(kernels, "unavailable", lambda off=not loops: "switched off" if off else None)
+        switch(monkeypatch, loops)
         ways = generator(halved, batch_size=4)
         found = ways.logprobs(PROMPTS, answers)
-        assert not ways.notes
+        assert len(ways.notes) == (not loops)
+        assert bool(blocks) == loops
         off[loops] = max(float(np.abs(a - b).max()) for a, b in zip(found, exact, strict=True))
     assert off[True] <= 1.5 * off[False] + 1e-3
 
 
-def test_a_step_after_rows_gives_what_a_pass_over_all_tokens_gives(monkeypatch):
-    """The log-probabilities that an answer's steps had are as near to fp32 as those that a pass over prompt and answer has."""
-    model = tiny_model("llama", dtype=torch.bfloat16).eval()
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_step_after_rows_gives_what_a_pass_over_all_tokens_gives(monkeypatch, family):
+    """The log-probabilities that an answer's steps had are as near to fp32 as those that a pass over prompt and answer has, also after
+    rows that have ended were dropped."""
+    model = tiny_model(family, dtype=torch.bfloat16).eval()
     exact = copy.deepcopy(model).float()
-    steps, real = [], kernels.attend_step
-    monkeypatch.setattr(kernels, "attend_step", lambda *given, **how: (steps.append(how["used"]), real(*given, **how))[1])
-    ways = generator(model, batch_size=4)
-    answers = ways.generate(PROMPTS, max_new_tokens=30, logprobs=True)
-    assert len(set(steps)) >= 30
+    steps, dropped, real = counting(monkeypatch, "attend_step"), [], PrefixCache.keep
+    monkeypatch.setattr(PrefixCache, "keep", lambda cache, rows: (dropped.append(len(rows)), real(cache, rows))[1])
+    stop_ids = [token for token in range(97) if token % 12 == 0]  # so that answers end after unlike numbers of tokens
+    ways = generator(model, batch_size=11, stop_ids=stop_ids)
+    answers = ways.generate(PROMPTS, max_new_tokens=30, logprobs=True, sampling=Sampling(temperature=1.0), seeds=range(len(PROMPTS)))
+    assert len(steps) >= 20
+    assert dropped
     again, off = ways.logprobs(PROMPTS, tokens_of(answers)), []
     for prompt, answer, scores in zip(PROMPTS, answers, again, strict=True):
         wanted = reference_logprobs(exact, prompt, answer.token_ids)
@@ -137,8 +160,80 @@ def test_the_check_compares_with_the_models_own_layers(monkeypatch):
 
 
 def test_without_the_loops_torch_answers(monkeypatch):
-    monkeypatch.setattr(kernels, "unavailable", lambda: "switched off")
+    noted = switch(monkeypatch, loops=False)
     monkeypatch.setattr(kernels, "_spread", lambda *given: pytest.fail("a loop was used"))
     monkeypatch.setattr(attention, "grouped", lambda *given: pytest.fail("the loops' attention was used"))
     ways = generator(tiny_model("llama", dtype=torch.bfloat16).eval())
     assert len(tokens_of(ways.generate(PROMPTS, max_new_tokens=3))) == len(PROMPTS)
+    assert ways.notes == noted
+
+
+def test_a_soft_cap_is_left_to_torch(monkeypatch):
+    monkeypatch.setattr(attention, "grouped", lambda *given: pytest.fail("the loops' attention was used"))
+    steps = counting(monkeypatch, "attend_step")
+    ways = generator(tiny_model("gemma2", dtype=torch.bfloat16).eval())
+    assert len(ways.generate(PROMPTS, max_new_tokens=3)) == len(PROMPTS)
+    assert not steps
+
+
+def wrong_softmax(*given) -> None:
+    real_softmax(*given)
+    given[0].mul_(1.5)
+
+
+real_softmax = kernels.softmax
+
+
+def test_an_attention_that_computes_something_else_is_not_taken_and_is_named(monkeypatch):
+    monkeypatch.setattr(kernels, "softmax", wrong_softmax)
+    ways = generator(tiny_model("llama", dtype=torch.bfloat16).eval())
+    ways.generate(PROMPTS, max_new_tokens=1)
+    assert not ways._engine.loops
+    assert ways.notes == [
+        "LlamaForCausalLM: answers come without the compiled loops, which is slower: their attention: it computes something else"
+    ]
+
+
+def test_layers_that_disagree_on_the_first_prompt_cost_the_loops_and_not_the_engine(monkeypatch):
+    model, real = tiny_model("llama", dtype=torch.bfloat16).eval(), kernels.swiglu
+    monkeypatch.setattr(fused, "_agrees", lambda *given: True)
+    monkeypatch.setattr(fused, "agrees_in_miniature", lambda *given: True)
+    monkeypatch.setattr(kernels, "swiglu", lambda gate, up: real(gate, up).mul_(30))
+    ways = generator(model)
+    ways.generate(PROMPTS, max_new_tokens=1)
+    assert ways._engine is not None
+    assert not ways._engine.loops
+    (note,) = ways.notes
+    assert "without the compiled loops" in note
+    assert "its logits differ" in note
+
+
+@pytest.mark.parametrize("before_the_first_answer", [True, False])
+def test_a_policy_that_went_back_to_plain_layers_samples_with_them(monkeypatch, before_the_first_answer):
+    policy = Policy(tiny_model("llama", dtype=torch.bfloat16).eval())
+    ways = generator(policy.model)
+    if not before_the_first_answer:
+        ways.generate(PROMPTS, max_new_tokens=1)
+        assert ways._engine.loops
+    policy.make_plain()
+    ways.generate(PROMPTS[:3], max_new_tokens=1)
+    monkeypatch.setattr(kernels, "_spread", lambda *given: pytest.fail("a loop was used"))
+    ways.generate(PROMPTS, max_new_tokens=3)
+
+
+def test_another_threads_batch_never_gets_this_ones_blocks():
+    """Between the look at what is kept and the taking of it, another thread may put its own there."""
+    mine, others = (Node(0, 40, ()),), (Node(0, 400, ()),)
+
+    class Between(list):
+        def __getitem__(self, place):
+            held = super().__getitem__(place)
+            super().__setitem__(0, (others, {4: groups_of(others, 4)}))
+            return held
+
+    grouped_module._last[:] = [(mine, {})]
+    kept, grouped_module._last = grouped_module._last, Between([(mine, {})])
+    try:
+        assert grouped_module._kept(mine, 4)[0].queries_Bn.max() < 40
+    finally:
+        grouped_module._last = kept

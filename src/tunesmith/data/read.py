@@ -134,9 +134,10 @@ def locate(source: str, default_split: str = "train") -> tuple[list[DataFile], s
         return [DataFile(path, shown) for path, shown in found], revision
     if path.is_symlink():
         raise MissingFile(f"the link leads to {path.readlink()}, which is not there", where=source, mend="check the link")
-    neighbours = {entry.stem: entry for entry in path.parent.iterdir()} if path.parent.is_dir() else {}
-    near = difflib.get_close_matches(path.stem, neighbours, n=1)  # an ending that is alike says nothing
-    raise MissingFile("no such data file", where=source, mend=f"did you mean {neighbours[near[0]]}?" if near else "check the path")
+    neighbours = list(path.parent.iterdir()) if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.stem, {entry.stem for entry in neighbours}, n=1)  # an ending that is alike says nothing
+    near = difflib.get_close_matches(path.name, [entry.name for entry in neighbours if entry.stem in near], n=1, cutoff=0)
+    raise MissingFile("no such data file", where=source, mend=f"did you mean {path.parent / near[0]}?" if near else "check the path")
 
 
 def open_rows(file: DataFile, notes: Counter[str], hasher: Any, columns: dict[str, str] | None = None) -> Iterator[RawRow]:

@@ -107,7 +107,8 @@ def shared_prefix_attention(
     layer = cache.layers[cache.last_updated]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     step = cache.layout.kind == "step"
-    if softcap or scaling <= 0 or not kernels.fit(layer.keys, layer.values):
+    fit = cache.loops and query.dtype == layer.keys.dtype and kernels.fit(layer.keys, layer.values)
+    if softcap or scaling <= 0 or not fit:
         attended_NHD = attend(query[:, :, 0] if step else query[0].transpose(0, 1), layer, scaling, softcap or 0.0, window)
     elif step:
         attended_NHD = _step_by_loops(query[:, :, 0], layer, scaling, window)
@@ -130,7 +131,7 @@ def _step_by_loops(query_BHD: torch.Tensor, layer: PrefixLayer, scaling: float, 
     (B, H, D), layout, scores = query_BHD.shape, layer.layout, None
     K, rows = len(layer.keys), B * H // len(layer.keys)
     if layout.prefix:
-        query_KRD = query_BHD.view(B, K, H // K, D).transpose(0, 1).reshape(K, rows, D)
+        query_KRD = query_BHD.reshape(B, K, H // K, D).transpose(0, 1).reshape(K, rows, D)
         query_KRD = torch.nn.functional.pad(query_KRD, (0, 0, 0, -rows % QUERY_STEP if rows > QUERY_STEP else 0))
         scores = torch.bmm(query_KRD, layer.prefix[0].transpose(1, 2))
     how = {"starts_B": layout.start_array(), "used": layout.used, "shared": layout.prefix, "window": window, "scale": scaling}

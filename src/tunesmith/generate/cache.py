@@ -210,7 +210,7 @@ class PrefixCache(Cache):
     """The cache of one batch of rows over one shared prefix.
 
     suffix_lengths: tokens of each row outside the prefix, each at least 1. extra_slots: slots to allocate beyond the longest, for steps.
-    prefix: what `take_prefix` of another cache gave, per layer, or None.
+    prefix: what `take_prefix` of another cache gave, per layer, or None. loops: whether attention may take the compiled ones.
     """
 
     def __init__(
@@ -221,7 +221,9 @@ class PrefixCache(Cache):
         extra_slots: int = 0,
         prefix: PrefixKV | None = None,
         device: torch.device | str = "cpu",
+        loops: bool = False,
     ):
+        self.loops = loops
         longest = max(suffix_lengths)
         starts = [longest - length for length in suffix_lengths]
         prefix_length = 0 if prefix is None else prefix[0][0].shape[1]

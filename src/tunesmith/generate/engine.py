@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..models import kernels
+from ..models.attention import refusal
 from ..models.fused import FastPaths, fast_forwards, plain_layers, taking
+from ..models.grouped import grouped
 from ..models.head import logit_shape, shape_logits
 from ..models.virtual import virtual_tokens
 from .attention import NAME, attending, attention_implementation
@@ -42,17 +44,25 @@ CHECK_TOLERANCE_HALF = 0.1
 
 
 class Engine:
-    """Prefix, rows and steps of one model. tuned: it, or PEFT's module around it."""
+    """Prefix, rows and steps of one model. tuned: it, or PEFT's module around it. loops: whether compiled loops do what they can."""
 
-    def __init__(self, model: PreTrainedModel, tuned: torch.nn.Module, batch_size: int):
+    def __init__(self, model: PreTrainedModel, tuned: torch.nn.Module, batch_size: int, *, loops: bool = False):
         self.model, self.tuned, self.batch_size = model, tuned, batch_size
         self.decoder, self.lm_head = model.get_decoder(), model.get_output_embeddings()
         self.config = model.config.get_text_config()
         self.layers = self.config.num_hidden_layers
-        loops = self.config.dtype == torch.bfloat16 and model.device.type == "cpu" and kernels.unavailable() is None
+        self.loops = loops
         self.forwards = fast_forwards(model, FastPaths()) if loops else {}
-        """What layers are to take while the engine runs: where compiled loops do their work in one pass."""
+        """What layers are to take while the engine runs."""
         self.last_position = (getattr(self.config, "max_position_embeddings", None) or sys.maxsize) - 1
+
+    def leave_loops(self) -> None:
+        """From here on the model's own layers compute, and torch."""
+        self.loops, self.forwards = False, {}
+
+    def _cache(self, lengths: list[int], *, prefix: PrefixKV | None, extra_slots: int = 0) -> PrefixCache:
+        how = {"extra_slots": extra_slots, "device": self.model.device, "loops": self.loops}
+        return PrefixCache(self.layers, lengths, prefix=prefix, **how)
 
     def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
         """Logits [S, V] of hidden states, with the scaling and soft-capping that the model's config names."""
@@ -74,7 +84,7 @@ class Engine:
         return self._extended(learned, len(ids), input_ids=self._tensor([ids])) if ids else learned
 
     def _extended(self, prefix: PrefixKV | None, tokens: int, **inputs: torch.Tensor) -> PrefixKV:
-        cache = PrefixCache(self.layers, [tokens], prefix=prefix, device=self.model.device)
+        cache = self._cache([tokens], prefix=prefix)
         self.forward(cache, **inputs)
         return cache.take_prefix()
 
@@ -91,7 +101,7 @@ class Engine:
         prompt_B = [of_prompt.setdefault(tuple(row.prompt), len(of_prompt)) for row in rows]
         suffixes = [prompt[P:] for prompt in of_prompt]
         extra = min(max(row.limit for row in rows), FIRST_SLOTS)
-        cache = PrefixCache(self.layers, [len(s) for s in suffixes], extra_slots=extra, prefix=prefix, device=self.model.device)
+        cache = self._cache([len(s) for s in suffixes], extra_slots=extra, prefix=prefix)
         hidden_NH = self.forward(cache, input_ids=self._tensor([[token for suffix in suffixes for token in suffix]]))
         last_P = torch.tensor([len(s) for s in suffixes], device=hidden_NH.device).cumsum(0) - 1
         hidden_BH = hidden_NH[last_P[prompt_B]]
@@ -117,7 +127,7 @@ class Engine:
         scored = [i for i, answer in enumerate(answers) if len(answer)]
         for chosen in batches([len(suffixes[i]) for i in scored], self.batch_size):
             batch = [scored[i] for i in chosen]
-            cache = PrefixCache(self.layers, [len(suffixes[i]) for i in batch], prefix=prefix, device=self.model.device)
+            cache = self._cache([len(suffixes[i]) for i in batch], prefix=prefix)
             hidden_NH = self.forward(cache, input_ids=self._tensor([[token for i in batch for token in suffixes[i]]]))
             ends = np.cumsum([len(suffixes[i]) for i in batch])
             wanted_S = np.concatenate([np.arange(end - len(answers[i]), end) for end, i in zip(ends, batch, strict=True)])
@@ -145,7 +155,7 @@ class Engine:
         ids = list(ids)
         n, p = len(ids), len(ids) // 2
         with attention_implementation(self.model, NAME), taking(self.forwards):
-            cache = PrefixCache(self.layers, [n - p, n - p - 2], extra_slots=1, prefix=self.prefix(ids[:p]), device=self.model.device)
+            cache = self._cache([n - p, n - p - 2], extra_slots=1, prefix=self.prefix(ids[:p]))
             rows_NH = self.forward(cache, input_ids=self._tensor([ids[p:] + ids[p:-2]]))
             if sorted(cache.attended) != list(range(self.layers)):
                 raise ModelError(f"attention ran in layers {cache.attended} of {self.layers}", where=type(self.model).__name__)
@@ -160,6 +170,14 @@ class Engine:
 
     def _tensor(self, ids: list[list[int]]) -> torch.Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self.model.device)
+
+
+def why_no_loops(model: PreTrainedModel) -> str | None:
+    """Why compiled loops cannot answer for a model in bf16 on a CPU, attention's held against torch's in a small forest; None: they can."""
+    if reason := kernels.unavailable():
+        return reason
+    refused = refusal(model, grouped)
+    return None if refused is None else f"their attention: {refused}"
 
 
 def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:

@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..models.dora import norms_kept
-from ..models.fused import taking
+from ..models.fused import is_kept_plain, taking
 from ..models.layout import unpackable_reason
 from ..models.virtual import virtual_count
 from .attention import NAME, attention_implementation
-from .engine import CHECK_TOLERANCE, CHECK_TOLERANCE_HALF, Engine
+from .engine import CHECK_TOLERANCE, CHECK_TOLERANCE_HALF, Engine, why_no_loops
 from .fallback import Fallback
 from .protocol import GREEDY, Constraint, Generation, Sampling
 from .rows import check_lengths, make_rows
@@ -41,7 +41,7 @@ class LocalGenerator:
     batch_size: most prompts run together. stop_ids: tokens that end an answer beside the end tokens of the tokenizer and of the model's
     generation_config (of which nothing else is ever read); give the chat template's end-of-turn token here. notes: what a user should know,
     such as why the slow way is taken. Results do not depend on the batch in float32; in bf16 near-ties may fall otherwise
-    (`batch_disagreement` counts them).
+    (`batch_disagreement` counts them). While it works the model's layers and attention are others: one thread at a time a model.
 
     >>> LocalGenerator(model, tokenizer).generate([prompt_ids], max_new_tokens=8)[0].text  # doctest: +SKIP
     """
@@ -112,6 +112,8 @@ class LocalGenerator:
             if not self._checked:
                 self._engine = self._checked_engine(prompts[0], plain)
                 self._checked = True
+            if self._engine is not None and self._engine.loops and is_kept_plain(self._base):
+                self._engine.leave_loops()
             with (
                 attention_implementation(self._base, NAME if self._engine else plain),
                 taking(self._engine.forwards if self._engine else {}),
@@ -123,20 +125,33 @@ class LocalGenerator:
         reason = _unknown_layout(self._base)
         if reason is None:
             ids = (list(prompt) * 8)[: max(8, min(len(prompt), CHECKED_TOKENS))]
-            try:
-                engine = Engine(self._base, self.model, self.batch_size)
-                difference = engine.difference(ids, plain_attention)
-            except (ModelError, AttributeError, TypeError, IndexError, RuntimeError) as error:  # what another layout may trip over
-                reason = f"{type(error).__name__}: {error}"
-            else:
-                tolerance = CHECK_TOLERANCE.get(self._base.dtype, CHECK_TOLERANCE_HALF)
-                if difference <= tolerance:
+            with_loops = self._base.dtype == torch.bfloat16 and self._base.device.type == "cpu" and not is_kept_plain(self._base)
+            without = why_no_loops(self._base) if with_loops else None
+            if with_loops and without is None:
+                engine, without = self._tried(ids, plain_attention, loops=True)
+                if engine is not None:
                     return engine
-                reason = f"its logits differ from the plain model's by {difference:.2g} (allowed {tolerance:.2g})"
+            if without is not None:
+                self.notes.append(f"{type(self._base).__name__}: answers come without the compiled loops, which is slower: {without}")
+            engine, reason = self._tried(ids, plain_attention, loops=False)
+            if engine is not None:
+                return engine
         note = f"{type(self._base).__name__}: generation falls back to plain forwards and transformers' generate, which is slower: {reason}"
         self.notes.append(note)
         warnings.warn(note, stacklevel=4)
         return None
+
+    def _tried(self, ids: list[int], plain_attention: str, *, loops: bool) -> tuple[Engine | None, str | None]:
+        """An engine that agrees with the plain model on the ids; else None, and why there is none."""
+        try:
+            engine = Engine(self._base, self.model, self.batch_size, loops=loops)
+            difference = engine.difference(ids, plain_attention)
+        except (ModelError, AttributeError, TypeError, IndexError, RuntimeError) as error:  # what another layout may trip over
+            return None, f"{type(error).__name__}: {error}"
+        tolerance = CHECK_TOLERANCE.get(self._base.dtype, CHECK_TOLERANCE_HALF)
+        if difference <= tolerance:
+            return engine, None
+        return None, f"its logits differ from the plain model's by {difference:.2g} (allowed {tolerance:.2g})"
 
 
 def batch_disagreement(generator: LocalGenerator, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> float:

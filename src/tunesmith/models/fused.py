@@ -261,6 +261,16 @@ def fast_forwards(model: nn.Module, paths: FastPaths) -> dict[nn.Module, types.M
     return found
 
 
+def keep_plain(model: nn.Module) -> None:
+    """Has a model take its own layers from here on, whoever computes with it."""
+    model.tunesmith_plain = True
+
+
+def is_kept_plain(model: nn.Module) -> bool:
+    """Whether `keep_plain` was said of a model."""
+    return getattr(model, "tunesmith_plain", False)
+
+
 @contextmanager
 def taking(forwards: Mapping[nn.Module, types.MethodType]) -> Iterator[None]:
     """For a while, modules take the given forwards; those that have one already keep it."""

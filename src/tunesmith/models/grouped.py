@@ -60,18 +60,17 @@ def groups_of(nodes: tuple[Node, ...], heads: int) -> list[Group]:
     return found
 
 
-_groups: dict[int, list[Group]] = {}
-_groups_of: list[tuple[Node, ...]] = []
+_last: list[tuple[tuple[Node, ...], dict[int, list[Group]]]] = [((), {})]
 
 
 def _kept(nodes: tuple[Node, ...], heads: int) -> list[Group]:
-    """`groups_of`, while a batch is computed, for all its layers."""
-    if not _groups_of or _groups_of[0] is not nodes:
-        _groups.clear()
-        _groups_of[:] = [nodes]
-    if heads not in _groups:
-        _groups[heads] = groups_of(nodes, heads)
-    return _groups[heads]
+    """`groups_of`, while a batch is computed, for all its layers; another thread's batch may take the place, and gets groups of its own."""
+    held = _last[0]
+    if held[0] is not nodes:
+        held = _last[0] = (nodes, {})
+    if heads not in held[1]:
+        held[1][heads] = groups_of(nodes, heads)
+    return held[1][heads]
 
 
 def grouped(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None, softcap: float | None) -> Tensor:

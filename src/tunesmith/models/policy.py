@@ -26,7 +26,7 @@ from .attention import FOREST, Layout, forest_layout, in_few_shapes
 from .compiled import compile_layers
 from .embeddings import plain_lookup, spare_tied_gradient
 from .flex import FLEX, FLEX_ATTENTION, flex_masks, use_flex
-from .fused import FastPaths, fuse_layers, fuse_lora, plain_layers, remove_fast_forwards
+from .fused import FastPaths, fuse_layers, fuse_lora, keep_plain, plain_layers, remove_fast_forwards
 from .grouped import use_grouped
 from .head import logit_shape, token_logprobs
 from .layout import backbone_of, unpackable_reason
@@ -163,8 +163,9 @@ class Policy(nn.Module):
                 module.training = True
 
     def make_plain(self) -> None:
-        """Takes the fast paths out for good."""
+        """Takes the fast paths out for good, from what samples with the model as well."""
         remove_fast_forwards(self.model)
+        keep_plain(self.causal)
         plain_lookup(self.causal)
         self._fast_head = False
         self.causal.set_attn_implementation(FOREST)

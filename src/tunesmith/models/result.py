@@ -21,7 +21,7 @@ def is_adapter(folder: Path) -> bool:
 
 def is_model(folder: Path) -> bool:
     """Whether a folder holds a result: an adapter, or a whole model with its weights."""
-    return is_adapter(folder) or ((folder / "config.json").is_file() and any(folder.glob("*.safetensors")))
+    return is_adapter(folder) or ((folder / "config.json").is_file() and any(folder.glob("model*.safetensors")))
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

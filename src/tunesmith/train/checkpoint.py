@@ -171,18 +171,34 @@ class _Saved(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with _parts(self._folder) as files:
-            parts = [file.get_tensor(name) for file in files if name in file.keys()]  # noqa: SIM118
-        held = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if name in self._lengths[0] and len(held) == sum(each[name] for each in self._lengths):
-            begin = sum(each[name] for each in self._lengths[: rank()])
-            held = held[begin : begin + self._lengths[rank()][name]]
-        return held
+            files = [file for file in files if name in file.keys()]  # noqa: SIM118 - no mapping
+            if not files:
+                raise KeyError(name)
+            if name in self._lengths[0]:
+                sizes, here = [file.get_slice(name).get_shape()[0] for file in files], [each[name] for each in self._lengths]
+                if sum(sizes) == sum(here):
+                    return _between(files, name, sizes, sum(here[: rank()]), sum(here[: rank() + 1]))
+            parts = [file.get_tensor(name) for file in files]
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _between(files: Sequence[Any], name: str, sizes: Sequence[int], begin: int, end: int) -> torch.Tensor:
+    """[begin, end) of the tensor whose parts, of these sizes, the files hold one after another; other parts are not read."""
+    parts, offset = [], 0
+    for file, size in zip(files, sizes, strict=True):
+        first, last = max(0, begin - offset), min(size, end - offset)
+        if first < last:
+            parts.append(file.get_slice(name)[first:last])
+        offset += size
+    if not parts:
+        return files[0].get_tensor(name)[:0]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _require_whole_blocks(files: Sequence[Any], optimiser: Optimiser, folder: Path) -> None:

@@ -150,12 +150,12 @@ class Apart:
         gradient = torch.zeros_like(held) if self.gradient is None else self.gradient
         if self.low is None:
             master = held if self.copy is None else self.copy
-            for part, grad, *memory in _blocks(self.rule, master, gradient, *self.memory.values()):
+            for part, grad, *memory in _blocks(self.rule, master, gradient.contiguous(), *self.memory.values()):
                 yield part, grad.float().mul_(factor), dict(zip(self.memory, memory, strict=True))
             held.copy_(master)
             return
         begin = self.place
-        for upper, low, grad, *memory in _blocks(self.rule, held, self.low, gradient, *self.memory.values()):
+        for upper, low, grad, *memory in _blocks(self.rule, held, self.low, gradient.contiguous(), *self.memory.values()):
             master = _join(upper.view(-1), low.view(-1), begin).view(upper.shape)
             yield master, grad.float().mul_(factor), dict(zip(self.memory, memory, strict=True))
             _divide(master.view(-1), upper.view(-1), low.view(-1), begin)
