@@ -148,9 +148,12 @@ def test_the_fast_layers_are_in_use_while_answering_and_gone_after(monkeypatch, 
     assert not remove_fast_forwards(model)
 
 
-def test_the_check_compares_with_the_models_own_layers(monkeypatch):
+@pytest.mark.parametrize("of_a_policy", [False, True])
+def test_the_check_compares_with_the_models_own_layers(monkeypatch, of_a_policy):
     """A fast layer that computed something else would agree with itself."""
     model = tiny_model("llama", dtype=torch.bfloat16).eval()
+    if of_a_policy:
+        Policy(model)
     ways = generator(model)
     ways.generate(PROMPTS[:2], max_new_tokens=1)
     real = kernels.swiglu

@@ -125,7 +125,7 @@ class LocalGenerator:
         reason = _unknown_layout(self._base)
         if reason is None:
             ids = (list(prompt) * 8)[: max(8, min(len(prompt), CHECKED_TOKENS))]
-            with_loops = self._base.dtype == torch.bfloat16 and self._base.device.type == "cpu" and not is_kept_plain(self._base)
+            with_loops = self._base.dtype == torch.bfloat16 and self._base.device.type == "cpu"
             without = why_no_loops(self._base) if with_loops else None
             if with_loops and without is None:
                 engine, without = self._tried(ids, plain_attention, loops=True)
