@@ -335,3 +335,12 @@ def test_what_is_done_is_announced_in_words_with_its_n_and_timed(finished):
     assert "tuned: 40 answers to task (free decoding)" in said
     assert set(result.seconds) == {*result.samples, "few_shot.selection"}
     assert "seconds" not in json.dumps(result.evaluation)
+
+
+def test_what_a_generator_notes_is_said_once_and_again_by_a_resumed_run():
+    """Such as why answers come the slow way; units that are done are not generated again."""
+    setup, kept = Setup(), {}
+    setup.tuned.notes = ["the slow way: no compiler"]
+    found = setup.run(save=kept.__setitem__)
+    assert found.evaluation["notes"].count("the slow way: no compiler") == 1
+    assert "the slow way: no compiler" in Setup().run(done=kept).evaluation["notes"]

@@ -228,13 +228,16 @@ class Work:
             seeds = [stream_seed(self.inputs.seed, "evaluate", item.item_id) for item in task.items]  # the same for each candidate
 
         def generate() -> dict[str, Any]:
+            generator = self.generator(model)
             answers = generate_answers(
-                self.generator(model), asked.prompts, max_new_tokens=limit, constraint=constraint, sampling=sampling, seeds=seeds
+                generator, asked.prompts, max_new_tokens=limit, constraint=constraint, sampling=sampling, seeds=seeds
             )
-            return {"outputs": [answer.to_json() for answer in answers]}
+            return {"outputs": [answer.to_json() for answer in answers], "notes": [*getattr(generator, "notes", ())]}
 
         key = [task.sha256, self.model_id(model), how, limit, asked.prompts, seeds]
-        return self.unit(unit, key, generate, f"{candidate}: {len(asked.prompts)} answers to {task.name} ({how} decoding)")
+        made = self.unit(unit, key, generate, f"{candidate}: {len(asked.prompts)} answers to {task.name} ({how} decoding)")
+        self.notes += made.get("notes", [])
+        return made
 
     def _perplexity(self, unit: str, model: str, asked: Asked) -> tuple[ReferenceNats, float]:
         def measure() -> dict[str, Any]:
