@@ -161,7 +161,7 @@ def forget(*names: str) -> Callable[[], None]:
         def load(self: Any, tensors: dict[str, torch.Tensor]) -> None:
             fresh = {name: held.clone() for name, held in self.state().items()}
             plain(self, tensors)
-            plain(self, tensors | {name: held for name, held in fresh.items() if any(kind in name for kind in names)})
+            plain(self, {**tensors, **{name: held for name, held in fresh.items() if any(kind in name for kind in names)}})
 
         OPTIMISER.load = load
 

@@ -13,6 +13,9 @@ from tunesmith.models.result import ADAPTER_CONFIG, CARD, is_adapter, is_model, 
 def test_a_folder_is_an_adapter_a_whole_model_or_neither(tmp_path):
     assert (is_adapter(tmp_path), is_model(tmp_path)) == (False, False)
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "heads.safetensors").write_bytes(b"")
+    assert (is_adapter(tmp_path), is_model(tmp_path)) == (False, False)
+    (tmp_path / "model.safetensors").write_bytes(b"")
     assert (is_adapter(tmp_path), is_model(tmp_path)) == (False, True)
     (tmp_path / ADAPTER_CONFIG).write_text("{}")
     assert (is_adapter(tmp_path), is_model(tmp_path)) == (True, True)
