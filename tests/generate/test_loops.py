@@ -212,8 +212,9 @@ def test_layers_that_disagree_on_the_first_prompt_cost_the_loops_and_not_the_eng
 
 
 @pytest.mark.parametrize("before_the_first_answer", [True, False])
-def test_a_policy_that_went_back_to_plain_layers_samples_with_them(monkeypatch, before_the_first_answer):
-    policy = Policy(tiny_model("llama", dtype=torch.bfloat16).eval())
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_policy_that_went_back_to_plain_layers_samples_with_them(monkeypatch, name, before_the_first_answer):
+    policy = Policy(attach(loaded(tiny_model("llama", dtype=torch.bfloat16), tiny_tokenizer()), method(METHOD_CASES[name]), seed=0))
     ways = generator(policy.model)
     if not before_the_first_answer:
         ways.generate(PROMPTS, max_new_tokens=1)

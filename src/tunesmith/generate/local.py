@@ -126,13 +126,13 @@ class LocalGenerator:
         if reason is None:
             ids = (list(prompt) * 8)[: max(8, min(len(prompt), CHECKED_TOKENS))]
             with_loops = self._base.dtype == torch.bfloat16 and self._base.device.type == "cpu"
-            without = why_no_loops(self._base) if with_loops else None
-            if with_loops and without is None:
-                engine, without = self._tried(ids, plain_attention, loops=True)
+            left_out = why_no_loops(self._base) if with_loops else None
+            if with_loops and left_out is None:
+                engine, left_out = self._tried(ids, plain_attention, loops=True)
                 if engine is not None:
                     return engine
-            if without is not None:
-                self.notes.append(f"{type(self._base).__name__}: answers come without the compiled loops, which is slower: {without}")
+            if left_out is not None:
+                self.notes.append(f"{type(self._base).__name__}: answers come without the compiled loops, which is slower: {left_out}")
             engine, reason = self._tried(ids, plain_attention, loops=False)
             if engine is not None:
                 return engine

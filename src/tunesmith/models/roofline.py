@@ -30,8 +30,8 @@ BESIDE = 1.15  # what training takes over the sum of its parts; 135M on two core
 # as fast as that in one direction only. 135M with AMX: 1.4 (IA3) to 1.8 (full), up to 2.3 in slower hours, and 0.9 to 1.5; not measured
 # without AMX.
 TRAIN_IN_16_BITS, FORWARD_IN_16_BITS = 1.8, 1.6
-# In place of the first where compiled loops do what lies between products (kernels/): 1.5 by turns in one process, 1.2 (GRPO's) to 2.7 by
-# ten whole runs on two threads.
+# In place of the first where compiled loops do what lies between products (kernels/): 1.5 by turns in one process, 1.2 (GRPO's) to 2.8 by
+# five stages on two threads.
 TRAIN_BY_LOOPS = 2.1
 ATTENTION_IN_16_BITS = 0.33  # of the time of torch's kernel, which is measured
 START_IN_16_BITS = 4.0  # seconds beside a start's passes, in which each product's kernel is made
