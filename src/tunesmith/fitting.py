@@ -198,7 +198,7 @@ def stage_footprint(session: Session, shape: Shape, stage: Stage) -> Footprint:
         mapped=_is_mapped(session, shape),
     )
     launch = session.recipe.launch
-    if launch.strategy == "fsdp" and cost.whole:  # the base is loaded whole before it is sharded; what trains is not
+    if launch.strategy != "ddp" and cost.whole:  # the base is loaded whole before it is sharded; what trains is not
         parts |= {name: parts[name] // (launch.processes or 1) for name in ("gradients", "optimiser")}
     if learns_from_answers(stage):
         parts["weights"] += _models_beside(session, shape, stage)

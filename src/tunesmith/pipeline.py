@@ -256,7 +256,7 @@ def _train_stage(session: Session, stage: Stage, report: Report) -> None:
             seed=session.recipe.seed if stage.seed is None else stage.seed,
             gold=gold,
             processes=session.recipe.launch.processes,
-            sharded=session.recipe.launch.strategy == "fsdp",
+            strategy=session.recipe.launch.strategy,
         )
         run_stage(stage, inputs, session.run, stop=session.stop, report=report)
         del inputs

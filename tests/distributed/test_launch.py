@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ from torch.distributed.launcher import api
 
 from tunesmith.errors import RecipeError
 from tunesmith.launch import cluster_file, require_processes, start, starts_others
+from tunesmith.preparation import require_files
 from tunesmith.recipe import LaunchSection, load_recipe
 
 LAUNCH = {"nodes": 2, "nproc_per_node": 8, "accelerator": "H100", "hours": 12, "strategy": "fsdp"}
@@ -108,16 +110,38 @@ def test_a_recipe_outside_the_folder_that_is_sent_is_refused(recipe, tool, tmp_p
     assert "../tiny.yaml" in cluster_file("../tiny.yaml", "slurm")
 
 
-def test_several_machines_several_processes_and_deepspeed_are_refused_where_they_cannot_be_had(recipe):
+def test_several_machines_and_several_processes_are_refused_where_they_cannot_be_had(recipe):
     with pytest.raises(RecipeError, match="2 machines, and this is one"):
         starts_others(load_recipe(recipe).launch)
     with pytest.raises(RecipeError, match="asks for 2 processes, and this is one"):
         require_processes(LaunchSection(nproc_per_node=2))
     assert not starts_others(LaunchSection())
-    with pytest.raises(RecipeError, match=r"zero3 of DeepSpeed is not supported"):
-        load_recipe(recipe, ["launch.strategy=zero3"])
     with pytest.raises(KeyError):
         cluster_file(recipe, "kubernetes")
+
+
+def test_deepspeed_is_asked_for_before_anything_is_read_and_only_where_there_are_several_processes(recipe, monkeypatch):
+    alone = ["launch.strategy=zero3", "launch.nodes=1", "launch.nproc_per_node=1"]
+    several = [*alone[:2], "launch.nproc_per_node=2"]
+    require_files(load_recipe(recipe, several))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    require_files(load_recipe(recipe, alone))
+    with pytest.raises(RecipeError, match=r"zero3 needs DeepSpeed, which is not installed") as refused:
+        require_files(load_recipe(recipe, several))
+    assert "pip install 'tunesmith[deepspeed]'" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "asked, why",
+    [
+        (["model.dtype=float16"], "zero2 does not scale the loss of float16"),
+        (["model.quantization=nf4"], "zero2 does not shard a quantised base"),
+        (["stages.0.optim=adamw_8bit"], "stages.0.optim: with zero2 it is adamw_torch_fused"),
+    ],
+)
+def test_what_deepspeed_does_not_do_is_refused(recipe, asked, why):
+    with pytest.raises(RecipeError, match=why):
+        load_recipe(recipe, ["launch.strategy=zero2", *asked])
 
 
 def test_processes_started_here_have_as_long_for_a_checkpoint_when_they_are_told_to_stop(monkeypatch):

@@ -36,7 +36,7 @@ def sharded_run(kind, path, **settings):
 
     plain, stage_module.train = stage_module.train, watched
     rows = WORK[kind][1]
-    stage_of(stage_for(kind, **settings), path, rows, validation=rows, processes=2, sharded=True)
+    stage_of(stage_for(kind, **settings), path, rows, validation=rows, processes=2, strategy="fsdp")
     return seen
 
 
@@ -63,7 +63,7 @@ def test_a_sharded_run_goes_on_unsharded_on_one_process_and_sharded_on_two_to_th
     for count, step in ((2, 2), (1, 4), (2, 5)):
 
         def part(step=step):
-            return stage_of(stage, tmp_path / "run", rows, processes=2, sharded=True, report=stopped_at(step))
+            return stage_of(stage, tmp_path / "run", rows, processes=2, strategy="fsdp", report=stopped_at(step))
 
         ended = together(count, part, tmp_path / "said")
         assert all(one.status == 0 if step == 5 else one.value.startswith("Interrupted") for one in ended), ended
@@ -111,15 +111,15 @@ def vocabulary(request, monkeypatch):
 def test_8_bit_moments_go_on_sharded_bit_for_bit_and_on_another_number_of_processes_if_no_block_is_cut(vocabulary, tmp_path):
     stage, rows = stage_for("full", optim="adamw_8bit"), WORK["full"][1]
 
-    def part(name, step=5, sharded=True):
-        return lambda: stage_of(stage, tmp_path / name, rows, processes=2, sharded=sharded, report=stopped_at(step))
+    def part(name, step=5, strategy="fsdp"):
+        return lambda: stage_of(stage, tmp_path / name, rows, processes=2, strategy=strategy, report=stopped_at(step))
 
     values(together(2, part("unbroken"), tmp_path / "said"))
     for again in (2, 1):
         together(2, part(f"{again}", 3), tmp_path / "said")
         tensors = load_file(tmp_path / f"{again}/stages/sft/checkpoints/step-3/state.1.safetensors")
         assert "first_scale.model.model.embed_tokens.weight" in tensors
-        ended = together(again, part(f"{again}", sharded=again == 2), tmp_path / "said")
+        ended = together(again, part(f"{again}", strategy="fsdp" if again == 2 else "ddp"), tmp_path / "said")
         if again == 1 and vocabulary == 97:
             assert ended[0].value.startswith("CheckpointError")
             assert "8-bit moments of `model.lm_head.weight` share scales in blocks of 256" in ended[0].value
@@ -129,8 +129,8 @@ def test_8_bit_moments_go_on_sharded_bit_for_bit_and_on_another_number_of_proces
             assert furthest(tmp_path / f"{again}", tmp_path / "unbroken") <= (0 if again == 2 else 1e-5)
 
 
-@pytest.mark.parametrize("kind, sharded", [("full", False), ("full", True), ("sft", True)])
-def test_a_process_killed_within_an_update_is_named_by_the_one_that_waits_for_its_numbers(kind, sharded, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind, strategy", [("full", "ddp"), ("full", "fsdp"), ("sft", "fsdp")])
+def test_a_process_killed_within_an_update_is_named_by_the_one_that_waits_for_its_numbers(kind, strategy, tmp_path, monkeypatch):
     update = loop._update
 
     def second_update_is_the_last(job, progress):
@@ -140,7 +140,7 @@ def test_a_process_killed_within_an_update_is_named_by_the_one_that_waits_for_it
 
     monkeypatch.setattr(loop, "_update", second_update_is_the_last)
     stage, rows = stage_for(kind, save_steps=5), WORK[kind][1]
-    first, second = together(2, lambda: stage_of(stage, tmp_path / "run", rows, processes=2, sharded=sharded), tmp_path / "said")
+    first, second = together(2, lambda: stage_of(stage, tmp_path / "run", rows, processes=2, strategy=strategy), tmp_path / "said")
     assert second.status == -signal.SIGKILL
     assert first.value.startswith("PeerLost: rank 0 of 2: another process of this run ended")
 

@@ -158,8 +158,8 @@ def test_the_score_that_trains_is_read_at_the_answers_last_token_though_the_row_
     longer = [tuple((np.r_[ids, 7, 8], np.r_[weights, 0, 0].astype(np.float32)) for ids, weights in item) for item in PAIRS]
     source = DatasetSource(longer, batch_size=4, accumulation=1, seed=0, trim=True)
     objective = OBJECTIVES["reward"](RewardObjective())
-    want = run_window(policy, objective, list(DatasetSource(PAIRS, batch_size=4, accumulation=1, seed=0).once()), backward=False)
-    found = run_window(policy, objective, list(source.once()), backward=False)
+    want = run_window(policy, objective, list(DatasetSource(PAIRS, batch_size=4, accumulation=1, seed=0).once()), backward=None)
+    found = run_window(policy, objective, list(source.once()), backward=None)
     assert found.loss == pytest.approx(want.loss, rel=1e-6)
     assert found.metrics == pytest.approx(want.metrics, rel=1e-5)
 

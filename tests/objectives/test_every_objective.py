@@ -61,9 +61,9 @@ def test_micro_batch_and_accumulation_never_change_the_update_ragged_tail_includ
 def test_the_loss_and_the_metrics_of_a_window_do_not_depend_on_its_batches(name):
     policy = make_policy()
     case = make_case(name, policy)
-    whole = run_window(policy, case.objective, case.batches(8), backward=False)
+    whole = run_window(policy, case.objective, case.batches(8), backward=None)
     for size in (3, 1):
-        parts = run_window(policy, case.objective, case.batches(size), backward=False)
+        parts = run_window(policy, case.objective, case.batches(size), backward=None)
         assert parts.loss == pytest.approx(whole.loss, rel=1e-5, abs=1e-6)
         assert parts.metrics == pytest.approx(whole.metrics, rel=1e-4, abs=1e-5)
         assert parts.terms == pytest.approx(whole.terms, rel=1e-5, abs=1e-6)

@@ -22,7 +22,7 @@ def test_the_loss_is_the_sum_of_weight_times_negative_log_likelihood_over_the_su
             for t in np.nonzero(weights)[0]:
                 total -= weights[t] * float(torch.log_softmax(logits[t - 1], -1)[ids[t]])
                 divisor += weights[t]
-    assert run_window(Policy(model), SFT(), [batch_of(rows)], backward=False).loss == pytest.approx(total / divisor, rel=1e-6)
+    assert run_window(Policy(model), SFT(), [batch_of(rows)], backward=None).loss == pytest.approx(total / divisor, rel=1e-6)
 
 
 def test_every_objective_that_a_recipe_can_name_is_there():

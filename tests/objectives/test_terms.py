@@ -114,7 +114,7 @@ def test_each_term_is_divided_by_its_own_divisor_of_the_whole_window():
     tokens = sum(int(np.count_nonzero(w)) for _, w in ROWS[:7])
     long = sum(len(ids) >= 8 for ids, _ in ROWS[:7])
     assert 0 < long < 7
-    result = run_window(policy, objective, batches, backward=False)
+    result = run_window(policy, objective, batches, backward=None)
     assert result.terms == pytest.approx({"tokens": sums["tokens"] / tokens, "rows": sums["rows"] / long}, rel=1e-6)
     assert result.loss == pytest.approx(sums["tokens"] / tokens + 0.3 * sums["rows"] / long, rel=1e-6)
 

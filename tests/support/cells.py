@@ -33,6 +33,7 @@ CAPABILITIES = {
     "merge": "merged weights give the live model's logits",
     "ddp": "two processes: the loss curve of one",
     "fsdp2": "two processes, the base's weights sharded: the loss curve of one",
+    "zero3": "two processes, all weights sharded by DeepSpeed: the loss curve of one",
 }
 
 
@@ -43,7 +44,7 @@ def reason(method: str, capability: str) -> str | None:
         return "the result is a whole model: there is nothing to merge"
     if capability == "merge":
         return "weights of a few bits cannot hold what was learned" if method == "qlora" else kind.mergeable
-    if capability == "fsdp2" and method == "qlora":
+    if capability in ("fsdp2", "zero3") and method == "qlora":
         return "a quantised base is not sharded"
     return None
 

@@ -25,6 +25,7 @@ from tunesmith.models.policy import Policy
 from tunesmith.objectives import SFT
 from tunesmith.recipe import Method, ModelSection
 from tunesmith.rundir import RunDirectory, rank, read_events
+from tunesmith.train import zero
 from tunesmith.train.devices import of_first
 from tunesmith.train.signals import StopRequest
 from tunesmith.train.stage import run_stage
@@ -174,7 +175,12 @@ def check_ddp(folder, name, tmp_path):
 
 
 def check_fsdp2(folder, name, tmp_path):
-    curves_agree(folder, name, tmp_path, sharded=True)
+    curves_agree(folder, name, tmp_path, strategy="fsdp")
+
+
+def check_zero3(folder, name, tmp_path):
+    zero._deepspeed()  # read once, before the processes are forked
+    curves_agree(folder, name, tmp_path, strategy="zero3")
 
 
 CHECKS = {
@@ -187,6 +193,7 @@ CHECKS = {
     "merge": check_merge,
     "ddp": check_ddp,
     "fsdp2": check_fsdp2,
+    "zero3": check_zero3,
 }
 
 
@@ -196,6 +203,7 @@ def test_works(folder, name, capability, tmp_path):
 
 
 GREY = [(method, capability) for method in METHODS for capability in CAPABILITIES if reason(method, capability) is not None]
+SHARDING = {"fsdp2": "fsdp", "zero3": "zero3"}
 WHOLE_RESULTS = [("full", "merge"), ("partial", "merge")]  # nothing is refused there: the export copies
 
 
@@ -204,9 +212,9 @@ def test_what_cannot_work_is_refused_with_the_reason(folder, name, capability, t
     quantised = {"quantization": "nf4"} if name == "qlora" else {}
     whole = recipe(tmp_path, folder, stages=[one_stage(method=METHODS[name])])
     whole["model"] |= quantised
-    if capability == "fsdp2":
+    if capability in SHARDING:
         with pytest.raises(RecipeError, match="does not shard a quantised base"):
-            tunesmith.load_recipe(whole | {"launch": {"strategy": "fsdp"}})
+            tunesmith.load_recipe(whole | {"launch": {"strategy": SHARDING[capability]}})
         return
     run = tunesmith.train(whole, out=tmp_path / "run").path
     with pytest.raises(RecipeError) as caught:
@@ -217,5 +225,5 @@ def test_what_cannot_work_is_refused_with_the_reason(folder, name, capability, t
 
 
 def test_the_grey_cells_are_the_ones_that_are_tried_and_the_whole_results():
-    assert len(GREY) == 10
+    assert len(GREY) == 11
     assert set(WHOLE_RESULTS) <= set(GREY)

@@ -214,9 +214,9 @@ def test_a_state_saved_and_loaded_goes_on_bit_for_bit(optim, dtype):
 @pytest.mark.parametrize("optim", OPTIMS)
 def test_the_loss_falls_under_every_rule(optim):
     policy, rows = policy_of(torch.float32), make_rows(8)
-    began = run_window(policy, SFT(), [batch_of(rows)], backward=False).loss
+    began = run_window(policy, SFT(), [batch_of(rows)], backward=None).loss
     steps(policy, Optimiser(policy.named_parameters(), make_stage(optim=optim)), 30, 3e-3)
-    assert run_window(policy, SFT(), [batch_of(rows)], backward=False).loss < 0.7 * began
+    assert run_window(policy, SFT(), [batch_of(rows)], backward=None).loss < 0.7 * began
 
 
 def test_every_process_gives_the_same_list_of_gradients_whether_or_not_a_batch_reached_a_tensor():

@@ -8,10 +8,10 @@ without padding, and the head runs on supervised tokens only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,14 @@ class TokenOutputs:
 register_dataclass(TokenOutputs)  # so that what shards a model finds the tensors in it
 
 
+class _Head(nn.Module):
+    """The language head over supervised tokens: a module, so that whoever shards weights by module sees where it is used."""
+
+    def forward(self, hidden_SH: Tensor, head: nn.Module, target_S: Tensor, shape: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """`token_logprobs` of a head's products; `head` may be PEFT's wrapper, which has no bias and does not know the name."""
+        return token_logprobs(hidden_SH, head.weight, target_S, bias_V=getattr(head, "bias", None), **shape)
+
+
 class Policy(nn.Module):
     """A causal language model, with or without adapters, over forests.
 
@@ -78,7 +86,9 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.temperature, self.detach_values, self.activation_offload = temperature, detach_values, activation_offload
-        self.heads = nn.ModuleDict()
+        self.heads, self._head = nn.ModuleDict(), _Head()
+        self.whole: Callable[[], AbstractContextManager[None]] = nullcontext
+        """For a while every process holds all weights, so that it may compute by itself: to sample answers, or to score them."""
         self.causal: PreTrainedModel
         object.__setattr__(self, "causal", model.get_base_model() if hasattr(model, "get_base_model") else model)
         object.__setattr__(self, "backbone", backbone_of(self.causal))
@@ -117,7 +127,9 @@ class Policy(nn.Module):
         hidden_SH = hidden_TH[source]
         logprobs = entropy = values = scores = None
         if "logprobs" in needs or "entropy" in needs:
-            logprobs, entropy = self._head(hidden_SH, torch.from_numpy(forest.target_S).to(device), "entropy" in needs)
+            shape = self._logit_shape() | {"entropy": "entropy" in needs, "fast": self._fast_head}
+            target_S = torch.from_numpy(forest.target_S).to(device)
+            logprobs, entropy = self._head(hidden_SH, self.causal.get_output_embeddings(), target_S, shape)
         if "values" in needs:
             values = self.heads["value"]((hidden_SH.detach() if self.detach_values else hidden_SH).float())[:, 0]
         if "scores" in needs:
@@ -202,14 +214,10 @@ class Policy(nn.Module):
             hidden_TH = self.backbone(inputs_embeds=embeddings_1TH, position_ids=positions, use_cache=False).last_hidden_state[0]
         return hidden_TH[:tokens]
 
-    def _head(self, hidden_SH: Tensor, target_S: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        head, config = self.causal.get_output_embeddings(), self.causal.config.get_text_config()
-        bias = getattr(head, "bias", None)  # PEFT's wrapper, whose head has none, does not know the name
-        softcap, scale = logit_shape(config)
-        scale /= self.temperature
-        softcap = None if softcap is None else softcap / self.temperature  # cap tanh(x / cap) / T is (cap / T) tanh((x / T) / (cap / T))
-        shape = {"softcap": softcap, "scale": scale, "fast": self._fast_head}
-        return token_logprobs(hidden_SH, head.weight, target_S, bias_V=bias, entropy=entropy, **shape)
+    def _logit_shape(self) -> dict[str, float | None]:
+        softcap, scale = logit_shape(self.causal.config.get_text_config())
+        # cap tanh(x / cap) / T is (cap / T) tanh((x / T) / (cap / T))
+        return {"softcap": None if softcap is None else softcap / self.temperature, "scale": scale / self.temperature}
 
 
 def _train_adapter_dropout(model: nn.Module) -> None:

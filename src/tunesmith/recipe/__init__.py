@@ -4,7 +4,7 @@ from ._load import dump_recipe, json_schema, load_recipe
 from ._recipe import Recipe
 from .data import DataSection
 from .evaluate import EvaluateSection, Gate
-from .launch import LaunchSection
+from .launch import LaunchSection, Strategy
 from .method import (
     WHOLE,
     BottleneckMethod,
@@ -93,6 +93,7 @@ __all__ = [
     "Recipe",
     "SFTObjective",
     "Stage",
+    "Strategy",
     "TaskSection",
     "TrackingSection",
     "dump_recipe",

@@ -90,20 +90,26 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _what_is_sharded_has_whole_numbers(self) -> Recipe:
-        if self.model.quantization is not None and self.launch.strategy == "fsdp":
-            raise ValueError("launch.strategy: fsdp does not shard a quantised base; take ddp, or leave model.quantization out")
+        strategy = self.launch.strategy
+        if self.model.quantization is not None and strategy != "ddp":
+            raise ValueError(f"launch.strategy: {strategy} does not shard a quantised base; take ddp, or leave model.quantization out")
+        if self.model.dtype == "float16" and strategy in ("zero2", "zero3"):
+            raise ValueError(f"launch.strategy: {strategy} does not scale the loss of float16; take bfloat16, or fsdp")
         return self
 
     @model_validator(mode="after")
     def _what_is_sharded_is_not_moved_whole(self) -> Recipe:
+        strategy = self.launch.strategy
         methods: dict[str | None, str | None] = {}  # that of a result in a folder is known when it is read, and looked at then
         for i, stage in enumerate(self.stages):
             method = methods[stage.name] = stage.method.type if stage.method else methods.get(stage.start_from)
-            if self.launch.strategy == "fsdp" and method in WHOLE and stage.optim in ("adafactor", "muon"):
+            if strategy == "fsdp" and method in WHOLE and stage.optim in ("adafactor", "muon"):
                 raise ValueError(
                     f"stages.{i}.optim: {stage.optim} moves whole matrices, and fsdp shards those of a base that trains ({method}); "
                     "take adamw_torch_fused or adamw_8bit, or launch.strategy: ddp"
                 )
+            if strategy in ("zero2", "zero3") and stage.optim != "adamw_torch_fused":
+                raise ValueError(f"stages.{i}.optim: with {strategy} it is adamw_torch_fused, which DeepSpeed moves flat; or take fsdp")
         return self
 
     @model_validator(mode="after")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from ._base import Section
 
+Strategy = Literal["ddp", "fsdp", "zero2", "zero3"]
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -22,14 +23,8 @@ class LaunchSection(Section):
     """The kind of GPU to ask a cluster for (H100), as its tool calls it; SkyPilot has to be told one."""
     hours: Positive | None = None
     """How long a cluster may take."""
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    """How the model lies on the processes: whole on each (ddp), or the base sharded over them, with gradients and optimiser (fsdp)."""
+    strategy: Strategy = "ddp"
+    """How the model lies on the processes: whole on each (ddp), the base sharded over them with gradients and optimiser (fsdp), or by
+    DeepSpeed's ZeRO, gradients and optimiser shared out (zero2), or the weights too (zero3)."""
     processes: Positive | None = None
     """Processes whose batches make an update; derived as the number that the run begins with, and kept when it goes on with another."""
-
-    @field_validator("strategy", mode="before")
-    @classmethod
-    def _no_deepspeed(cls, value: Any) -> Any:
-        if value in ("zero1", "zero2", "zero3", "deepspeed"):
-            raise ValueError(f"{value} of DeepSpeed is not supported; fsdp shards weights, gradients and optimiser as ZeRO-3 does")
-        return value

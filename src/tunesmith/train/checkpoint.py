@@ -28,6 +28,7 @@ from .devices import gather, of_first, together, wait
 from .masters import local
 from .optimiser import Optimiser
 from .updates import MOMENTS_BLOCK
+from .zero import ZeroOptimiser
 
 STATE = "state.json"
 RNG, SOURCE = "rng.", "source."
@@ -53,7 +54,12 @@ class Progress:
 
 
 def save_checkpoint(
-    run: RunDirectory, stage: str, progress: Progress, optimiser: Optimiser, fingerprint: str, source: Mapping[str, torch.Tensor]
+    run: RunDirectory,
+    stage: str,
+    progress: Progress,
+    optimiser: Optimiser | ZeroOptimiser,
+    fingerprint: str,
+    source: Mapping[str, torch.Tensor],
 ) -> Path:
     """Writes step-N; weights that are not finite are refused, so that the newest checkpoint is always usable. Raises NonFinite.
 
@@ -78,10 +84,9 @@ def save_checkpoint(
     return run.path / "stages" / stage / "checkpoints" / f"step-{progress.step}"
 
 
-def is_sharded(name: str, optimiser: Optimiser) -> bool:
+def is_sharded(name: str, optimiser: Optimiser | ZeroOptimiser) -> bool:
     """Whether the processes hold different parts of a tensor of the optimiser's state, KIND.PARAMETER."""
-    sharded = {name for name, held in zip(optimiser.names, optimiser.parameters, strict=True) if isinstance(held, DTensor)}
-    return name.partition(".")[2] in sharded
+    return name.partition(".")[2] in optimiser.sharded
 
 
 def _random_states() -> dict[str, torch.Tensor]:
@@ -111,7 +116,7 @@ def read_state(folder: Path) -> tuple[str, Progress]:
     return fingerprint, Progress(**state)
 
 
-def load_checkpoint(folder: Path, optimiser: Optimiser, fingerprint: str) -> tuple[Progress, dict[str, torch.Tensor]]:
+def load_checkpoint(folder: Path, optimiser: Optimiser | ZeroOptimiser, fingerprint: str) -> tuple[Progress, dict[str, torch.Tensor]]:
     """Puts a verified checkpoint's state in place; gives how far it came, and the source's state.
 
     Raises CheckpointError when it belongs to another recipe, data or version, or when 8-bit moments cannot be cut as these processes hold
@@ -146,7 +151,7 @@ def other_random_numbers(folder: Path) -> str | None:
     return f"the checkpoint holds the random state of {before}, and this machine has {now}: dropout is not what it would have been unbroken"
 
 
-def load_weights(folder: Path, optimiser: Optimiser) -> None:
+def load_weights(folder: Path, optimiser: Optimiser | ZeroOptimiser) -> None:
     """Puts only a checkpoint's trained weights in place: for taking the best one at the end."""
     optimiser.load_weights(_Saved(folder, optimiser))
 
@@ -163,9 +168,9 @@ class _Saved(Mapping[str, torch.Tensor]):
     """This process's part of every tensor of a saved optimiser's state. Each is opened alone when it is asked for: pages of a mapped file
     that were read count as this process's memory until the file is closed."""
 
-    def __init__(self, folder: Path, optimiser: Optimiser) -> None:
+    def __init__(self, folder: Path, optimiser: Optimiser | ZeroOptimiser) -> None:
         self._folder = folder
-        self._lengths = gather({name: len(tensor) for name, tensor in optimiser.state().items() if is_sharded(name, optimiser)})
+        self._lengths = gather(optimiser.parts())
         with _parts(folder) as files:
             self._names = [name for name in files[0].keys() if not name.startswith((SOURCE, RNG))]  # noqa: SIM118 - no mapping
 
@@ -201,7 +206,7 @@ def _between(files: Sequence[Any], name: str, sizes: Sequence[int], begin: int, 
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _require_whole_blocks(files: Sequence[Any], optimiser: Optimiser, folder: Path) -> None:
+def _require_whole_blocks(files: Sequence[Any], optimiser: Optimiser | ZeroOptimiser, folder: Path) -> None:
     """A shard's blocks of 8-bit moments begin with it: joined and cut elsewhere than between blocks, numbers would get others' scales."""
     held = gather({name: local(parameter).numel() for name, parameter in zip(optimiser.names, optimiser.parameters, strict=True)})
     for name, parameter in zip(optimiser.names, optimiser.parameters, strict=True):

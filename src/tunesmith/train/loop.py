@@ -30,6 +30,7 @@ from .optimiser import Optimiser
 from .schedule import learning_rate
 from .signals import StopRequest
 from .window import Between, WindowResult, run_window
+from .zero import ZeroOptimiser
 
 
 class Source(Protocol):
@@ -55,7 +56,7 @@ class Job:
     policy: Policy
     objective: Objective
     source: Source
-    optimiser: Optimiser
+    optimiser: Optimiser | ZeroOptimiser
     run: RunDirectory
     fingerprint: str
     """Of the settings and data that a checkpoint must share to be resumed from."""
@@ -166,12 +167,9 @@ def _update(job: Job, progress: Progress) -> None:
         return
     if not progress.tokens:  # the first update; windows with nothing to learn from may have come before it
         starts_where_it_compares(job.policy, window.batches)
-    result, norm = _gradients(job, window, step + 1)
-    if norm > 0:
-        _require_gradients(job, progress)
     rate = learning_rate(step, total=stage.max_steps, warmup=stage.warmup_steps, peak=stage.learning_rate, kind=stage.lr_scheduler_type)
+    result, norm = _learn(job, progress, window, rate)
     scale = optimiser.scale
-    optimiser.step(rate, norm)
     if optimiser.loss_scale is not None:
         optimiser.loss_scale.held()
     size = _size(window)
@@ -204,21 +202,23 @@ def _update(job: Job, progress: Progress) -> None:
         )
 
 
-def _gradients(job: Job, window: Window, step: int) -> tuple[WindowResult, float]:
-    """Forward and backward over a window, and the gradients' norm; computed again with half the loss scale while gradients overflow."""
-    optimiser, stage = job.optimiser, job.stage.name
+def _learn(job: Job, progress: Progress, window: Window, rate: float) -> tuple[WindowResult, float]:
+    """Forward and backward over a window, and the update; gives the gradients' norm. Computed again with half the loss scale while
+    gradients overflow."""
+    optimiser, where = job.optimiser, (job.stage.name, progress.step + 1)
     while True:
         optimiser.zero_grad()
-        result = run_window(job.policy, job.objective, window.batches, scale=optimiser.scale)
-        _require_finite({"loss": result.loss}, "no update was made from it", stage, step)
+        result = run_window(job.policy, job.objective, window.batches, backward=optimiser.backward)
+        _require_finite({"loss": result.loss}, "no update was made from it", *where)
         if world() > 1:
             sum_in_place(optimiser.gradients())
-        norm = optimiser.grad_norm(added)
+        _require_gradients(job, progress)
+        norm = optimiser.update(rate, added)
         if math.isfinite(norm) or optimiser.loss_scale is None:
-            _require_finite({"gradient norm": norm}, "no update was made from it", stage, step)
+            _require_finite({"gradient norm": norm}, "no update was made from it", *where)
             return result, norm
-        optimiser.loss_scale.overflowed(f"stage {stage}, step {step}")
-        _log(job, {"event": "overflowed", "step": step - 1, "loss_scale": optimiser.scale})
+        optimiser.loss_scale.overflowed(f"stage {where[0]}, step {where[1]}")
+        _log(job, {"event": "overflowed", "step": progress.step, "loss_scale": optimiser.scale})
 
 
 def _size(window: Window) -> dict[str, float]:
@@ -238,10 +238,12 @@ def _require_finite(values: dict[str, float], consequence: str, stage: str, step
 
 
 def _require_gradients(job: Job, progress: Progress) -> None:
-    """By the first update after one with a positive rate, every trained tensor has had a gradient."""
+    """By the first update after one with a positive rate, every trained tensor has had a gradient; an update without any tells nothing."""
     if progress.saw_gradients or not progress.learned:
         return
     silent = job.optimiser.without_gradient(added)
+    if len(silent) == len(job.optimiser.names):
+        return
     if silent:
         raise InvariantViolated(
             f"{len(silent)} trained tensors get no gradient, {silent[0]} among them",

@@ -31,6 +31,11 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies to a tensor."""
+    return parameter.dim() >= 2 and SCALES not in name
+
+
 class Optimiser:
     """Gradients, masters and what the rule remembers, of every parameter that trains.
 
@@ -66,7 +71,7 @@ class Optimiser:
             """What lies side by side: the flat buffer's tensors first, those that one call may move together."""
             name, p = pair
             flat, joins = p.dtype == torch.float32 and not isinstance(p, DTensor), rules[name].group == 1
-            return not flat, p.dim() < 2 or SCALES in name, scales.get(name, 1.0), joins, "" if flat and joins else name
+            return not flat, not decays(name, p), scales.get(name, 1.0), joins, "" if flat and joins else name
 
         named.sort(key=group)
         self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
@@ -88,6 +93,11 @@ class Optimiser:
         self._start = self._sample()
 
     @property
+    def sharded(self) -> set[str]:
+        """Names of tensors of which each process holds a part."""
+        return {name for name, held in zip(self.names, self.parameters, strict=True) if isinstance(held, DTensor)}
+
+    @property
     def masters(self) -> list[Tensor]:
         """Every trained tensor in fp32, in the order of `names`; of a bf16 tensor a copy, of a sharded one this process's part."""
         return [master for unit, *_ in self._units for master in unit.masters]
@@ -107,6 +117,18 @@ class Optimiser:
     def scale(self) -> float:
         """What the loss is to be multiplied by before its backward pass."""
         return 1.0 if self.loss_scale is None else self.loss_scale.value
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds a loss's gradients, times the loss scale, to what there is."""
+        loss.mul(self.scale).backward()
+
+    def update(self, learning_rate: float, reduce: Reduce = _alone) -> float:
+        """One update, and the norm of its gradients before they were clipped; where that is not finite, nothing moves. reduce: sums over
+        the processes that hold the shards."""
+        norm = self.grad_norm(reduce)
+        if math.isfinite(norm):
+            self.step(learning_rate, norm)
+        return norm
 
     def grad_norm(self, reduce: Reduce = _alone) -> float:
         """The Euclidean norm of all gradients, the loss scale taken out. reduce: sums the squares of shards over the processes."""
@@ -150,6 +172,10 @@ class Optimiser:
         for unit, *_ in self._units:
             yield from unit.weights()
 
+    def parts(self) -> dict[str, int]:
+        """How many rows this process takes from a checkpoint, of the tensors of which it takes a part."""
+        return {key: len(held) for key, held in self.state().items() if key.partition(".")[2] in self.sharded}
+
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts a saved state's weights in place, and nothing else."""
         for name, held in self._weights():
@@ -169,6 +195,9 @@ class Optimiser:
         for name, held in mine.items():
             held.copy_(tensors[name])
         self.load_weights(tensors)
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
 
 def _gradients_of(unit: Run | Apart) -> list[Tensor | None]:

@@ -32,7 +32,6 @@ from .buffer import Rollouts, flat
 from .devices import mine, together
 from .scoring import Answer, Prompt, Scorer
 from .shaping import Shaping
-from .sharding import whole
 from .watch import Baseline, broken_rule, watch_answers
 from .window import Between, WindowResult
 
@@ -109,7 +108,7 @@ class RolloutSource:
 
     def evaluate(self, between: Between) -> WindowResult:
         """The mean reward of one answer to each held-out prompt (the first EVALUATED_PROMPTS of them), as a loss: its negative."""
-        with whole(self.parts.policy):
+        with self.parts.policy.whole():
             return self._evaluated(between)
 
     def _evaluated(self, between: Between) -> WindowResult:
@@ -132,7 +131,7 @@ class RolloutSource:
         return WindowResult(-reward, {}, metrics, tuple(samples))
 
     def _collect(self, iteration: int) -> Rollouts:
-        with whole(self.parts.policy):
+        with self.parts.policy.whole():
             return self._collected(iteration)
 
     def _collected(self, iteration: int) -> Rollouts:

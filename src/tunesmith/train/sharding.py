@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -44,11 +45,11 @@ def shard(policy: Policy) -> None:
         sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     with torch.no_grad():  # which module is the root is decided by the first forward pass: it must be the policy's
         policy(build_forest([(np.zeros(2, dtype=np.int64), np.array([0, 1], dtype=np.float32))]))
+    policy.whole = partial(_whole, policy)
 
 
 @contextmanager
-def whole(policy: Policy) -> Iterator[None]:
-    """For a while every process holds all weights, so that it may compute by itself: to sample answers, or to score them."""
+def _whole(policy: Policy) -> Iterator[None]:
     modules = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from ..models.opening import base_folder
 from ..models.policy import Policy
 from ..models.result import CARD, is_adapter, read_adapter_config, read_card
 from ..objectives import SFT
-from ..recipe import COMPARING, WHOLE, ModelSection, Stage
+from ..recipe import COMPARING, WHOLE, ModelSection, Stage, Strategy
 from ..rundir import RunDirectory, atomic_folder, rank, verify_folder, world
 from .account import Account, CountedSource
 from .devices import same_loops_everywhere, wait
@@ -63,6 +64,7 @@ from .scoring import Gold, locate_result, named_files, named_models
 from .signals import StopRequest
 from .updates import require_optimiser
 from .work import WorkInputs, learns_from_answers, probe_batch, stage_work
+from .zero import LEVELS, ZeroOptimiser
 
 Report = Callable[[dict[str, Any]], None]
 STARTS_AWAY = "{} tuning starts away from the base: fresh learned tokens change what it says, and the first losses show it"
@@ -193,8 +195,8 @@ class StageInputs:
     """A measure that is watched while answers are sampled."""
     processes: int = 1
     """Those whose batches make an update together; as many or as few as there are share the work."""
-    sharded: bool = False
-    """Whether the base is sharded over the processes."""
+    strategy: Strategy = "ddp"
+    """How the model lies on the processes, if there are several."""
 
 
 def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: StopRequest, report: Report) -> nn.Module:
@@ -219,12 +221,10 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
     if stage.objective.type in COMPARING and getattr(stage.method, "lora_dropout", 0):
         note = NO_DROPOUT.format(stage.objective.type, stage.method.lora_dropout)
         _tell(run, report, {"event": "note", "stage": stage.name, "note": note})
-    sharded = inputs.sharded and world() > 1
-    given = WorkInputs(loaded, model, data, inputs.start, stops, inputs.gold, fingerprint, seed, check, inputs.processes, sharded)
+    strategy: Strategy = inputs.strategy if world() > 1 else "ddp"
+    given = WorkInputs(loaded, model, data, inputs.start, stops, inputs.gold, fingerprint, seed, check, inputs.processes, strategy)
     with stage_work(stage, given, run) as work:
-        scales, loss_scale = learning_rate_scales(work.policy, stage.method), LossScale() if loaded.dtype == torch.float16 else None
-        tables = _tables(work.policy)
-        optimiser = Optimiser(work.policy.named_parameters(), stage, scales=scales, tables=tables, loss_scale=loss_scale)
+        optimiser = _optimiser(stage, work.policy, strategy, loaded.dtype)
         job = Job(
             stage=stage,
             policy=work.policy,
@@ -255,16 +255,31 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
             "system": inputs.system,
             "fingerprint": fingerprint,
         }
-        state = trainable_state(model) if sharded else None
-        if rank() == 0:
-            with atomic_folder(run.file(f"stages/{stage.name}/model")) as folder:
-                save_result(model, loaded, folder, card, work.policy.heads, state)
-        wait()
+        _write_result(run.file(f"stages/{stage.name}/model"), work.policy, loaded, card, strategy)
+        optimiser.close()
     done = {"event": "stage_finished", "stage": stage.name, "step": progress.step, "tokens": progress.tokens}
     spent = {"train_seconds": progress.seconds, "seconds": time.perf_counter() - began}
     phases = _phases(account, progress.seconds, spent["seconds"], resumed=run.resumed)
     _tell(run, report, {**done, **spent, "phases": phases, "best_step": progress.best_step, "stopped_early": progress.stopped_early})
     return model.eval()
+
+
+def _write_result(path: Path, policy: Policy, loaded: LoadedModel, card: dict[str, Any], strategy: Strategy) -> None:
+    """The first process writes the stage's model; of a sharded one, all give their parts."""
+    with policy.whole() if strategy in LEVELS else nullcontext():
+        state = trainable_state(policy.model) if strategy == "fsdp" else None
+        if rank() == 0:
+            with atomic_folder(path) as folder:
+                save_result(policy.model, loaded, folder, card, policy.heads, state)
+        wait()
+
+
+def _optimiser(stage: Stage, policy: Policy, strategy: Strategy, dtype: torch.dtype) -> Optimiser | ZeroOptimiser:
+    scales = learning_rate_scales(policy, stage.method)
+    if strategy in LEVELS:
+        return ZeroOptimiser(policy, stage, level=LEVELS[strategy], scales=scales)
+    loss_scale = LossScale() if dtype == torch.float16 else None
+    return Optimiser(policy.named_parameters(), stage, scales=scales, tables=_tables(policy), loss_scale=loss_scale)
 
 
 def _tables(policy: Policy) -> set[str]:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..models.policy import Policy
 from ..objectives import Objective
 from .devices import summed
 
 Between = Callable[[], None]
+Backward = Callable[[Tensor], None]
 LOSS, TERM, METRIC, DIVISOR = "loss", "term ", "metric ", "divisor "  # what the processes tell one another of a window
 
 
@@ -43,18 +45,23 @@ def window_divisors(objective: Objective, batches: Sequence[Any]) -> dict[str, f
 
 
 def run_window(
-    policy: Policy, objective: Objective, batches: Sequence[Any], *, backward: bool = True, scale: float = 1.0, between: Between = nothing
+    policy: Policy,
+    objective: Objective,
+    batches: Sequence[Any],
+    *,
+    backward: Backward | None = Tensor.backward,
+    between: Between = nothing,
 ) -> WindowResult:
     """Runs a window, calling `between` before each batch; a term whose divisor is 0 gives nothing.
 
-    With `backward`, gradients of `scale` times the loss are added to the parameters' own: those of this process's share, whose sum over the
-    processes is the window's. What is returned is the whole window's.
+    backward: what is done with each batch's loss, so that gradients are added to the parameters' own: those of this process's share, whose
+    sum over the processes is the window's. None: no gradients. What is returned is the whole window's.
     """
     divisors = window_divisors(objective, batches)
     found: dict[str, float] = defaultdict(float)
     for batch in batches:
         between()
-        with torch.set_grad_enabled(backward):
+        with torch.set_grad_enabled(backward is not None):
             outputs = policy(batch.forest, needs=objective.needs)
             parts = []
             for name, (total, coefficient) in objective.terms(outputs, batch).items():
@@ -64,8 +71,8 @@ def run_window(
                 found[TERM + name] += float(mean.detach())
                 found[LOSS] += coefficient * float(mean.detach())
                 parts.append(coefficient * mean)
-            if backward and parts:
-                torch.stack(parts).sum().mul(scale).backward()
+            if backward is not None and parts:
+                backward(torch.stack(parts).sum())
         for name, (total, divisor) in objective.metrics(outputs, batch).items() if batch.counts else ():
             found[METRIC + name] += total
             found[DIVISOR + name] += divisor
@@ -86,4 +93,4 @@ def evaluate_loss(policy: Policy, objective: Objective, batches: Iterable[Any], 
         between()
         made.append(batch)
     with policy.deterministic():
-        return run_window(policy, objective, made, backward=False, between=between)
+        return run_window(policy, objective, made, backward=None, between=between)

@@ -26,7 +26,7 @@ from ..models.policy import Policy
 from ..models.result import is_adapter
 from ..models.virtual import learns_tokens
 from ..objectives import OBJECTIVES, Objective
-from ..recipe import COMPARING, Stage
+from ..recipe import COMPARING, Stage, Strategy
 from ..recipe import Objective as ObjectiveSettings
 from ..rundir import RunDirectory
 from .loop import Source
@@ -81,7 +81,8 @@ class WorkInputs:
     check: Callable[[Policy], None]
     """What must hold of the model at step 0; it may take fast paths out, before anything is computed with them."""
     processes: int = 1
-    sharded: bool = False
+    strategy: Strategy = "ddp"
+    """How the model lies on the processes, of which there are several where it is not whole on each."""
 
 
 def learns_from_answers(stage: Stage) -> bool:
@@ -141,7 +142,7 @@ def _policy(stage: Stage, inputs: WorkInputs, objective: Objective) -> Policy:
         activation_offload=stage.activation_offload,
         temperature=stage.rollout.temperature if learns_from_answers(stage) else 1.0,
         detach_values=getattr(stage.objective, "value", "detached") == "detached",
-        sharded=inputs.sharded,
+        sharded=inputs.strategy in ("fsdp", "zero3"),
     )
     if stage.objective.type in COMPARING:
         policy.model.eval()
@@ -151,7 +152,7 @@ def _policy(stage: Stage, inputs: WorkInputs, objective: Objective) -> Policy:
     if not objective.needs & {"logprobs", "entropy"}:
         _freeze_unused_head(policy)
     inputs.check(policy)
-    if inputs.sharded:
+    if inputs.strategy == "fsdp":
         shard(policy)
     return policy
 

@@ -1,0 +1,155 @@
+"""DeepSpeed's ZeRO by two processes: the curve of one process, on shares that really are, saved and taken up again without pickle."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.distributed import processes
+from tests.distributed.processes import stage_of, together, train, trained, values
+from tests.distributed.test_shards import stopped_at
+from tests.distributed.work import WORK, furthest, stage_for
+from tests.toys import tiny_model
+
+from tunesmith.models.policy import Policy
+from tunesmith.rundir import rank
+from tunesmith.train import loop, zero
+from tunesmith.train import stage as stage_module
+
+
+@pytest.fixture(autouse=True, scope="module")
+def library():
+    """Read once, before the processes are forked."""
+    return zero._deepspeed()
+
+
+def zero_run(kind, path, strategy, **settings):
+    """One process's part; gives the bytes of weights and of masters that it held when training began."""
+    seen = {}
+
+    def watched(job):
+        base = [p for name, p in job.policy.named_parameters() if ".lora_" not in name and not name.startswith("heads.")]
+        seen["base"] = sum(getattr(p, "ds_tensor", p).numel() * p.element_size() for p in base)
+        seen["masters"] = sum(master.numel() for master in job.optimiser._masters)
+        return plain(job)
+
+    plain, stage_module.train = stage_module.train, watched
+    rows = WORK[kind][1]
+    stage_of(stage_for(kind, **settings), path, rows, validation=rows, processes=2, strategy=strategy)
+    return seen
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize("kind", ["sft", "full", "dpo", "ppo"])
+def test_two_processes_under_zero_have_the_loss_curve_and_the_weights_of_one(kind, strategy, tmp_path):
+    rows = WORK[kind][1]
+    seen = values(together(2, lambda: zero_run(kind, tmp_path / "2", strategy), tmp_path / "said"))
+    one = train(1, stage_for(kind), tmp_path / "1", rows, validation=rows)
+    two = trained(tmp_path / "2")
+    assert two.losses == pytest.approx(one.losses, rel=1e-5, abs=1e-6)
+    assert two.norms == pytest.approx(one.norms, rel=1e-4)
+    assert two.evaluated == pytest.approx(one.evaluated, rel=1e-5)
+    assert furthest(one.path, two.path) < 1e-4
+    whole = sum(p.numel() * p.element_size() for p in tiny_model("llama").parameters())
+    assert max(process["base"] for process in seen) < (0.52 if strategy == "zero3" else 1.01) * whole
+    assert len({process["masters"] for process in seen}) == 1
+    if kind == "full":
+        assert 4 * max(process["masters"] for process in seen) < 0.52 * whole
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_run_under_zero_goes_on_on_one_process_and_on_two_to_the_same_weights(strategy, tmp_path):
+    stage, rows = stage_for("full"), WORK["full"][1]
+    for count, step in ((2, 2), (1, 4), (2, 5)):
+
+        def part(step=step):
+            return stage_of(stage, tmp_path / "run", rows, processes=2, strategy=strategy, report=stopped_at(step))
+
+        ended = together(count, part, tmp_path / "said")
+        assert all(one.status == 0 if step == 5 else one.value.startswith("Interrupted") for one in ended), ended
+        files = {file.name for file in (tmp_path / f"run/stages/sft/checkpoints/step-{step}").iterdir()}
+        assert ("state.1.safetensors" in files) == (count == 2)
+        assert not any(file.suffix in (".pt", ".bin", ".pkl") for file in (tmp_path / "run").rglob("*"))
+    unbroken = train(1, stage, tmp_path / "unbroken", rows)
+    assert trained(tmp_path / "run").losses == pytest.approx(unbroken.losses, rel=1e-5)
+    assert furthest(tmp_path / "run", unbroken.path) < 1e-4
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_in_bf16_it_learns_as_in_fp32_and_goes_on_to_the_very_same_weights(strategy, tmp_path, monkeypatch):
+    stage, rows = stage_for("full", learning_rate=1e-3), WORK["full"][1]
+    monkeypatch.setattr(processes, "tiny_model", lambda family: tiny_model(family).bfloat16())
+
+    def part(name, step=5):
+        return lambda: stage_of(stage, tmp_path / name, rows, processes=2, strategy=strategy, report=stopped_at(step))
+
+    values(together(2, part("unbroken"), tmp_path / "said"))
+    together(2, part("run", 3), tmp_path / "said")
+    held = load_file(tmp_path / "run/stages/sft/checkpoints/step-3/state.1.safetensors")
+    assert {tensor.dtype for name, tensor in held.items() if name.startswith(("weight.", "first.", "second."))} == {torch.float32}
+    values(together(2, part("run"), tmp_path / "said"))
+    assert furthest(tmp_path / "run", tmp_path / "unbroken") == 0
+    monkeypatch.undo()
+    plain = train(1, stage, tmp_path / "plain", rows)
+    assert trained(tmp_path / "unbroken").losses == pytest.approx(plain.losses, rel=0.02)
+    assert plain.losses[-1] < 0.99 * plain.losses[0]
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_a_gradient_that_is_no_number_no_update_is_made(strategy, dtype, tmp_path, monkeypatch):
+    backward, count = zero.ZeroOptimiser.backward, [0]
+
+    def poisoned(self, loss):
+        count[0] += 1
+        backward(self, loss * (float("nan") if count[0] > 4 and rank() else 1.0))
+
+    monkeypatch.setattr(zero.ZeroOptimiser, "backward", poisoned)
+    monkeypatch.setattr(processes, "tiny_model", lambda family: tiny_model(family).to(dtype))
+    stage, rows = stage_for("full"), WORK["full"][1]
+    ended = together(2, lambda: stage_of(stage, tmp_path / "run", rows, processes=2, strategy=strategy), tmp_path / "said")
+    assert all(one.value.startswith("NonFinite: stage sft, step ") for one in ended), ended
+    assert all("gradient norm is inf; no update was made from it" in one.value for one in ended)
+    for file in (tmp_path / "run").rglob("state*.safetensors"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(file).values() if tensor.is_floating_point())
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_process_killed_within_an_update_is_named_by_the_one_that_waits(strategy, tmp_path, monkeypatch):
+    update = loop._update
+
+    def second_update_is_the_last(job, progress):
+        if rank() == 1 and progress.step == 1:
+            monkeypatch.setattr(Policy, "forward", lambda *given, **named: os.kill(os.getpid(), signal.SIGKILL))
+        update(job, progress)
+
+    monkeypatch.setattr(loop, "_update", second_update_is_the_last)
+    stage, rows = stage_for("full", save_steps=5), WORK["full"][1]
+    first, second = together(2, lambda: stage_of(stage, tmp_path / "run", rows, processes=2, strategy=strategy), tmp_path / "said")
+    assert second.status == -signal.SIGKILL
+    assert first.value.startswith("PeerLost: rank 0 of 2: another process of this run ended")
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_stage_that_has_ended_leaves_nothing_of_itself_and_the_next_one_begins(strategy, tmp_path):
+    def two_stages():
+        held = []
+
+        def watched(job):
+            held.append(weakref.ref(job.policy))
+            held.extend(weakref.ref(parameter) for parameter in job.policy.parameters())
+            return plain(job)
+
+        plain, stage_module.train = stage_module.train, watched
+        for name in ("first", "second"):
+            stage_of(stage_for("full"), tmp_path / name, WORK["full"][1], processes=2, strategy=strategy)
+            gc.collect()
+        return sum(one() is not None for one in held)
+
+    assert values(together(2, two_stages, tmp_path / "said")) == [0, 0]
+    assert furthest(tmp_path / "first", tmp_path / "second") == 0
