@@ -6,7 +6,6 @@ import hashlib
 import os
 import random
 import signal
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ from tests.toys import make_items, make_prompts, make_rows, make_stage, train_st
 
 from tunesmith.models.load import LoadedModel
 from tunesmith.rundir import read_events
-from tunesmith.train import loop
+from tunesmith.train.optimiser import Optimiser as OPTIMISER
 from tunesmith.train.signals import StopRequest
 
-OPTIMISER = typing.get_type_hints(loop.Job)["optimiser"]
 STEPS = 6
 STAGE = "learn"
 LORA = {"type": "lora", "r": 4, "lora_dropout": 0.1}

@@ -193,6 +193,15 @@ def finished_units_forgotten() -> None:
     Work.unit = unit
 
 
+def updates_from_anything() -> None:
+    def update(self: Any, rate: float, reduce: Any) -> float:
+        norm = self.grad_norm(reduce)
+        self.step(rate, norm)
+        return norm
+
+    OPTIMISER.update, loop._require_finite = update, lambda *args: None
+
+
 def any_fingerprint() -> None:
     plain = checkpoint.load_checkpoint
 
@@ -222,7 +231,7 @@ MUTATIONS = {
         put(offline, "_is_of", lambda folder, key: (folder / offline.KEY).is_file()),
         "sums of other rows",
     ),
-    "numbers are looked at before an update": (check_not_finite, put(loop, "_require_finite", lambda *args: None), "an update was made"),
+    "numbers are looked at before an update": (check_not_finite, updates_from_anything, "an update was made"),
     "weights are looked at before they are saved": (
         check_overflow,
         put(checkpoint, "_is_finite", lambda tensor: True),
