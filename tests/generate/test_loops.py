@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from tests.toys import loaded, tiny_tokenizer
 from tunesmith.data.forest import Node
 from tunesmith.generate import Sampling, attention
 from tunesmith.generate.cache import PrefixCache
+from tunesmith.generate.engine import Engine
+from tunesmith.generate.local import KEPT_PLAIN
 from tunesmith.models import fused, kernels
 from tunesmith.models import grouped as grouped_module
 from tunesmith.models.fused import remove_fast_forwards
@@ -77,10 +80,10 @@ def switch(monkeypatch: pytest.MonkeyPatch, loops: bool) -> list[str]:
     return [] if loops else ["LlamaForCausalLM: answers come without the compiled loops, which is slower: switched off"]
 
 
-def counting(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
-    """Grows by one with each call of a loop."""
-    calls, real = [], getattr(kernels, name)
-    monkeypatch.setattr(kernels, name, lambda *given, **how: (calls.append(1), real(*given, **how))[1])
+def counting(monkeypatch: pytest.MonkeyPatch, name: str, owner: Any = kernels) -> list[int]:
+    """Grows by one with each call of a loop, or of what else bears the name."""
+    calls, real = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *given, **how: (calls.append(1), real(*given, **how))[1])
     return calls
 
 
@@ -220,7 +223,11 @@ def test_a_policy_that_went_back_to_plain_layers_samples_with_them(monkeypatch, 
         ways.generate(PROMPTS, max_new_tokens=1)
         assert ways._engine.loops
     policy.make_plain()
+    compared = counting(monkeypatch, "difference", Engine)
     ways.generate(PROMPTS[:3], max_new_tokens=1)
+    assert len(compared) == 1, "what samples now was never held against the model"
+    (note,) = ways.notes
+    assert note.endswith("without the compiled loops, which is slower: " + KEPT_PLAIN)
     monkeypatch.setattr(kernels, "_spread", lambda *given: pytest.fail("a loop was used"))
     ways.generate(PROMPTS, max_new_tokens=3)
 

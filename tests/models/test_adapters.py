@@ -185,7 +185,7 @@ def test_two_forwards_of_an_objective_that_compares_are_identical_though_the_ada
     stage = make_stage(objective={"type": objective}, method=method, start_from="an adapter", rows=len(PAIRS))
     inputs = stage_inputs(base, PAIRS, tmp_path / "stores")
     model = adapted(lora_dropout=0.5)
-    given = WorkInputs(base, model, inputs.data, None, [], None, "key", 0, lambda policy: None)
+    given = WorkInputs(base, model, inputs.data, None, [], None, "key", 0, lambda policy: None, lambda note: None)
     with RunDirectory.open(tmp_path / "run", resume=False) as run, stage_work(stage, given, run) as made:
         assert torch.equal(logprobs(made.policy), logprobs(made.policy))
     with RunDirectory.open(tmp_path / "sft", resume=False) as run, stage_work(make_stage(), given, run) as made:

@@ -86,9 +86,15 @@ def test_masks_of_a_long_row_do_not_grow_with_its_square():
     def held(tokens: int) -> int:
         nodes = (Node(0, tokens, ()),)
         packed(*(torch.zeros(1, tokens, 8) for _ in range(3)), Layout(nodes), 1.0, None, None)
-        return sum(mask.numel() for mask in attention._masks.values())
+        return sum(mask.numel() for mask in attention._masks[0][1].values())
 
     assert held(4096) == held(512)
+
+
+def test_under_a_window_a_long_rows_masks_are_not_all_kept():
+    nodes = (Node(0, 2 * attention.KEPT_MASKS * attention.QUERY_BLOCK, ()),)
+    packed(*(torch.zeros(1, nodes[0].end, 8) for _ in range(3)), Layout(nodes), 1.0, 100, None)
+    assert len(attention._masks[0][1]) == attention.KEPT_MASKS
 
 
 def forest(rows: int, *, seed: int) -> tuple[tuple[Node, ...], int]:

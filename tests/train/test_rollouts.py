@@ -7,14 +7,16 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tests.toys import make_job, tiny_model
+from tests.toys import loaded, make_job, tiny_model
 from tests.train.answers import Sampler, make_policy, make_source, mean_token, objective_of
 
 from tunesmith.errors import RolloutFailed
+from tunesmith.generate.protocol import Sampling
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.rundir import RunDirectory
 from tunesmith.train.loop import train
+from tunesmith.train.samplers import LocalSampler
 from tunesmith.train.window import run_window
 
 SAMPLED = ["ppo", "grpo", "rloo", "online_dpo", "best_of_n"]
@@ -287,3 +289,14 @@ def test_kl_to_the_reference_is_0_for_a_fresh_adapter_and_what_two_plain_models_
         sums += np.bincount(batch.forest.row_S, weights=apart.numpy()).tolist()
     assert window.metrics["kl"] == pytest.approx(np.mean(sums), rel=1e-3)
     assert abs(window.metrics["kl"]) > 0.05
+
+
+def test_what_is_left_out_of_the_sampling_is_said_once():
+    said: list[str] = []
+    policy = Policy(tiny_model("llama"))
+    sampler = LocalSampler(policy, loaded(policy.model), [], said.append)
+    how = {"max_new_tokens": 2, "sampling": Sampling(1.0), "seeds": [0], "iteration": 0}
+    sampler.generator.notes.append("the slow way")
+    for _ in range(2):
+        sampler([[5, 6, 7]], **how)
+    assert said == ["the slow way"]

@@ -15,7 +15,7 @@ from ..errors import NonFinite
 from ..score.gold import Unscorable, lost_words
 from ..score.metrics import PREFERENCE
 from ..score.preferences import SHORTER, item_accuracy, reward_model_json
-from ._work import Work
+from ._work import Work, notes_of
 from .encode import Dialogue
 from .inputs import BASE, OVER_START, Compares
 from .scoring import Scored, unscored
@@ -157,7 +157,7 @@ class Comparison:
             payload = self.work.unit(
                 f"{self.task.name}.{model}.compared.{what}",
                 [self.work.model_id(model), rows],
-                lambda measure=measure: {"numbers": measure(model)},
+                lambda measure=measure: measure(model),
                 f"{model}: {what} of {sum(map(len, rows))} answers to compare",
             )
             self.numbers[model, what] = payload["numbers"]
@@ -193,17 +193,19 @@ class Comparison:
         start = self.numbers[self.work.inputs.result_of(model).start, "logprobs"] if compares in OVER_START else None
         return compared_numbers(compares, self.numbers[model, "logprobs"], start, self.lengths)
 
-    def _measure_logprobs(self, model: str) -> Numbers:
+    def _measure_logprobs(self, model: str) -> dict[str, Any]:
         """The log-probability in nats of each answer's own tokens, in float64."""
         flat = [one for item in self.rows for one in item]
-        found = self.work.generator(model).logprobs([one.prompt for one in flat], [one.answer for one in flat])
+        generator = self.work.generator(model)
+        found = generator.logprobs([one.prompt for one in flat], [one.answer for one in flat])
         sums = [float(np.asarray(row, np.float64)[one.own].sum()) for row, one in zip(found, flat, strict=True)]
         if not np.isfinite(sums).all():
             raise NonFinite("a log-probability is not finite", where=model, mend="the weights are damaged: train again")
-        return self._by_item(sums)
+        return {"numbers": self._by_item(sums), "notes": notes_of(generator)}
 
-    def _measure_scores(self, model: str) -> Numbers:
-        return self._by_item(_scores(self.work, model, [], [[*one.prompt, *one.answer] for item in self.rows for one in item]))
+    def _measure_scores(self, model: str) -> dict[str, Any]:
+        flat = _scores(self.work, model, [], [[*one.prompt, *one.answer] for item in self.rows for one in item])
+        return {"numbers": self._by_item(flat)}
 
     def _by_item(self, flat: Sequence[float]) -> Numbers:
         rest = iter(flat)

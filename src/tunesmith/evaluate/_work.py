@@ -174,7 +174,8 @@ class Work:
         limit = min(self.inputs.max_new_tokens, CHECKED_TOKENS)
 
         def compare() -> dict[str, Any]:
-            return {"share": batch_disagreement(self.generator(TUNED), prompts, max_new_tokens=limit)}
+            generator = self.generator(TUNED)
+            return {"share": batch_disagreement(generator, prompts, max_new_tokens=limit), "notes": notes_of(generator)}
 
         what = f"tuned: {len(prompts)} answers together and alone"
         payload = self.unit(f"{task.name}.tuned.alone", [self.model_id(TUNED), limit, prompts], compare, what)
@@ -232,17 +233,16 @@ class Work:
             answers = generate_answers(
                 generator, asked.prompts, max_new_tokens=limit, constraint=constraint, sampling=sampling, seeds=seeds
             )
-            return {"outputs": [answer.to_json() for answer in answers], "notes": [*getattr(generator, "notes", ())]}
+            return {"outputs": [answer.to_json() for answer in answers], "notes": notes_of(generator)}
 
         key = [task.sha256, self.model_id(model), how, limit, asked.prompts, seeds]
-        made = self.unit(unit, key, generate, f"{candidate}: {len(asked.prompts)} answers to {task.name} ({how} decoding)")
-        self.notes += made.get("notes", [])
-        return made
+        return self.unit(unit, key, generate, f"{candidate}: {len(asked.prompts)} answers to {task.name} ({how} decoding)")
 
     def _perplexity(self, unit: str, model: str, asked: Asked) -> tuple[ReferenceNats, float]:
         def measure() -> dict[str, Any]:
-            found = reference_nats(self.generator(model), asked.prompts, asked.references)
-            return {"nats": list(found.nats), "tokens": list(found.tokens)}
+            generator = self.generator(model)
+            found = reference_nats(generator, asked.prompts, asked.references)
+            return {"nats": list(found.nats), "tokens": list(found.tokens), "notes": notes_of(generator)}
 
         key = [self.model_id(model), asked.prompts, asked.references]
         payload = self.unit(unit, key, measure, f"{unit}: {len(asked.prompts)} references")
@@ -252,15 +252,15 @@ class Work:
         """The unit's payload, from an earlier call if its key is the same, else computed and saved."""
         made_with = [self.inputs.version, self.inputs.dtype, list(self.inputs.stop_ids)]
         fingerprint = _hash([unit, self.inputs.encoder.sha256, made_with, key])
-        known = self.done.get(unit)
-        if known is not None and known.get("fingerprint") == fingerprint:
-            return known
-        self.announce(words)
-        start = time.perf_counter()
-        payload = {"fingerprint": fingerprint, **compute()}
-        payload["seconds"] = time.perf_counter() - start
-        self.done[unit] = payload
-        self.save(unit, payload)
+        payload = self.done.get(unit)
+        if payload is None or payload.get("fingerprint") != fingerprint:
+            self.announce(words)
+            start = time.perf_counter()
+            payload = {"fingerprint": fingerprint, **compute()}
+            payload["seconds"] = time.perf_counter() - start
+            self.done[unit] = payload
+            self.save(unit, payload)
+        self.notes += payload.get("notes", [])
         return payload
 
     def encode(self, task: Task, examples: Sequence[Example], *, references: bool = True, max_new_tokens: int | None = None) -> Asked:
@@ -329,6 +329,11 @@ def _sample(item: Item, output: str | None, reason: str | None, scores: dict[str
         "finish_reason": reason,
         "scores": scores,
     }
+
+
+def notes_of(generator: Any) -> list[str]:
+    """What a generator says of the way that it took, to be saved with what it gave."""
+    return [*getattr(generator, "notes", ())]
 
 
 def _hash(value: Any) -> str:

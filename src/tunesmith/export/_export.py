@@ -120,7 +120,7 @@ def _recipe_of(path: Path) -> Recipe:
 def _result_of(path: Path, stage: str | None) -> Path:
     folder = path / "model" if stage is None else path / "stages" / stage / "model"
     if not is_model(folder):
-        stages = sorted(found.parent.name for found in path.glob("stages/*/model"))
+        stages = sorted(found.parent.name for found in path.glob("stages/*/model") if is_model(found))
         mend = (
             f"stages with a result: {', '.join(stages)}"
             if stages

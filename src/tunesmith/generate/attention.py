@@ -3,8 +3,9 @@
 Takes queries from any model whose attention goes through transformers' AttentionInterface, and the keys and values of a `PrefixCache`;
 gives the attended values. Scores over the prefix are one matrix product a key-value head for all rows together, scores over the suffixes
 one a row and head, and one softmax in float32 runs over both. In bf16 on a CPU compiled loops do what is no large product, where they are
-available. Exact up to rounding. Every extra argument is honoured (scaling, softcap, sliding window) or refused by name with ModelError
-(sinks, position bias, dropout, bidirectional or chunked patterns).
+available, and prompts are read block by block as in training, the prefix's keys gathered for each block. Exact up to rounding. Every extra
+argument is honoured (scaling, softcap, sliding window) or refused by name with ModelError (sinks, position bias, dropout, bidirectional or
+chunked patterns).
 """
 
 from __future__ import annotations

@@ -52,13 +52,12 @@ class Engine:
         self.config = model.config.get_text_config()
         self.layers = self.config.num_hidden_layers
         self.loops = loops
-        self.forwards = fast_forwards(model, FastPaths()) if loops else {}
+        paths = FastPaths()
+        self.forwards = fast_forwards(model, paths) if loops else {}
         """What layers are to take while the engine runs."""
+        self.refused: dict[str, str] = paths.refused
+        """What of that is left out, and why."""
         self.last_position = (getattr(self.config, "max_position_embeddings", None) or sys.maxsize) - 1
-
-    def leave_loops(self) -> None:
-        """From here on the model's own layers compute, and torch."""
-        self.loops, self.forwards = False, {}
 
     def _cache(self, lengths: list[int], *, prefix: PrefixKV | None, extra_slots: int = 0) -> PrefixCache:
         how = {"extra_slots": extra_slots, "device": self.model.device, "loops": self.loops}

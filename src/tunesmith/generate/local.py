@@ -1,8 +1,8 @@
 """A transformers causal language model as a `Generator`: batched, each shared token computed once, exact.
 
 Takes the model as it is (a PEFT model too) and its tokenizer. The first call checks the fast way (engine.py) against the plain model on
-its own first prompt; a model that the engine does not know, or that disagrees, is served by transformers' own generate (fallback.py),
-and `notes` says so.
+its own first prompt, and so does the first one after training has taken the compiled loops out of the model; a model that the engine
+does not know, or that disagrees, is served by transformers' own generate (fallback.py), and `notes` says so.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 # Tokens of the first prompt that the fast way is checked on.
 CHECKED_TOKENS = 64
+KEPT_PLAIN = "on the first batch of training the layers that take them disagreed with the plain ones"
 
 
 class LocalGenerator:
@@ -109,11 +110,9 @@ class LocalGenerator:
         """The way to generate, with the model in evaluation mode, without gradients, and with the attention it needs."""
         plain = _plain_attention(self._base)
         with torch.no_grad(), _evaluating(self.model), norms_kept(self.model):
-            if not self._checked:
+            if not self._checked or (self._engine is not None and self._engine.loops and is_kept_plain(self._base)):
                 self._engine = self._checked_engine(prompts[0], plain)
                 self._checked = True
-            if self._engine is not None and self._engine.loops and is_kept_plain(self._base):
-                self._engine.leave_loops()
             with (
                 attention_implementation(self._base, NAME if self._engine else plain),
                 taking(self._engine.forwards if self._engine else {}),
@@ -125,16 +124,18 @@ class LocalGenerator:
         reason = _unknown_layout(self._base)
         if reason is None:
             ids = (list(prompt) * 8)[: max(8, min(len(prompt), CHECKED_TOKENS))]
-            with_loops = self._base.dtype == torch.bfloat16 and self._base.device.type == "cpu"
-            left_out = why_no_loops(self._base) if with_loops else None
-            if with_loops and left_out is None:
-                engine, left_out = self._tried(ids, plain_attention, loops=True)
-                if engine is not None:
-                    return engine
-            if left_out is not None:
-                self.notes.append(f"{type(self._base).__name__}: answers come without the compiled loops, which is slower: {left_out}")
-            engine, reason = self._tried(ids, plain_attention, loops=False)
+            engine, left_out = None, {}
+            if self._base.dtype == torch.bfloat16 and self._base.device.type == "cpu":
+                without = KEPT_PLAIN if is_kept_plain(self._base) else why_no_loops(self._base)
+                if without is None:
+                    engine, without = self._tried(ids, plain_attention, loops=True)
+                left_out = {"loops": without} if without is not None else {}
+            if engine is None:
+                engine, reason = self._tried(ids, plain_attention, loops=False)
             if engine is not None:
+                name = type(self._base).__name__
+                for path, why in (left_out | engine.refused).items():
+                    self.notes.append(f"{name}: answers come without the compiled {path}, which is slower: {why}")
                 return engine
         note = f"{type(self._base).__name__}: generation falls back to plain forwards and transformers' generate, which is slower: {reason}"
         self.notes.append(note)

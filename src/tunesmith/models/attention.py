@@ -153,8 +153,8 @@ def _queries(x_KGTD: Tensor, begin: int, end: int, step: int) -> Tensor:
     return part.reshape(x_KGTD.shape[0], -1, x_KGTD.shape[-1])
 
 
-_masks: dict[tuple[int, int, int, int, int | None], Tensor] = {}
-_masks_of: list[tuple[Node, ...]] = []
+KEPT_MASKS = 64  # of a batch: under a sliding window a long row's blocks have each a mask of its own, together as large as its scores
+_masks: list[tuple[tuple[Node, ...], dict[tuple[Any, ...], Tensor]]] = [((), {})]
 
 
 def _mask(nodes: tuple[Node, ...], groups: int, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
@@ -163,20 +163,23 @@ def _mask(nodes: tuple[Node, ...], groups: int, queries: int, keys: int, window:
     n queries and all keys together are whole steps. The last of the queries sees the last of the keys; what they are filled up with,
     queries see nothing of and it sees anything. Kept while a batch is computed, for all its layers.
     """
-    if not _masks_of or _masks_of[0] is not nodes:
-        _masks.clear()
-        _masks_of[:] = [nodes]
+    held = _masks[0]
+    if held[0] is not nodes:  # another thread's batch may take the place, and has masks of its own
+        held = _masks[0] = (nodes, {})
     query_step, key_step = _steps(like)
     before = keys - queries if window is None else 0  # keys that need no mask
     last, m = keys - before, keys + -keys % key_step - before
-    key = (groups, queries, last, m, window)
-    if key not in _masks or _masks[key].dtype != like.dtype or _masks[key].device != like.device:
+    key = (groups, queries, last, m, window, like.dtype, like.device)
+    mask = held[1].get(key)
+    if mask is None:
         n = queries + -queries % query_step
         age = torch.arange(last - queries, last - queries + n, device=like.device)[:, None] - torch.arange(m, device=like.device)[None]
         hidden = (age < 0) if window is None else (age < 0) | (age >= window)
         hidden[queries:] = False
-        _masks[key] = like.new_zeros(n, m).masked_fill_(hidden, float("-inf")).repeat(groups, 1)
-    return _masks[key]
+        mask = like.new_zeros(n, m).masked_fill_(hidden, float("-inf")).repeat(groups, 1)
+        if len(held[1]) < KEPT_MASKS:
+            held[1][key] = mask
+    return mask
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:

@@ -17,6 +17,7 @@ from ._verdict import difference_words, few_shot_part, main_metric, measured
 from ._words import Limits, mapping, number, rows, text
 from .charts import Interval, interval_chart
 
+_MOST_NOTES = 10
 # Beyond this many charts for one task a reader compares nothing; the table holds the rest.
 _MOST_CHARTS = 6
 
@@ -26,6 +27,8 @@ def candidates_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
     evaluation = mapping(run.evaluation)
     tasks = mapping(evaluation.get("tasks"))
     notes = evaluation.get("notes")
+    notes = notes if isinstance(notes, list) else []
+    more = [f"and {len(notes) - _MOST_NOTES} more, in evaluation.json"] if len(notes) > _MOST_NOTES else []
     compared = rows(evaluation.get("comparisons"))
     parts = {
         "How the few-shot examples were chosen": few_shot_part(run),
@@ -36,7 +39,7 @@ def candidates_view(run: RunFiles, limits: Limits) -> dict[str, Any]:
         "comparisons": [part for part in _comparisons(run, compared[: limits.entries]) if part],
         "comparisons_left_out": max(0, len(compared) - limits.entries),
         "choices": [_choice(title, part, limits) for title, part in parts.items() if part],
-        "notes": [text(note, limits.text) for note in (notes if isinstance(notes, list) else [])[:10]],
+        "notes": [text(note, limits.text) for note in notes[:_MOST_NOTES]] + more,
     }
 
 

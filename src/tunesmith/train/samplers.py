@@ -6,7 +6,7 @@ Of several processes each samples its share here; a server is asked by the first
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -28,9 +28,11 @@ ROLLOUT_BATCH = 64  # answers sampled together
 
 
 class LocalSampler:
-    """The policy's own module; its fast way of generating is compared with the plain one once, at the first call."""
+    """The policy's own module; its fast way of generating is compared with the plain one once, at the first call. note: is told what is
+    left out of it, and why."""
 
-    def __init__(self, policy: Policy, loaded: LoadedModel, stop_ids: Sequence[int]):
+    def __init__(self, policy: Policy, loaded: LoadedModel, stop_ids: Sequence[int], note: Callable[[str], None]):
+        self.note, self.noted = note, 0
         self.generator = LocalGenerator(policy.model, loaded.tokenizer, batch_size=ROLLOUT_BATCH, stop_ids=stop_ids)
 
     def __call__(
@@ -39,6 +41,9 @@ class LocalSampler:
         """One answer a prompt, with its log-probabilities."""
         own, drawn = mine(prompts), mine(seeds)
         made = self.generator.generate(own, max_new_tokens=max_new_tokens, sampling=sampling, seeds=drawn, logprobs=True)
+        for text in self.generator.notes[self.noted :]:
+            self.note(text)
+        self.noted = len(self.generator.notes)
         return [Generation(**one) for one in together([asdict(one) for one in made])]
 
     def close(self) -> None:

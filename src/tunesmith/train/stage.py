@@ -216,13 +216,15 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
             _tell(run, report, {"event": "fast_paths_dropped", "stage": stage.name, "paths": sorted(reasons), "reasons": reasons})
         return_freed_memory()
 
+    def note(text: str) -> None:
+        _tell(run, report, {"event": "note", "stage": stage.name, "note": text})
+
     if not starts_unchanged(stage.method) and (inputs.start is None or not is_adapter(inputs.start)):
-        _tell(run, report, {"event": "note", "stage": stage.name, "note": STARTS_AWAY.format(stage.method.type)})
+        note(STARTS_AWAY.format(stage.method.type))
     if stage.objective.type in COMPARING and getattr(stage.method, "lora_dropout", 0):
-        note = NO_DROPOUT.format(stage.objective.type, stage.method.lora_dropout)
-        _tell(run, report, {"event": "note", "stage": stage.name, "note": note})
+        note(NO_DROPOUT.format(stage.objective.type, stage.method.lora_dropout))
     strategy: Strategy = inputs.strategy if world() > 1 else "ddp"
-    given = WorkInputs(loaded, model, data, inputs.start, stops, inputs.gold, fingerprint, seed, check, inputs.processes, strategy)
+    given = WorkInputs(loaded, model, data, inputs.start, stops, inputs.gold, fingerprint, seed, check, note, inputs.processes, strategy)
     with stage_work(stage, given, run) as work:
         optimiser = _optimiser(stage, work.policy, strategy, loaded.dtype)
         job = Job(

@@ -80,6 +80,8 @@ class WorkInputs:
     seed: int
     check: Callable[[Policy], None]
     """What must hold of the model at step 0; it may take fast paths out, before anything is computed with them."""
+    note: Callable[[str], None]
+    """Says what a user should know of the stage."""
     processes: int = 1
     strategy: Strategy = "ddp"
     """How the model lies on the processes, of which there are several where it is not whole on each."""
@@ -208,7 +210,7 @@ def _frozen(policy: Policy, adapter: str | None, forest: Forest) -> torch.Tensor
 
 def _sampler(stage: Stage, policy: Policy, inputs: WorkInputs, run: RunDirectory) -> LocalSampler | ServerSampler:
     if stage.rollout.server is None:
-        return LocalSampler(policy, inputs.loaded, inputs.stop_ids)
+        return LocalSampler(policy, inputs.loaded, inputs.stop_ids, inputs.note)
     return ServerSampler(stage, policy, inputs.loaded, inputs.stop_ids, run)
 
 

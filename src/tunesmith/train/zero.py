@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import logging
 import math
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -258,10 +256,7 @@ def _mine(tensor: Tensor) -> Tensor:
 
 
 def _deepspeed() -> Any:
-    """The library, told at its first import what this machine has, and to be quiet."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it says of every model that its outputs are of a type of their own
+    """The library, without what it does at each start for others."""
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
     import deepspeed
 
