@@ -43,6 +43,10 @@ class RecipeError(TunesmithError):
     exit_status = 2
 
 
+class OtherSettings(RecipeError):
+    """What the run directory holds was made with other settings or data."""
+
+
 class MissingFile(TunesmithError):
     """A file or folder that was named is not there or cannot be read."""
 

@@ -18,7 +18,7 @@ from .data.prepare import PreparedData, Rendering, prepare_data
 from .data.read import locate
 from .data.render import TrainOn
 from .data.template import load_template
-from .errors import CheckpointError, MissingFile, RecipeError, TunesmithError
+from .errors import CheckpointError, MissingFile, OtherSettings, RecipeError, TunesmithError
 from .evaluate import TemplateEncoder, check_gates, derive_max_new_tokens
 from .fitting import fit_stages
 from .models.load import LoadedModel, load_model
@@ -241,7 +241,7 @@ def _require_room(session: Session, stage: Stage) -> None:
 
 
 def _require_same_result(session: Session, stage: Stage) -> None:
-    """What is there of a stage, its result or else its newest checkpoint, must be of what this recipe would train. Raises RecipeError."""
+    """What is there of a stage, its result or else its newest checkpoint, must be of what this recipe would train. Raises OtherSettings."""
     folder, made = _there_already(session, stage)
     if made is None:
         return
@@ -249,7 +249,7 @@ def _require_same_result(session: Session, stage: Stage) -> None:
     seed = session.recipe.seed if stage.seed is None else stage.seed
     made_of = (stage, session.loaded, session.data_of(stage), session.template, start, seed, session.run.path)
     if made != stage_fingerprint(*made_of, session.recipe.launch.processes):
-        raise RecipeError(
+        raise OtherSettings(
             f"stage {stage.name} was trained with other settings or data{_changed(session, stage, seed)}",
             where=str(folder),
             mend=f"use the recipe it was trained with ({session.run.path / 'recipe.yaml'}) and its data, or another folder with --out",
@@ -281,7 +281,8 @@ def _is_whole(session: Session, name: str | None) -> bool:
 def _changed(session: Session, stage: Stage, seed: int) -> str:
     """Which settings of a stage and its data differ from those in the run's own recipe, in brackets; empty where that cannot be told.
 
-    A number of updates or a longest row that the recipe does not name follows from its data, and is left out.
+    A number of updates that the recipe does not name follows from its data, and is said only where nothing else differs; a longest row
+    is left out.
     """
     try:
         saved = load_recipe(session.run.path / "recipe.yaml")
@@ -291,15 +292,15 @@ def _changed(session: Session, stage: Stage, seed: int) -> str:
     if old is None:
         return ""
     named = next(one for one in session.recipe.stages if one.name == stage.name).model_fields_set
-    unlike = (UNFINGERPRINTED | FROM_ROWS) - (named & FROM_ROWS)
     data = _fixed(stage.data or session.recipe.data, session.data_of(stage))
-    was = _flat(old.model_dump(mode="json", exclude=unlike)) | {"seed": saved.seed if old.seed is None else old.seed}
-    now = _flat(stage.model_dump(mode="json", exclude=unlike)) | {"seed": seed}
+    was = _flat(old.model_dump(mode="json", exclude=UNFINGERPRINTED)) | {"seed": saved.seed if old.seed is None else old.seed}
+    now = _flat(stage.model_dump(mode="json", exclude=UNFINGERPRINTED)) | {"seed": seed}
     open_ = {"max_length"} - (stage.data or session.recipe.data).model_fields_set
     was |= _flat((old.data or saved.data).model_dump(mode="json", exclude=open_), "data.")
     now |= _flat(data.model_dump(mode="json", exclude=open_), "data.")
-    changed = [f"{key}: {was.get(key)}, now {now.get(key)}" for key in now | was if was.get(key) != now.get(key)]
-    changed = changed or _other_rows(session, stage)
+    differ = {key: f"{key}: {was.get(key)}, now {now.get(key)}" for key in now | was if was.get(key) != now.get(key)}
+    changed = [words for key, words in differ.items() if key not in FROM_ROWS - named]
+    changed = changed or _other_rows(session, stage) or list(differ.values())
     return f" ({'; '.join(changed)})" if changed else ""
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import Interrupted, OutputInUse, RecipeError, RunsFailed, TunesmithError
+from .errors import Interrupted, OtherSettings, OutputInUse, RecipeError, RunsFailed, TunesmithError
 from .launch import starts_others
 from .pipeline import run as run_recipe
 from .preparation import require_files
@@ -79,6 +79,7 @@ def sweep(
         raise OutputInUse(
             "the folder holds something already", where=str(folder), mend="add --resume to go on with a sweep, or choose another --out"
         )
+    _require_same_axes(folder / RESULT, grid)
     words = [[f"{key}={value}" for key, value in combination] for combination in combinations]
     for chosen in words:
         try:
@@ -93,7 +94,8 @@ def sweep(
     failed: list[dict[str, Any]] = []
     errors: list[TunesmithError] = []
     other = _other_measures([key for key, _ in grid], first)
-    write_json(folder / RESULT, _summary(grid, done, failed, other))
+    if not (folder / RESULT).is_file():
+        write_json(folder / RESULT, _summary(grid, done, failed, other))
     for number, (name, combination, chosen) in enumerate(zip(names, combinations, words, strict=True), 1):
         report({"event": "sweeping", "run": name, "number": number, "of": len(combinations)})
         try:
@@ -104,6 +106,8 @@ def sweep(
         except Interrupted:
             raise
         except TunesmithError as error:
+            if not done and isinstance(error, OtherSettings):  # the table of what is there stays
+                raise
             errors.append(copy.copy(error))  # without the traceback, which would hold the run's model
             failed.append({"name": name, "settings": dict(combination), "error": error.to_json()})
             report({"event": "run_failed", "run": name, "error": str(error)})
@@ -113,6 +117,23 @@ def sweep(
     if not done:
         raise errors[0]
     return SweepResult(folder, done, failed, summary["best"], summary["why"], folder / PAGE)
+
+
+def _require_same_axes(result: Path, grid: Sequence[tuple[str, list[str]]]) -> None:
+    """A sweep that goes on names all that the folder's was over, so that no run is lost from its table. Raises RecipeError."""
+    try:
+        before = json.loads(result.read_text())["axes"]
+    except (OSError, ValueError, KeyError):
+        return
+    now = dict(grid)
+    if before.keys() == now.keys() and all(set(values) <= set(now[key]) for key, values in before.items()):
+        return
+    axes = " ".join(f"--sweep {key}={','.join(values)}" for key, values in before.items())
+    raise RecipeError(
+        "the folder holds a sweep over other values",
+        where=str(result),
+        mend=f"go on with {axes}, and more values if you like; or choose another --out",
+    )
 
 
 def require_all(result: SweepResult) -> None:

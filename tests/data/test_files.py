@@ -148,16 +148,16 @@ def test_a_file_of_another_kind_is_refused(tmp_path, name, content, message):
         read_records(write(tmp_path, name, content), section())
 
 
-def test_too_many_rejected_rows_refuse_the_data_with_the_first_three_and_the_count(tmp_path):
+def test_too_many_rejected_rows_refuse_the_data_with_the_first_twenty_and_the_count(tmp_path):
     quarantine = []
-    path = jsonl(tmp_path, [GOOD] * 6 + ["{"] * 4)
-    with pytest.raises(DataRefused, match=r"4 of 10 rows were rejected, and data.max_rejected is 0.2") as caught:
+    path = jsonl(tmp_path, [GOOD] * 36 + ["{"] * 24)
+    with pytest.raises(DataRefused, match=r"24 of 60 rows were rejected, and data.max_rejected is 0.2") as caught:
         read_records(path, section(), quarantine=quarantine)
     assert [line for line in str(caught.value).splitlines() if "broken JSON" in line] == [
-        f"  {path}:{line}: {entry['reason']}" for line, entry in zip((7, 8, 9), quarantine, strict=False)
+        f"  {path}:{line}: {entry['reason']}" for line, entry in zip(range(37, 57), quarantine, strict=False)
     ]
-    assert len(quarantine) == 4
-    assert len(read_records(path, section(max_rejected=0.4)).records) == 6
+    assert len(quarantine) == 24
+    assert len(read_records(path, section(max_rejected=0.4)).records) == 36
 
 
 def test_nothing_usable_is_refused_even_if_every_rejection_is_allowed(tmp_path):

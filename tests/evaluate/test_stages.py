@@ -312,6 +312,12 @@ def test_a_sum_of_log_ratios_and_their_mean_can_prefer_different_answers():
     assert values(bench.run(candidates=["tuned"]), "tuned") == {"preference_accuracy": 0.5}
 
 
+def test_candidates_that_compare_by_different_yardsticks_are_said_to():
+    bench = compared(PAIRS)
+    said = [bench.run(candidates=names).evaluation["notes"] for names in (["zero_shot", "tuned"], ["tuned"])]
+    assert ["compares by mean log-probability; tuned compares by log-prob" in str(notes) for notes in said] == [True, False]
+
+
 def test_the_shorter_answer_is_never_recommended():
     records = [pair(f"question {n}", "good", "a bad answer", n) for n in range(8)]
     bench = compared([*records, pair("question 8", "fine", "a good answer", 8)])  # of which the base is right

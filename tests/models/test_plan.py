@@ -16,15 +16,21 @@ from tunesmith.models.methods import resolve
 from tunesmith.models.policy import Policy
 from tunesmith.models.roofline import (
     ATTENTION_IN_16_BITS,
+    BESIDE,
     DECODE_CALLS,
     DECODE_CALLS_BY_LOOPS,
     DECODE_CALLS_IN_16_BITS,
+    FORWARD_BY_LOOPS,
+    FORWARD_CALLS,
+    FORWARD_CALLS_IN_16_BITS,
     FORWARD_IN_16_BITS,
     OPTIMISER_PASSES,
     OPTIMISER_PASSES_BY_LOOPS,
     READING_IN_16_BITS,
     START_IN_16_BITS,
     TRAIN_BY_LOOPS,
+    TRAIN_CALLS,
+    TRAIN_CALLS_IN_16_BITS,
     TRAIN_IN_16_BITS,
     Shape,
     Tokens,
@@ -202,37 +208,48 @@ def test_what_binds_a_phase_is_the_longest_of_its_times():
 def test_a_cpu_takes_longer_in_16_bits_than_its_speeds_say_and_a_gpu_does_not(loops, dtype, in_training, monkeypatch):
     monkeypatch.setattr(kernels, "unavailable", lambda: None if loops else "there are none")
     shape, by_loops = replace(SHAPE, dtype=dtype), loops and dtype == torch.bfloat16
-    reading = FORWARD_IN_16_BITS * (1.0 if by_loops else READING_IN_16_BITS)
+    passing = FORWARD_BY_LOOPS if by_loops else FORWARD_IN_16_BITS
+    reading = passing * (1.0 if by_loops else READING_IN_16_BITS)
+    still = replace(MACHINE, call_seconds=0.0)  # calls are more in 16 bits, and come last
 
     def seconds(make, cuda: bool) -> float:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         return make().seconds
 
     for make, factor in (
-        (lambda: train_phase(shape, MACHINE, LORA, RANK_16, WORK), in_training),
-        (lambda: forward_phase("validate", shape, MACHINE, WORK), FORWARD_IN_16_BITS),
-        (lambda: reading_phase("score", shape, MACHINE, WORK), reading),
+        (lambda: train_phase(shape, still, LORA, RANK_16, WORK), in_training),
+        (lambda: forward_phase("validate", shape, still, WORK), passing),
+        (lambda: reading_phase("score", shape, still, WORK), reading),
     ):
         assert seconds(make, cuda=False) == pytest.approx(factor * seconds(make, cuda=True))
     attending = [
-        seconds(lambda: train_phase(shape, MACHINE, LORA, RANK_16, replace(WORK, pairs=1e7)), cuda)
-        - seconds(lambda: train_phase(shape, MACHINE, LORA, RANK_16, WORK), cuda)
+        seconds(lambda: train_phase(shape, still, LORA, RANK_16, replace(WORK, pairs=1e7)), cuda)
+        - seconds(lambda: train_phase(shape, still, LORA, RANK_16, WORK), cuda)
         for cuda in (False, True)
     ]
     assert attending[0] == pytest.approx(ATTENTION_IN_16_BITS * in_training * attending[1])
     seeing = [
-        seconds(lambda: forward_phase("validate", shape, MACHINE, replace(WORK, pairs=1e7)), cuda)
-        - seconds(lambda: forward_phase("validate", shape, MACHINE, WORK), cuda)
+        seconds(lambda: forward_phase("validate", shape, still, replace(WORK, pairs=1e7)), cuda)
+        - seconds(lambda: forward_phase("validate", shape, still, WORK), cuda)
         for cuda in (False, True)
     ]
-    assert seeing[0] == pytest.approx(ATTENTION_IN_16_BITS * FORWARD_IN_16_BITS * seeing[1])
-    answering = [seconds(lambda: reading_phase("score", shape, MACHINE, replace(WORK, pairs=1e7)), cuda) for cuda in (False, True)]
+    assert seeing[0] == pytest.approx(ATTENTION_IN_16_BITS * passing * seeing[1])
+    answering = [seconds(lambda: reading_phase("score", shape, still, replace(WORK, pairs=1e7)), cuda) for cuda in (False, True)]
     if by_loops:
-        assert answering[0] == seconds(lambda: forward_phase("", shape, MACHINE, replace(WORK, pairs=1e7)), cuda=False)
+        assert answering[0] == seconds(lambda: forward_phase("", shape, still, replace(WORK, pairs=1e7)), cuda=False)
     else:
         assert answering[0] == pytest.approx(reading * answering[1]), "its attention is another"
-    starting = [seconds(lambda: start_phase("start", shape, MACHINE, WORK), cuda) for cuda in (False, True)]
-    assert starting[0] == pytest.approx(START_IN_16_BITS + FORWARD_IN_16_BITS * starting[1])
+    starting = [seconds(lambda: start_phase("start", shape, still, WORK), cuda) for cuda in (False, True)]
+    assert starting[0] == pytest.approx(START_IN_16_BITS + passing * starting[1])
+    for make, more, factors in (
+        (lambda of: train_phase(shape, of, LORA, RANK_16, WORK), TRAIN_CALLS_IN_16_BITS - TRAIN_CALLS, (BESIDE * in_training, BESIDE)),
+        (lambda of: forward_phase("validate", shape, of, WORK), FORWARD_CALLS_IN_16_BITS - FORWARD_CALLS, (passing, 1.0)),
+    ):
+        calls = [
+            (seconds(lambda make=make: make(MACHINE), cuda) - seconds(lambda make=make: make(still), cuda)) / factor
+            for cuda, factor in zip((False, True), factors, strict=True)
+        ]
+        assert calls[0] - calls[1] == pytest.approx(WORK.batches * shape.layers * more * MACHINE.call_seconds)
     decoding = [seconds(lambda: said(shape=shape, items=1), cuda) for cuda in (False, True)]
     more_calls = 40 * shape.layers * ((DECODE_CALLS_BY_LOOPS if by_loops else DECODE_CALLS_IN_16_BITS) - DECODE_CALLS)
     assert decoding[0] - decoding[1] == pytest.approx(more_calls * MACHINE.call_seconds)

@@ -175,6 +175,14 @@ def test_rows_that_are_not_what_they_were_are_named_as_what_changed(tiny, tmp_pa
     assert caught.value.what == "stage one was trained with other settings or data (data.train: other bytes)"
 
 
+def test_a_number_of_updates_that_is_now_left_open_is_named_where_nothing_else_differs(tiny, tmp_path):
+    made = recipe(tmp_path, tiny, stages=[{key: value for key, value in stage("one").items() if key != "max_steps"}])
+    tunesmith.train(made, sets=["stages.0.max_steps=1"], out=tmp_path / "run")
+    with pytest.raises(RecipeError) as caught:
+        tunesmith.train(made, out=tmp_path / "run", resume=True)
+    assert re.search(r"other settings or data \(max_steps: 1, now \d+", caught.value.what)
+
+
 def test_evaluate_after_train_gives_what_run_gives(given, tmp_path):
     made, unbroken, units = given
     trained = tunesmith.train(made, out=tmp_path / "run")

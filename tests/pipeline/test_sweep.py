@@ -159,6 +159,20 @@ def test_where_every_run_fails_the_first_ones_error_ends_the_sweep(tiny, tmp_pat
     assert len(read_json(tmp_path / "sweep" / "sweep.json")["failed"]) == 2
 
 
+def test_the_table_of_a_sweep_stays_where_it_is_asked_to_go_on_with_other_settings_or_values(tiny, tmp_path):
+    whole, folder = given(tmp_path, tiny), tmp_path / "sweep"
+    sweep_runs(whole, ["seed=0,1"], out=folder)
+    before = {name: (folder / name).read_bytes() for name in ("sweep.json", "sweep.html")}
+    with pytest.raises(RecipeError, match="was trained with other settings or data"):
+        sweep_runs(whole, ["seed=0,1"], sets=["stages.0.learning_rate=3e-3"], out=folder, resume=True)
+    for axes in (["seed=1,2"], ["seed=0,1", "stages.0.learning_rate=1e-3,1e-2"]):
+        with pytest.raises(RecipeError, match="the folder holds a sweep over other values") as refused:
+            sweep_runs(whole, axes, out=folder, resume=True)
+        assert "go on with --sweep seed=0,1, and more values" in str(refused.value)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert len(sweep_runs(whole, ["seed=0,1,2"], out=folder, resume=True).runs) == 3
+
+
 def test_a_signal_ends_the_whole_sweep(tiny, tmp_path):
     def stop(event):
         if "loss" in event:

@@ -91,6 +91,7 @@ def test_a_wrong_value_is_refused_with_its_line_and_what_the_setting_means(write
         ("stages.0.optim=adam8bit", "'adamw_8bit'", "did you mean `adamw_8bit`?"),
         ("stages.0.method={type: qlora}", "unknown type `qlora`", "write method: lora, with `model.quantization: nf4`"),
         ("stages.0.method=dora", "unknown type `dora`", "write method: {type: lora, use_dora: true}"),
+        ("stages.0.method=houlsby", "unknown type `houlsby`", "write method: {type: bottleneck, architecture: houlsby}"),
         ("stages.1.method.target_modules=q_proj", "must be a valid list, or 'all-linear'", "write [q_proj]; target_modules means"),
         ("stages.1.method.target_modules=all_linear", "must be a valid list", "did you mean `all-linear`?"),
         ("evaluate.few_shot_k=2", "must be a valid list", "write [2];"),

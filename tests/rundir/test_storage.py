@@ -47,6 +47,14 @@ def test_a_file_is_written_with_the_folders_on_its_way_and_nothing_else_stays(tm
     assert (tmp_path / "a" / "d.txt").read_bytes() == b"n\xc3\xa9\n"
 
 
+def test_the_files_of_a_folder_can_be_read_by_whom_the_umask_lets_whoever_wrote_them(tmp_path):
+    with atomic_folder(tmp_path / "made") as temporary:
+        (temporary / "weights").write_bytes(b"\0")
+        (temporary / "weights").chmod(0o600)
+    (tmp_path / "plain").touch()
+    assert {file.stat().st_mode for file in (tmp_path / "made").iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_a_write_that_the_system_cuts_short_goes_on_until_all_is_written(tmp_path, monkeypatch):
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, bytes(data[:7])))

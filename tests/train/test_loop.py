@@ -239,14 +239,16 @@ def growing(**settings: Any) -> Growing:
 
 
 def test_a_sources_state_is_in_the_checkpoint_and_taken_up_by_the_resumed_run(tmp_path):
-    stage, given = make_stage(max_steps=6, save_steps=2), []
+    stage, given, told = make_stage(max_steps=6, save_steps=2), [], []
     for until in (4, 6):
         with RunDirectory.open(tmp_path / "run", resume=True) as run:
-            job = make_job(Policy(tiny_model("llama")), stage.model_copy(update={"max_steps": until}), run, ROWS, source=growing())
+            shorter = stage.model_copy(update={"max_steps": until})
+            job = make_job(Policy(tiny_model("llama")), shorter, run, ROWS, source=growing(), report=told.append)
             train(job)
             given.append(job.source.made)
             lines = [event for event in run.events() if "loss" in event]
     assert given == [4, 6]
+    assert [event for event in told if event.get("event") == "resumed"] == [{"event": "resumed", "stage": "sft", "step": 4}]
     assert [line["made"] for line in lines if line["step"] > 4] == [5, 6]
 
 

@@ -102,7 +102,7 @@ def a_row(form: str) -> str:
 
 
 def _why_none(row: dict[str, Any], held: set[str], kinds: Sequence[Kind]) -> str:
-    names = ", ".join(key if key.isidentifier() and len(key) < 40 else short(key) for key in sorted(held)[:8]) or "no keys"
+    names = ", ".join(key if key.isidentifier() and len(key) < 40 else short(key) for key in sorted(held)[:8])
     wanted = [form for kind in kinds for form in FORMATS_OF[kind]]
     for form in sorted(REQUIRED, key=lambda form: (form not in wanted, form in ("unpaired", "prompt"))):
         keys = required(form, row)
@@ -111,6 +111,8 @@ def _why_none(row: dict[str, Any], held: set[str], kinds: Sequence[Kind]) -> str
         )
         if telling and (absent := [key for key in keys if key not in held]):
             return f"missing key {', '.join(f'`{key}`' for key in absent)} of {a_row(form)} (it has {names})"
+    if not held:
+        return "the row is empty"
     return f"no format has the keys {names}; map them by data.columns, e.g. {{prompt: question, completion: answer}}"
 
 

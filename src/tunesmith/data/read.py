@@ -299,14 +299,19 @@ def _require_kind(form: str, kinds: Sequence[Kind], source: str) -> None:
     raise DataRefused(f"the rows are {form}, and the stage's objective wants {' or '.join(wanted)}", where=source, mend=mend)
 
 
+NAMED = 20  # rejected rows that a refusal names
+
+
 def _refuse_bad_shares(reading: _Reading, section: DataSection, source: str) -> None:
     rejected, rows_in = len(reading.rejected), reading.rows_in
-    first = "".join(f"\n  {entry}" for entry in reading.rejected[:3])
+    first = "".join(f"\n  {entry}" for entry in reading.rejected[:NAMED])
     if not reading.records:
         what = (
             f"no row is usable; {rejected} of {rows_in} were rejected, the first of them:{first}" if rejected else "the file holds no rows"
         )
-        raise DataRefused(what, where=source, mend=_mend_unusable(reading, source))
+        raise DataRefused(
+            what, where=source, mend=_mend_unusable(reading, source) if rejected else "put rows into it, or name another file"
+        )
     if rejected > section.max_rejected * rows_in:
         raise DataRefused(
             f"{rejected} of {rows_in} rows were rejected, and data.max_rejected is {section.max_rejected:g}; the first of them:{first}",

@@ -172,6 +172,9 @@ class Comparison:
             if compares == "score":
                 entry["reward_model"] = reward_model_json(values, self.lengths)
             self._keep(candidate, values, entry, self.seconds.get(model, 0.0), self.work.inputs.encoder.sha256)
+        if len(set(self.candidates.values())) > 1:
+            how = "; ".join(f"{candidate} compares {WORDS[compares]}" for candidate, compares in self.candidates.items())
+            self.work.notes.append(f"{PREFERENCE}: {how}. Part of a difference may be that of the yardsticks")
         if self.candidates or (self.asked and SHORTER in self.work.wanted):
             texts = [[sum(len(m.content) for m in one.messages[len(item.messages) :]) for one in item.compared] for item in self.task.items]
             self._keep(SHORTER, [[-float(size) for size in item] for item in texts], {"compares": "by characters, fewer first"}, 0.0, None)

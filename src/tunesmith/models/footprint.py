@@ -17,7 +17,7 @@ from .roofline import RECOMPUTED, Shape, on_cpu_in_16_bits
 SAVED_HIDDEN, SAVED_INNER = 11, 3  # vectors of each width that the backward pass keeps, per token and layer
 # Times those, on a CPU in 16 bits: kernels that are made between activations stay, and leave holes of ever other sizes. LoRA on 135M: 1.6
 # after 8 updates, 1.8 after 40; learned prompts 1.0.
-HOLES_IN_16_BITS = 1.4
+HOLES_IN_16_BITS, HOLES_OF_SEVERAL = 1.4, 2.2  # where an update is one batch, or several of ever other sizes
 PLAIN_HIDDEN, PLAIN_INNER = 24, 7  # the same without the fast paths, with which they are compared before the first update
 CHECKPOINTED_HIDDEN = 4  # what checkpointing leaves of them: a layer's input, and holes that the allocator cannot fill; from LoRA, 8 rows
 BESIDE_MASTERS = 1.0  # times the fp32 masters: the loaded weights, which are held until every master is made
@@ -43,6 +43,7 @@ def train_footprint(
     bare: bytes held before the model. batch_tokens: computed tokens of the largest batch; probe_tokens: of the rows on which fast and plain
     layers are compared. mapped: whether the weights' file is mapped as it is, so that what a fast path copies is held twice.
     """
+    added_up = (stage.gradient_accumulation_steps or 1) > 1
     vectors = SAVED_HIDDEN * shape.hidden + SAVED_INNER * shape.inner
     again = shape.layers * cost.depth * RECOMPUTED[stage.gradient_checkpointing or False]
     layers = shape.layers * cost.depth - again + (1 if again else 0)  # of those computed again, one at a time
@@ -51,7 +52,7 @@ def train_footprint(
         layers, kept = 1, 0
     saved = batch_tokens * (layers * vectors + cost.saved_inputs * layers / shape.layers + kept) * shape.itemsize
     if on_cpu_in_16_bits(shape):
-        saved += int((HOLES_IN_16_BITS - 1) * vectors) * batch_tokens * layers * shape.itemsize
+        saved += int(((HOLES_OF_SEVERAL if added_up else HOLES_IN_16_BITS) - 1) * vectors) * batch_tokens * layers * shape.itemsize
     if not cost.whole:
         saved += shape.linear // shape.layers * shape.itemsize  # a layer's weights while they move beside the update's
     room = room_on("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,7 +62,6 @@ def train_footprint(
     else:
         logits += room.frozen * shape.itemsize // 4
     halved = cost.whole and shape.itemsize == 2
-    added_up = (stage.gradient_accumulation_steps or 1) > 1
     parts = {
         "weights": shape.weights + (0 if cost.whole else 4 * cost.trainable) + (cost.copied * shape.itemsize if mapped else 0),
         "gradients": cost.trainable * (2 if halved and not added_up else 4),

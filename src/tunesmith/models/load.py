@@ -281,6 +281,14 @@ def _snapshot(section: ModelSection) -> str:
     return snapshot_download(section.name, revision=section.revision, allow_patterns=[*HUB_FILES, *code], ignore_patterns=list(HUB_COPIES))
 
 
+def _mend_of_files(where: str) -> str:
+    folder = Path(where)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return "check model.name and its files; one that cannot be read has to be fetched or made anew"
+    held = ", ".join(sorted(file.name for file in folder.iterdir())[:5]) or "nothing"
+    return f"weights are read from *.safetensors, and the folder holds {held}: fetch or convert them, or name another folder"
+
+
 @contextmanager
 def _explained(where: str) -> Iterator[None]:
     """Turns what transformers raises about a model's files into a ModelError."""
@@ -290,9 +298,7 @@ def _explained(where: str) -> Iterator[None]:
         raise
     except Exception as error:  # the libraries raise whatever they please, tokenizers even a plain Exception
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        mend = (
-            "set model.trust_remote_code: true if you trust it" if "trust_remote_code" in str(error) else "check model.name and its files"
-        )
+        mend = "set model.trust_remote_code: true if you trust it" if "trust_remote_code" in str(error) else _mend_of_files(where)
         raise ModelError(first, where=where, mend=mend) from error
 
 

@@ -30,17 +30,20 @@ BESIDE = 1.15  # what training takes over the sum of its parts; 135M on two core
 # as fast as that in one direction only. 135M with AMX: 1.4 (IA3) to 1.8 (full), up to 2.3 in slower hours, and 0.9 to 1.5; not measured
 # without AMX.
 TRAIN_IN_16_BITS, FORWARD_IN_16_BITS = 1.8, 1.6
-# In place of the first where compiled loops do what lies between products (kernels/): 1.5 by turns in one process, 1.2 (GRPO's) to 2.8 by
-# five stages on two threads.
-TRAIN_BY_LOOPS = 2.1
+# In their place where compiled loops do what lies between products (kernels/): training took 1.5 by turns in one process, 1.2 (GRPO's) to
+# 2.8 by five stages on two threads; validation and a reference's sums 2.3.
+TRAIN_BY_LOOPS, FORWARD_BY_LOOPS = 2.0, 2.0
 ATTENTION_IN_16_BITS = 0.33  # of the time of torch's kernel, which is measured
-START_IN_16_BITS = 4.0  # seconds beside a start's passes, in which each product's kernel is made
+START_IN_16_BITS = 3.0  # seconds beside a start's passes, in which each product's kernel is made
 # Over FORWARD_IN_16_BITS, where a model answers by transformers' own layers and not by loops; 1.2 on the quickstart's general text.
 READING_IN_16_BITS = 1.3
 TRAIN_CALLS, FORWARD_CALLS = 260, 80  # operations of one layer on one batch, with their backward or alone
+# The same in 16 bits on a CPU, where each product packs its weights anew: by batches of 64 to 1024 tokens, 0.4 s of each and 0.12 s of a
+# forward pass's do not depend on how many there are.
+TRAIN_CALLS_IN_16_BITS, FORWARD_CALLS_IN_16_BITS = 800, 400
 # Of one layer in one decoding step. In 16 bits with AMX a step of one row takes 2 ms a layer beside the weights that it reads: a thousand
 # times the small call that is measured; by loops, what an evaluation of three candidates and GRPO's answers took.
-DECODE_CALLS, DECODE_CALLS_IN_16_BITS, DECODE_CALLS_BY_LOOPS = 90, 1100, 950
+DECODE_CALLS, DECODE_CALLS_IN_16_BITS, DECODE_CALLS_BY_LOOPS = 90, 1100, 850
 FEW_QUERIES = 3.0  # times what attention's speed says: one query a row is small products, with scores and weights written out
 # Of an update, over all that trains; 135M on two cores: 8-bit moments took 2.5 s in bf16 (in blocks) and 2.3 in fp32, Muon's products
 # 3.4 and 3.6.
@@ -139,7 +142,8 @@ def train_phase(shape: Shape, machine: Machine, stage: Stage, cost: MethodCost, 
     loops = _by_loops(shape)
     one_pass = loops and cost.whole and stage.optim == "adamw_torch_fused"
     moved += stage.max_steps * cost.trainable * MASTER_BYTES * (OPTIMISER_PASSES_BY_LOOPS if one_pass else OPTIMISER_PASSES[stage.optim])
-    calls = work.batches * shape.layers * (TRAIN_CALLS + again * FORWARD_CALLS)
+    both, alone = (TRAIN_CALLS_IN_16_BITS, FORWARD_CALLS_IN_16_BITS) if on_cpu_in_16_bits(shape) else (TRAIN_CALLS, FORWARD_CALLS)
+    calls = work.batches * shape.layers * ((1 + again) * alone + (both - alone) * cost.depth)
     found = _phase(f"train {stage.name}", _packed_attention(machine, shape), flops, attention, near, moved, calls)
     in_16_bits = TRAIN_BY_LOOPS if loops else TRAIN_IN_16_BITS
     return _slower(found, BESIDE * (in_16_bits if on_cpu_in_16_bits(shape) else 1.0))
@@ -154,8 +158,10 @@ def _forward(name: str, shape: Shape, machine: Machine, work: Tokens) -> Phase:
     flops = 2.0 * shape.linear * work.computed + 2.0 * shape.vocabulary * shape.hidden * work.supervised
     attention = 4.0 * shape.hidden * shape.layers * work.pairs
     near = FORWARD_SHARE * _elementwise(shape, work.computed) + work.supervised * shape.vocabulary * 4 * 3
-    found = _phase(name, machine, flops, attention, near, work.batches * shape.weights, work.batches * shape.layers * FORWARD_CALLS)
-    return _slower(found, FORWARD_IN_16_BITS if on_cpu_in_16_bits(shape) else 1.0)
+    calls = work.batches * shape.layers * (FORWARD_CALLS_IN_16_BITS if on_cpu_in_16_bits(shape) else FORWARD_CALLS)
+    found = _phase(name, machine, flops, attention, near, work.batches * shape.weights, calls)
+    in_16_bits = FORWARD_BY_LOOPS if _by_loops(shape) else FORWARD_IN_16_BITS
+    return _slower(found, in_16_bits if on_cpu_in_16_bits(shape) else 1.0)
 
 
 def start_phase(name: str, shape: Shape, machine: Machine, work: Tokens) -> Phase:

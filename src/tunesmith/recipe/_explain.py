@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from ..errors import RecipeError
 from ._base import sections_of
 from ._recipe import Recipe
-from .method import IS_LORA_WITH
+from .method import IS_TYPE_WITH
 from .task import METRICS_KNOWN_AS
 
 KeyPath = tuple[str | int, ...]
@@ -112,7 +112,7 @@ def _wrong_type_name(item: ErrorDetails, name: str, place: str) -> RecipeError:
     given = str(item["ctx"]["tag"])
     near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
     mend = f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(known)}"
-    mend = f"write {IS_LORA_WITH[given]}" if given in IS_LORA_WITH else mend
+    mend = f"write {IS_TYPE_WITH[given]}" if given in IS_TYPE_WITH else mend
     return RecipeError(f"`{name}`: unknown type `{given[:_SHOWN]}`", where=place, mend=mend)
 
 

@@ -149,13 +149,14 @@ Method = Annotated[
     FullMethod | PartialMethod | LoraMethod | Ia3Method | BottleneckMethod | PrefixMethod | PromptMethod | PTuningMethod,
     Field(discriminator="type"),
 ]
-IS_LORA_WITH = {
+IS_TYPE_WITH = {
     "qlora": "method: lora, with `model.quantization: nf4`",
     "dora": "method: {type: lora, use_dora: true}",
     "rslora": "method: {type: lora, use_rslora: true}",
     "pissa": "method: {type: lora, init_lora_weights: pissa}",
+    **{name: f"method: {{type: bottleneck, architecture: {name}}}" for name in ("houlsby", "pfeiffer", "parallel")},
 }
-"""What to write for methods that are known by names of their own and are LoRA with a setting."""
+"""What to write for methods that are known by names of their own and are another type with a setting."""
 WHOLE = ("full", "partial")
 """Methods whose result is a whole model, and not an adapter."""
 

@@ -13,15 +13,16 @@ from ..models.load import EMBEDDED
 from ..models.methods import ADAPTERS
 
 
-def base_notes(model: dict[str, Any], base: dict[str, Any], config: dict[str, Any]) -> list[str]:
+def base_notes(model: dict[str, Any], base: dict[str, Any], config: dict[str, Any], *, published: bool = True) -> list[str]:
     """What whoever loads an adapter must know of its base. model: the recipe's section; base: its identity; config: the adapter's
-    `adapter_config.json`."""
+    `adapter_config.json`; published: as for `loading_code`."""
     notes, file = [], _gguf_file(model)
     if file:
         merges = ADAPTERS[config["peft_type"]].mergeable is None and not model.get("quantization")
         notes.append(
             f"the base is the file {file} (GGUF), converted: on other weights of {base['name']} the adapter answers otherwise, and PEFT "
-            f"does not notice. The code of README.md reads that file{'; what `tunesmith export --to merged` writes needs no base' * merges}"
+            f"does not notice. {'The code of README.md reads that file. ' * published}"
+            f"{'What `tunesmith export --to merged` writes needs no base' * merges}".removesuffix(". ")
         )
     elif base["revision"] is None:
         notes.append(f"the base has no public name: it is the folder `{base['name']}`, which whoever loads the adapter has to be given too")

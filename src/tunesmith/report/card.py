@@ -52,7 +52,7 @@ def write_card(run_path: Path, base: ModelIdentity) -> None:
     code = loading_code("model", recipe["model"], about, config, published=False) if adapter else whole_code("model")
     text = _front(recipe, stage, base.name, evaluation, adapter) + _body(recipe, stage, about, evaluation, adapter, code)
     if adapter and read_card(folder)["base"]["sha256"] == base.sha256:  # else another stage's whole model is its base
-        text += _as_paragraphs(base_notes(recipe["model"], about, config))
+        text += _as_paragraphs(base_notes(recipe["model"], about, config, published=False))
     write_text(run_path / "README.md", text)
     _add_to_model((run_path / "model").resolve(), text)
 

@@ -269,6 +269,10 @@ def _seal(folder: Path) -> None:
         sync(file)
         files[name] = {"sha256": _sha256(file), "bytes": file.stat().st_size}
     write_bytes(folder / MANIFEST, _canonical({"files": files}))
+    mode = (folder / MANIFEST).stat().st_mode  # as the umask has it; safetensors lets only its owner read what it writes
+    with contextlib.suppress(OSError):  # a file system without modes
+        for name in files:
+            os.chmod(folder / name, stat.S_IMODE(mode))
     for parent, _, _ in os.walk(folder, topdown=False):
         sync(Path(parent))
 

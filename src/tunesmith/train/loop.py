@@ -138,6 +138,7 @@ def _resume(job: Job) -> Progress:
     progress, state = load_checkpoint(folder, job.optimiser, job.fingerprint)
     job.source.load(state)
     job.run.rewind(job.stage.name, progress.step)
+    job.report({"event": "resumed", "stage": job.stage.name, "step": progress.step})
     if note := other_random_numbers(folder):
         _log(job, {"event": "note", "step": progress.step, "note": note})
     return progress
