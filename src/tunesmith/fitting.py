@@ -19,10 +19,10 @@ import yaml
 from .data.batching import Batch, DatasetSource
 from .generate.engine import BATCH_TOKENS, LOGIT_ELEMENTS
 from .models.costs import MethodCost, method_cost
-from .models.footprint import Footprint, generation_bytes, train_footprint
+from .models.footprint import MOMENTS, Footprint, generation_bytes, train_footprint
 from .models.methods import resolve
 from .models.result import is_adapter, read_card
-from .models.roofline import Shape, Tokens, model_shape
+from .models.roofline import MASTER_BYTES, Shape, Tokens, model_shape
 from .models.room import available_memory
 from .recipe import WHOLE, LoraMethod, Stage
 from .rundir import rank
@@ -32,6 +32,7 @@ from .train.samplers import ROLLOUT_BATCH
 from .train.scoring import locate_result, named_models
 from .train.shaping import Shaping
 from .train.work import learns_from_answers, probe_batch
+from .train.zero import BUCKET, LEVELS
 
 SAMPLED_WINDOWS = 20  # updates looked at to know how many tokens are shared
 KEPT_FREE = 0.1  # of the room, where settings are chosen to fit: a prediction is no measurement
@@ -198,7 +199,12 @@ def stage_footprint(session: Session, shape: Shape, stage: Stage) -> Footprint:
         mapped=_is_mapped(session, shape),
     )
     launch = session.recipe.launch
-    if launch.strategy != "ddp" and cost.whole:  # the base is loaded whole before it is sharded; what trains is not
+    if (
+        launch.strategy in LEVELS and (launch.processes or 1) > 1
+    ):  # fp32 masters and gradients beside 16-bit weights, and a buffer in which gradients are sent
+        share = cost.trainable // launch.processes
+        parts |= {"optimiser": share * (MASTER_BYTES + MOMENTS[stage.optim]), "gradients": 4 * (share + min(BUCKET, cost.trainable))}
+    elif launch.strategy != "ddp" and cost.whole:  # the base is loaded whole before it is sharded; what trains is not
         parts |= {name: parts[name] // (launch.processes or 1) for name in ("gradients", "optimiser")}
     if learns_from_answers(stage):
         parts["weights"] += _models_beside(session, shape, stage)

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -96,7 +97,8 @@ def sweep(
     other = _other_measures([key for key, _ in grid], first)
     if not (folder / RESULT).is_file():
         write_json(folder / RESULT, _summary(grid, done, failed, other))
-    for number, (name, combination, chosen) in enumerate(zip(names, combinations, words, strict=True), 1):
+    order = sorted(zip(names, combinations, words, strict=True), key=lambda one: not (folder / one[0]).is_dir())
+    for number, (name, combination, chosen) in enumerate(order, 1):
         report({"event": "sweeping", "run": name, "number": number, "of": len(combinations)})
         try:
             if done:
@@ -106,7 +108,7 @@ def sweep(
         except Interrupted:
             raise
         except TunesmithError as error:
-            if not done and isinstance(error, OtherSettings):  # the table of what is there stays
+            if isinstance(error, OtherSettings):  # of what is there, which came first: its table stays
                 raise
             errors.append(copy.copy(error))  # without the traceback, which would hold the run's model
             failed.append({"name": name, "settings": dict(combination), "error": error.to_json()})
@@ -122,13 +124,13 @@ def sweep(
 def _require_same_axes(result: Path, grid: Sequence[tuple[str, list[str]]]) -> None:
     """A sweep that goes on names all that the folder's was over, so that no run is lost from its table. Raises RecipeError."""
     try:
-        before = json.loads(result.read_text())["axes"]
-    except (OSError, ValueError, KeyError):
+        before = dict(json.loads(result.read_text())["axes"])
+    except (OSError, ValueError, KeyError, TypeError):
         return
     now = dict(grid)
     if before.keys() == now.keys() and all(set(values) <= set(now[key]) for key, values in before.items()):
         return
-    axes = " ".join(f"--sweep {key}={','.join(values)}" for key, values in before.items())
+    axes = " ".join(f"--sweep {shlex.quote(f'{key}=' + ','.join(values))}" for key, values in before.items())
     raise RecipeError(
         "the folder holds a sweep over other values",
         where=str(result),

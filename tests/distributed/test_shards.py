@@ -54,7 +54,7 @@ def test_two_processes_with_half_the_base_each_have_the_loss_curve_and_the_weigh
     assert sum(process["base"] for process in seen) == whole
     assert max(process["base"] for process in seen) < 0.52 * whole
     if kind == "sft":
-        assert seen[0]["lora"] == [None, "the base is sharded over processes, and one product would hold it whole"]
+        assert seen[0]["lora"] == [None, "under a strategy that shards, one product of both would hold the base whole once more"]
 
 
 def test_a_sharded_run_goes_on_unsharded_on_one_process_and_sharded_on_two_to_the_same_weights(tmp_path):

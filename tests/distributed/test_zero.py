@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from tests.distributed import processes
 from tests.distributed.processes import stage_of, together, train, trained, values
 from tests.distributed.test_shards import stopped_at
-from tests.distributed.work import WORK, furthest, stage_for
-from tests.toys import tiny_model
+from tests.distributed.work import PPO, WORK, furthest, result, stage_for
+from tests.toys import make_rows, tiny_model
 
 from tunesmith.models.policy import Policy
+from tunesmith.recipe import FullMethod
 from tunesmith.rundir import rank
 from tunesmith.train import loop, zero
 from tunesmith.train import stage as stage_module
@@ -28,13 +29,21 @@ def library():
     return zero._deepspeed()
 
 
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Has a tiny model's weights sharded, given back after each use, fetched beforehand, and sent in several buckets, as a large one's."""
+    sizes = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 3000}
+    monkeypatch.setattr(zero, "SHARDING", sizes)
+    monkeypatch.setattr(zero, "BUCKET", 5000)
+
+
 def zero_run(kind, path, strategy, **settings):
     """One process's part; gives the bytes of weights and of masters that it held when training began."""
     seen = {}
 
     def watched(job):
         base = [p for name, p in job.policy.named_parameters() if ".lora_" not in name and not name.startswith("heads.")]
-        seen["base"] = sum(getattr(p, "ds_tensor", p).numel() * p.element_size() for p in base)
+        seen["base"] = sum((p.numel() or p.ds_tensor.numel()) * p.element_size() for p in base)
         seen["masters"] = sum(master.numel() for master in job.optimiser._masters)
         return plain(job)
 
@@ -153,3 +162,53 @@ def test_a_stage_that_has_ended_leaves_nothing_of_itself_and_the_next_one_begins
 
     assert values(together(2, two_stages, tmp_path / "said")) == [0, 0]
     assert furthest(tmp_path / "first", tmp_path / "second") == 0
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize("kind, rows", [("sft", 14), ("full", 14)])
+def test_all_batches_of_an_update_count(kind, rows, strategy, tmp_path):
+    """Three of a process in an update, and in the last of an epoch fewer."""
+    stage, rows = stage_for(kind, gradient_accumulation_steps=3), make_rows(rows)
+
+    def part():
+        stage_of(stage, tmp_path / "2", rows, validation=rows, processes=2, strategy=strategy)
+
+    values(together(2, part, tmp_path / "said"))
+    one, two = train(1, stage, tmp_path / "1", rows, validation=rows), trained(tmp_path / "2")
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    assert two.norms == pytest.approx(one.norms, rel=1e-4)
+    assert furthest(one.path, two.path) < 1e-4
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        ("ppo", {"rollout": {"prompts_per_step": 1, "max_new_tokens": 6}, "objective": PPO["objective"] | {"num_mini_batches": 1}}),
+        ("ppo", {"method": FullMethod()}),
+        ("full", {"load_best_model_at_end": True, "gradient_checkpointing": True}),
+        ("kto", {}),
+        ("dpo", {"objective": "reward"}),
+        ("dpo", {"objective": "reward", "method": FullMethod()}),
+    ],
+)
+def test_processes_with_fewer_batches_than_others_and_the_best_weights_at_the_end(kind, settings, strategy, tmp_path):
+    stage, rows = stage_for(kind, **settings), WORK[kind][1]
+
+    def part():
+        stage_of(stage, tmp_path / "2", rows, validation=rows, processes=2, strategy=strategy)
+
+    values(together(2, part, tmp_path / "said"))
+    one, two = train(1, stage, tmp_path / "1", rows, validation=rows), trained(tmp_path / "2")
+    assert two.losses == pytest.approx(one.losses, rel=1e-4, abs=1e-5)
+    assert furthest(one.path, two.path) < 1e-3
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_an_adapter_in_fp32_trains_on_a_base_in_bf16(strategy, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "tiny_model", lambda family: tiny_model(family).bfloat16())
+    rows = WORK["sft"][1]
+    values(together(2, lambda: stage_of(stage_for("sft"), tmp_path / "2", rows, processes=2, strategy=strategy), tmp_path / "said"))
+    one, two = train(1, stage_for("sft"), tmp_path / "1", rows), trained(tmp_path / "2")
+    assert two.losses == pytest.approx(one.losses, rel=0.01)
+    assert {tensor.dtype for tensor in result(two.path).values()} == {torch.float32}

@@ -165,6 +165,8 @@ def test_the_table_of_a_sweep_stays_where_it_is_asked_to_go_on_with_other_settin
     before = {name: (folder / name).read_bytes() for name in ("sweep.json", "sweep.html")}
     with pytest.raises(RecipeError, match="was trained with other settings or data"):
         sweep_runs(whole, ["seed=0,1"], sets=["stages.0.learning_rate=3e-3"], out=folder, resume=True)
+    with pytest.raises(RecipeError, match="was trained with other settings or data"):
+        sweep_runs(whole, ["seed=2,0,1"], sets=["stages.0.learning_rate=3e-3"], out=folder, resume=True)
     for axes in (["seed=1,2"], ["seed=0,1", "stages.0.learning_rate=1e-3,1e-2"]):
         with pytest.raises(RecipeError, match="the folder holds a sweep over other values") as refused:
             sweep_runs(whole, axes, out=folder, resume=True)

@@ -111,7 +111,7 @@ class Policy(nn.Module):
             if "kernels" in self.fast_paths.used:
                 use_grouped(self.causal, self.fast_paths)
             if sharded:
-                self.fast_paths.refused["lora"] = "the base is sharded over processes, and one product would hold it whole"
+                self.fast_paths.refused["lora"] = "under a strategy that shards, one product of both would hold the base whole once more"
             else:
                 fuse_lora(self.model, self.fast_paths)
             if FLEX_ATTENTION in self.fast_paths.used and not sharded:

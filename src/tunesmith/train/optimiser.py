@@ -56,6 +56,7 @@ class Optimiser:
         self.loss_scale = loss_scale
         self.weight_decay, self.max_grad_norm = stage.weight_decay, stage.max_grad_norm
         self.updates = torch.zeros(())  # made so far
+        self._learned = False
         choice, scales = Choice(stage), scales or {}
         named = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
         rules = {name: choice.rule(p.shape, table=name in tables or SCALES in name) for name, p in named}
@@ -104,6 +105,7 @@ class Optimiser:
 
     def zero_grad(self) -> None:
         """Sets every gradient to 0."""
+        self._learned = False
         self.flat_gradient.zero_()
         for unit in self._apart:
             unit.gradient = None
@@ -120,11 +122,14 @@ class Optimiser:
 
     def backward(self, loss: Tensor) -> None:
         """Adds a loss's gradients, times the loss scale, to what there is."""
+        self._learned = True
         loss.mul(self.scale).backward()
 
     def update(self, learning_rate: float, reduce: Reduce = _alone) -> float:
-        """One update, and the norm of its gradients before they were clipped; where that is not finite, nothing moves. reduce: sums over
-        the processes that hold the shards."""
+        """One update, and the norm of its gradients before they were clipped; where that is not finite, or no loss had gradients, nothing
+        moves. reduce: sums over the processes that hold the shards."""
+        if not self._learned:
+            return 0.0
         norm = self.grad_norm(reduce)
         if math.isfinite(norm):
             self.step(learning_rate, norm)

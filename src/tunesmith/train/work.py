@@ -144,7 +144,7 @@ def _policy(stage: Stage, inputs: WorkInputs, objective: Objective) -> Policy:
         activation_offload=stage.activation_offload,
         temperature=stage.rollout.temperature if learns_from_answers(stage) else 1.0,
         detach_values=getattr(stage.objective, "value", "detached") == "detached",
-        sharded=inputs.strategy in ("fsdp", "zero3"),
+        sharded=inputs.strategy != "ddp",
     )
     if stage.objective.type in COMPARING:
         policy.model.eval()

@@ -30,6 +30,9 @@ from .optimiser import SAMPLE, Reduce, decays
 
 LEVELS = {"zero2": 2, "zero3": 3}
 """ZeRO's stage, by the recipe's name of a strategy."""
+BUCKET = 50_000_000  # numbers of gradients that are sent at once, in a buffer of as many
+SHARDING: dict[str, Any] = {}
+"""DeepSpeed's own settings of how it shards, beside ours: none."""
 MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}
 """torch's names of what AdamW remembers, by the checkpoint's."""
 
@@ -59,9 +62,11 @@ class ZeroOptimiser:
         self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self.level, self.updates = level, 0
         dtypes = {parameter.dtype for parameter in self.parameters}
+        if torch.bfloat16 in dtypes:  # it casts all other numbers of such a model
+            dtypes |= {parameter.dtype for parameter in policy.parameters() if parameter.is_floating_point()}
         if len(dtypes) > 1:
             raise RecipeError(
-                f"DeepSpeed trains weights of one type, and this stage's are of {' and '.join(sorted(map(str, dtypes)))}",
+                f"DeepSpeed trains models of one type in 16 bits, and this stage's is of {' and '.join(sorted(map(str, dtypes)))}",
                 where=f"stages.{stage.name}",
                 mend="launch.strategy: fsdp, model.dtype: float32, or an adapter, which is fp32 on a base of any type",
             )
@@ -78,7 +83,8 @@ class ZeroOptimiser:
             fused=True,
         )
         self._scales = [scale for _, scale in groups]
-        self._engine = _engine(policy, self._adamw, level, stage.max_grad_norm, dtypes.pop())
+        bucket = min(BUCKET, sum(map(Tensor.numel, self.parameters)))
+        self._engine = _engine(policy, self._adamw, level, stage.max_grad_norm, dtypes.pop(), bucket)
         self._remember()
         self._reached = [torch.zeros((), dtype=torch.bool) for _ in named]
         self._watches = [p.register_hook(_reaching(reached)) for p, reached in zip(self.parameters, self._reached, strict=True)]
@@ -89,11 +95,14 @@ class ZeroOptimiser:
             policy.whole = self._whole
 
     def zero_grad(self) -> None:
-        """Nothing is left to clear: an update takes all gradients, and one that was not made has thrown them away."""
+        """An update takes all gradients, and one that was not made has thrown them away; zero3 keeps those of what is not reached again."""
         self._learned = False
+        if self.level == 3:
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
 
     def backward(self, loss: Tensor) -> None:
         """Adds a loss's gradients to what there is. DeepSpeed takes the mean over the processes, where ours is a sum."""
+        self._engine.optimizer.clear_backward_seen_flag()  # as the engine's own forward does: else zero3 keeps the last batch's alone
         self._engine.backward(loss * world(), scale_wrt_gas=False)
         self._learned = True
 
@@ -142,6 +151,7 @@ class ZeroOptimiser:
 
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts a saved state's weights in place, and nothing else."""
+        self._let_go()
         for name, parameter in zip(self.names, self.parameters, strict=True):
             self._put(parameter, tensors[f"weight.{name}"])
 
@@ -226,23 +236,32 @@ class ZeroOptimiser:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """`Policy.whole`: all weights gathered, and no hook that takes them away again after a layer."""
+        """`Policy.whole`: all weights gathered, and no hook that takes them away again after a layer, or waits for the other processes."""
         from deepspeed.runtime.zero import GatheredParameters
 
+        self._let_go()
         offload = self._engine.optimizer.parameter_offload
         with GatheredParameters(list(self._engine.module.parameters())):
-            for hook in (*offload.forward_hooks, *offload.backward_hooks):
+            for hook in (offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks):
                 hook.remove()
             offload.forward_hooks, offload.backward_hooks = [], []
             try:
                 yield
             finally:
+                begin = offload.get_param_coordinator().reset_step
+                offload.fwd_pre_hook = offload.module.register_forward_pre_hook(lambda *_: begin())
                 offload._register_deepspeed_module(offload.module)
+
+    def _let_go(self) -> None:
+        """Waits for weights that a pass over them has asked for beforehand, and gives them back."""
+        if self.level == 3:
+            self._engine.optimizer._partition_all_parameters()
 
 
 def _reaching(reached: Tensor) -> Any:
     def hook(gradient: Tensor) -> None:
-        reached.logical_or_(gradient.any().cpu())
+        if not reached:
+            reached.logical_or_(gradient.any().cpu())
 
     return hook
 
@@ -265,14 +284,15 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def _engine(policy: Policy, adamw: torch.optim.Optimizer, level: int, max_grad_norm: float | None, dtype: torch.dtype) -> Any:
-    """DeepSpeed's engine over a policy, which sums gradients in fp32 and leaves it to the caller when an update is due."""
+def _engine(policy: Policy, adamw: torch.optim.Optimizer, level: int, max_grad_norm: float | None, dtype: torch.dtype, bucket: int) -> Any:
+    """DeepSpeed's engine over a policy, which sums gradients in fp32 and leaves it to the caller when an update is due. bucket: numbers
+    that are sent at once."""
     settings = {
         "train_micro_batch_size_per_gpu": 1,  # only counted
         "managed_gradient_accumulation": False,
         "gradient_clipping": max_grad_norm or 0.0,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": level, "overlap_comm": False},
+        "zero_optimization": {"stage": level, "overlap_comm": False, "reduce_bucket_size": bucket, **SHARDING},
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
