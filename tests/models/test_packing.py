@@ -161,7 +161,7 @@ def test_the_head_runs_only_where_its_outputs_are_needed(monkeypatch):
     policy.heads["score"] = torch.nn.Linear(32, 1)
     forest = build_forest(_rows())
     assert policy(forest, ("entropy",)).entropy is not None
-    monkeypatch.setattr(Policy, "_head", None)
+    monkeypatch.setattr(policy, "_head", None)
     outputs = policy(forest, ("values", "scores"))
     assert outputs.logprobs is None
     assert (len(outputs.values), len(outputs.scores)) == (len(forest.target_S), 8)
