@@ -24,7 +24,7 @@ from .models.methods import resolve
 from .models.result import is_adapter, read_card
 from .models.roofline import MASTER_BYTES, Shape, Tokens, model_shape
 from .models.room import available_memory
-from .recipe import WHOLE, LoraMethod, Stage
+from .recipe import WHOLE, ZERO, LoraMethod, Stage
 from .rundir import rank
 from .session import Session
 from .train.memory import held_bytes, peak_memory_bytes
@@ -32,7 +32,7 @@ from .train.samplers import ROLLOUT_BATCH
 from .train.scoring import locate_result, named_models
 from .train.shaping import Shaping
 from .train.work import learns_from_answers, probe_batch
-from .train.zero import BUCKET, LEVELS
+from .train.zero import BUCKET
 
 SAMPLED_WINDOWS = 20  # updates looked at to know how many tokens are shared
 KEPT_FREE = 0.1  # of the room, where settings are chosen to fit: a prediction is no measurement
@@ -199,10 +199,8 @@ def stage_footprint(session: Session, shape: Shape, stage: Stage) -> Footprint:
         mapped=_is_mapped(session, shape),
     )
     launch = session.recipe.launch
-    if (
-        launch.strategy in LEVELS and (launch.processes or 1) > 1
-    ):  # fp32 masters and gradients beside 16-bit weights, and a buffer in which gradients are sent
-        share = cost.trainable // launch.processes
+    if launch.strategy in ZERO and (launch.processes or 1) > 1:
+        share = cost.trainable // launch.processes  # fp32 masters beside the weights, and fp32 gradients, which are sent from a buffer
         parts |= {"optimiser": share * (MASTER_BYTES + MOMENTS[stage.optim]), "gradients": 4 * (share + min(BUCKET, cost.trainable))}
     elif launch.strategy != "ddp" and cost.whole:  # the base is loaded whole before it is sharded; what trains is not
         parts |= {name: parts[name] // (launch.processes or 1) for name in ("gradients", "optimiser")}

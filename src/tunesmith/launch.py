@@ -14,13 +14,12 @@ from pathlib import Path
 import yaml
 
 from .errors import RecipeError
-from .recipe import LaunchSection, Recipe, load_recipe
+from .recipe import ZERO, LaunchSection, Recipe, load_recipe
 from .rundir import launched
 
 PORT = 29500  # where the machines meet
 WARNING_SECONDS = 300  # from a signal to the end, before Slurm's limit too, in which a checkpoint is written
 PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun hands the signal on, and would kill its processes 30 s later
-INSTALL = "pip install tunesmith"
 FOLDER = "/tunesmith"  # where a dstack container has what is in the folder of the file
 SENT = ("sky", "dstack")  # tools that take the current folder to the machines; under Slurm they see the same files
 
@@ -83,6 +82,13 @@ def cluster_file(path: str | Path, tool: str, sets: Sequence[str] = ()) -> str:
     return TOOLS[tool](recipe, shlex.join([str(path), *overrides, "--resume"]))
 
 
+def _install(recipe: Recipe) -> str:
+    """What brings tunesmith, with the extras that the recipe takes."""
+    bits = recipe.model.quantization is not None or any(stage.optim.endswith("8bit") for stage in recipe.stages)
+    extras = ["deepspeed"] * (recipe.launch.strategy in ZERO) + ["quant"] * bits
+    return f"pip install 'tunesmith[{','.join(extras)}]'" if extras else "pip install tunesmith"
+
+
 def _torchrun(recipe: Recipe, run: str, meeting: str, nodes: str) -> str:
     words = f"--nnodes={nodes} --nproc_per_node={recipe.launch.nproc_per_node or 1} {meeting}"
     return f"env {PATIENCE}={WARNING_SECONDS} torchrun {words} -m tunesmith run {run}"
@@ -127,7 +133,7 @@ def _sky(recipe: Recipe, run: str) -> str:
         "workdir": ".",
         "num_nodes": launch.nodes,
         "resources": {"accelerators": f"{launch.accelerator}:{launch.nproc_per_node or 1}"},
-        "setup": INSTALL,
+        "setup": _install(recipe),
         "run": limit + _torchrun(recipe, run, meeting, '"$SKYPILOT_NUM_NODES"'),
     }
     return yaml.safe_dump(task, sort_keys=False, width=10_000)
@@ -141,7 +147,7 @@ def _dstack(recipe: Recipe, run: str) -> str:
         "name": recipe.name.lower().replace(".", "-").replace("_", "-"),
         "nodes": launch.nodes,
         "files": [f".:{FOLDER}"],
-        "commands": [f"cd {FOLDER}", INSTALL, _torchrun(recipe, run, meeting, '"$DSTACK_NODES_NUM"')],
+        "commands": [f"cd {FOLDER}", _install(recipe), _torchrun(recipe, run, meeting, '"$DSTACK_NODES_NUM"')],
         "resources": {"gpu": f"{launch.accelerator}:{count}" if launch.accelerator else count},
         **({"max_duration": f"{launch.hours}h"} if launch.hours else {}),
     }

@@ -23,7 +23,7 @@ from .evaluate import TemplateEncoder, check_gates, derive_max_new_tokens
 from .fitting import fit_stages
 from .models.load import LoadedModel, load_model
 from .models.result import is_adapter, read_card, require_unaltered
-from .recipe import WHOLE, DataSection, ModelReward, Recipe, Stage, dump_recipe, load_recipe, virtual_tokens_of
+from .recipe import WHOLE, ZERO, DataSection, ModelReward, Recipe, Stage, dump_recipe, load_recipe, virtual_tokens_of
 from .rundir import launched, manifest, rank, verify_folder, world, write_json, write_text
 from .score.rewards import make_rewards
 from .session import Session
@@ -32,7 +32,7 @@ from .train.checkpoint import read_state
 from .train.scoring import locate_result, named_files, named_models
 from .train.stage import UNFINGERPRINTED, add_new_tokens, derive_stage, locate_start, resolve_method, stage_fingerprint
 from .train.work import kind_of, learns_from_answers
-from .train.zero import LEVELS, require_deepspeed
+from .train.zero import require_deepspeed
 
 FROM_ROWS = {"max_steps", "warmup_steps", "eval_steps"}  # settings that, left open, follow from the number of rows
 
@@ -44,7 +44,7 @@ def run_path(recipe: Recipe) -> Path:
 
 def require_files(recipe: Recipe) -> None:
     """Names a missing file, model or library, or a gate's unknown metric, before anything is loaded. Raises MissingFile or RecipeError."""
-    if recipe.launch.strategy in LEVELS and max(world(), recipe.launch.nodes * (recipe.launch.nproc_per_node or 1)) > 1:
+    if recipe.launch.strategy in ZERO and max(world(), recipe.launch.nodes * (recipe.launch.nproc_per_node or 1)) > 1:
         require_deepspeed(recipe.launch.strategy)
     check_gates(recipe.evaluate.gates, None)  # by name; which of them the task can have is known when its rows are
     named = {"task.output_schema": recipe.task.output_schema, "evaluate.general": recipe.evaluate.general}

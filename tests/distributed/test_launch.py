@@ -70,6 +70,19 @@ def test_the_dstack_task_has_the_fields_and_variables_that_dstack_gives(recipe):
     assert {"--nnodes=$DSTACK_NODES_NUM", "--node_rank=$DSTACK_NODE_RANK", "--master_addr=$DSTACK_MASTER_NODE_IP"} <= set(words)
 
 
+@pytest.mark.parametrize(
+    "asked, installed",
+    [
+        (["launch.strategy=zero3"], "pip install 'tunesmith[deepspeed]'"),
+        (["stages.0.optim=adamw_8bit"], "pip install 'tunesmith[quant]'"),
+        (["launch.strategy=ddp", "model.quantization=nf4"], "pip install 'tunesmith[quant]'"),
+    ],
+)
+def test_a_cluster_installs_what_the_recipe_takes(recipe, asked, installed):
+    assert yaml.safe_load(cluster_file(recipe, "sky", asked))["setup"] == installed
+    assert installed in yaml.safe_load(cluster_file(recipe, "dstack", asked))["commands"]
+
+
 def test_no_kind_of_gpu_is_asked_for_that_the_recipe_does_not_name(recipe):
     unnamed = ["launch.accelerator=null"]
     assert yaml.safe_load(cluster_file(recipe, "dstack", unnamed))["resources"] == {"gpu": 8}

@@ -129,7 +129,7 @@ def test_8_bit_moments_go_on_sharded_bit_for_bit_and_on_another_number_of_proces
             assert furthest(tmp_path / f"{again}", tmp_path / "unbroken") <= (0 if again == 2 else 1e-5)
 
 
-@pytest.mark.parametrize("kind, strategy", [("full", "ddp"), ("full", "fsdp"), ("sft", "fsdp")])
+@pytest.mark.parametrize("kind, strategy", [("full", "ddp"), ("full", "fsdp"), ("sft", "fsdp"), ("full", "zero2"), ("full", "zero3")])
 def test_a_process_killed_within_an_update_is_named_by_the_one_that_waits_for_its_numbers(kind, strategy, tmp_path, monkeypatch):
     update = loop._update
 

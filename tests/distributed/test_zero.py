@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import signal
 import weakref
 
 import pytest
@@ -16,11 +14,10 @@ from tests.distributed.test_shards import stopped_at
 from tests.distributed.work import PPO, WORK, furthest, result, stage_for
 from tests.toys import make_rows, tiny_model
 
-from tunesmith.models.policy import Policy
 from tunesmith.recipe import FullMethod
 from tunesmith.rundir import rank
-from tunesmith.train import loop, zero
 from tunesmith.train import stage as stage_module
+from tunesmith.train import zero
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,10 +27,15 @@ def library():
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
+def small(library, monkeypatch):
     """Has a tiny model's weights sharded, given back after each use, fetched beforehand, and sent in several buckets, as a large one's."""
     sizes = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 3000}
-    monkeypatch.setattr(zero, "SHARDING", sizes)
+    initialize = library.initialize
+
+    def initialized(*, config, **given):
+        return initialize(config=config | {"zero_optimization": config["zero_optimization"] | sizes}, **given)
+
+    monkeypatch.setattr(library, "initialize", initialized)
     monkeypatch.setattr(zero, "BUCKET", 5000)
 
 
@@ -126,22 +128,6 @@ def test_of_a_gradient_that_is_no_number_no_update_is_made(strategy, dtype, tmp_
     assert all("gradient norm is inf; no update was made from it" in one.value for one in ended)
     for file in (tmp_path / "run").rglob("state*.safetensors"):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(file).values() if tensor.is_floating_point())
-
-
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
-def test_a_process_killed_within_an_update_is_named_by_the_one_that_waits(strategy, tmp_path, monkeypatch):
-    update = loop._update
-
-    def second_update_is_the_last(job, progress):
-        if rank() == 1 and progress.step == 1:
-            monkeypatch.setattr(Policy, "forward", lambda *given, **named: os.kill(os.getpid(), signal.SIGKILL))
-        update(job, progress)
-
-    monkeypatch.setattr(loop, "_update", second_update_is_the_last)
-    stage, rows = stage_for("full", save_steps=5), WORK["full"][1]
-    first, second = together(2, lambda: stage_of(stage, tmp_path / "run", rows, processes=2, strategy=strategy), tmp_path / "said")
-    assert second.status == -signal.SIGKILL
-    assert first.value.startswith("PeerLost: rank 0 of 2: another process of this run ended")
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])

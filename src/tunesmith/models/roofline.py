@@ -31,7 +31,7 @@ BESIDE = 1.15  # what training takes over the sum of its parts; 135M on two core
 # without AMX.
 TRAIN_IN_16_BITS, FORWARD_IN_16_BITS = 1.8, 1.6
 # In their place where compiled loops do what lies between products (kernels/): training took 1.5 by turns in one process, 1.2 (GRPO's) to
-# 2.8 by five stages on two threads; validation and a reference's sums 2.3.
+# 2.8 by five stages on two threads; validation and a reference's sums 1.4 to 1.6 times what the second gave.
 TRAIN_BY_LOOPS, FORWARD_BY_LOOPS = 2.0, 2.0
 ATTENTION_IN_16_BITS = 0.33  # of the time of torch's kernel, which is measured
 START_IN_16_BITS = 3.0  # seconds beside a start's passes, in which each product's kernel is made

@@ -4,7 +4,7 @@ from ._load import dump_recipe, json_schema, load_recipe
 from ._recipe import Recipe
 from .data import DataSection
 from .evaluate import EvaluateSection, Gate
-from .launch import LaunchSection, Strategy
+from .launch import ZERO, LaunchSection, Strategy
 from .method import (
     WHOLE,
     BottleneckMethod,
@@ -52,6 +52,7 @@ from .tracking import OutputSection, TrackingSection
 __all__ = [
     "COMPARING",
     "WHOLE",
+    "ZERO",
     "BottleneckMethod",
     "Ia3Method",
     "PTuningMethod",

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from ._base import Section
 from .data import DataSection
 from .evaluate import CANDIDATES, EvaluateSection
-from .launch import LaunchSection
+from .launch import ZERO, LaunchSection
 from .method import WHOLE
 from .model import ModelSection
 from .rewards import ModelReward
@@ -93,7 +93,7 @@ class Recipe(Section):
         strategy = self.launch.strategy
         if self.model.quantization is not None and strategy != "ddp":
             raise ValueError(f"launch.strategy: {strategy} does not shard a quantised base; take ddp, or leave model.quantization out")
-        if self.model.dtype == "float16" and strategy in ("zero2", "zero3"):
+        if self.model.dtype == "float16" and strategy in ZERO:
             raise ValueError(f"launch.strategy: {strategy} does not scale the loss of float16; take bfloat16, or fsdp")
         return self
 
@@ -108,7 +108,7 @@ class Recipe(Section):
                     f"stages.{i}.optim: {stage.optim} moves whole matrices, and fsdp shards those of a base that trains ({method}); "
                     "take adamw_torch_fused or adamw_8bit, or launch.strategy: ddp"
                 )
-            if strategy in ("zero2", "zero3") and stage.optim != "adamw_torch_fused":
+            if strategy in ZERO and stage.optim != "adamw_torch_fused":
                 raise ValueError(f"stages.{i}.optim: with {strategy} it is adamw_torch_fused, which DeepSpeed moves flat; or take fsdp")
         return self
 

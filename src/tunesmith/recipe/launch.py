@@ -9,6 +9,8 @@ from pydantic import Field
 from ._base import Section
 
 Strategy = Literal["ddp", "fsdp", "zero2", "zero3"]
+ZERO = {"zero2": 2, "zero3": 3}
+"""The strategies that are DeepSpeed's, and ZeRO's stage of each."""
 Positive = Annotated[int, Field(ge=1)]
 
 

@@ -39,7 +39,7 @@ from ..models.opening import base_folder
 from ..models.policy import Policy
 from ..models.result import CARD, is_adapter, read_adapter_config, read_card
 from ..objectives import SFT
-from ..recipe import COMPARING, WHOLE, ModelSection, Stage, Strategy
+from ..recipe import COMPARING, WHOLE, ZERO, ModelSection, Stage, Strategy
 from ..rundir import RunDirectory, atomic_folder, rank, verify_folder, world
 from .account import Account, CountedSource
 from .devices import same_loops_everywhere, wait
@@ -64,7 +64,7 @@ from .scoring import Gold, locate_result, named_files, named_models
 from .signals import StopRequest
 from .updates import require_optimiser
 from .work import WorkInputs, learns_from_answers, probe_batch, stage_work
-from .zero import LEVELS, ZeroOptimiser
+from .zero import ZeroOptimiser
 
 Report = Callable[[dict[str, Any]], None]
 STARTS_AWAY = "{} tuning starts away from the base: fresh learned tokens change what it says, and the first losses show it"
@@ -268,7 +268,7 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
 
 def _write_result(path: Path, policy: Policy, loaded: LoadedModel, card: dict[str, Any], strategy: Strategy) -> None:
     """The first process writes the stage's model; of a sharded one, all give their parts."""
-    with policy.whole() if strategy in LEVELS else nullcontext():
+    with policy.whole() if strategy in ZERO else nullcontext():
         state = trainable_state(policy.model) if strategy == "fsdp" else None
         if rank() == 0:
             with atomic_folder(path) as folder:
@@ -278,8 +278,8 @@ def _write_result(path: Path, policy: Policy, loaded: LoadedModel, card: dict[st
 
 def _optimiser(stage: Stage, policy: Policy, strategy: Strategy, dtype: torch.dtype) -> Optimiser | ZeroOptimiser:
     scales = learning_rate_scales(policy, stage.method)
-    if strategy in LEVELS:
-        return ZeroOptimiser(policy, stage, level=LEVELS[strategy], scales=scales)
+    if strategy in ZERO:
+        return ZeroOptimiser(policy, stage, level=ZERO[strategy], scales=scales)
     loss_scale = LossScale() if dtype == torch.float16 else None
     return Optimiser(policy.named_parameters(), stage, scales=scales, tables=_tables(policy), loss_scale=loss_scale)
 

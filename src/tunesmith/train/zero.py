@@ -28,11 +28,7 @@ from ..recipe import Stage
 from ..rundir import rank, world
 from .optimiser import SAMPLE, Reduce, decays
 
-LEVELS = {"zero2": 2, "zero3": 3}
-"""ZeRO's stage, by the recipe's name of a strategy."""
 BUCKET = 50_000_000  # numbers of gradients that are sent at once, in a buffer of as many
-SHARDING: dict[str, Any] = {}
-"""DeepSpeed's own settings of how it shards, beside ours: none."""
 MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}
 """torch's names of what AdamW remembers, by the checkpoint's."""
 
@@ -292,7 +288,7 @@ def _engine(policy: Policy, adamw: torch.optim.Optimizer, level: int, max_grad_n
         "managed_gradient_accumulation": False,
         "gradient_clipping": max_grad_norm or 0.0,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": level, "overlap_comm": False, "reduce_bucket_size": bucket, **SHARDING},
+        "zero_optimization": {"stage": level, "overlap_comm": False, "reduce_bucket_size": bucket},
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
