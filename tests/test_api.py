@@ -381,3 +381,6 @@ def test_init_writes_what_the_verb_writes_and_overwrites_only_by_force(tmp_path)
     with pytest.raises(tunesmith.errors.OutputInUse, match=r"shop\.yaml is there already"):
         tunesmith.init(file, out=tmp_path / "new")
     assert tunesmith.init(file, out=tmp_path / "new", force=True) == [path]
+    with pytest.raises(RecipeError, match="these are the training rows"):
+        tunesmith.init(file, file, out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -20,11 +20,14 @@ def init(file: str | Path, test: str | Path | None = None, *, out: str | Path = 
     """Writes a commented recipe for a data file (or a hub data set) into the folder `out`, and a schema of its answers where they are JSON.
 
     test: the test file, else one beside `file`. Returns what was written, the recipe first. Raises MissingFile or DataRefused, and
-    OutputInUse where a file is there already, unless force; RecipeError where `out` is a recipe's name.
+    OutputInUse where a file is there already, unless force; RecipeError where `out` is a recipe's name, or `test` is
+    `file` itself.
     """
     folder = Path(out)
     if folder.suffix in (".yaml", ".yml") and not folder.is_dir():
         raise RecipeError("the recipe goes into a folder, and this is a file's name", where=f"--out {out}", mend=f"--out {folder.parent}")
+    if test and Path(test).exists() and Path(file).exists() and Path(test).samefile(file):
+        raise RecipeError("these are the training rows", where=f"--test {test}", mend="name a file of other rows, or leave it out")
     files = propose_recipe(str(file), str(test) if test else None, folder=folder)
     taken = [str(folder / name) for name in files if (folder / name).exists()]
     if taken and not force:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from .data.preference import AnyRecord, Kind, PromptOnly
 from .data.prepare import PreparedData, Rendering, prepare_data
@@ -23,6 +24,7 @@ from .evaluate import TemplateEncoder, check_gates, derive_max_new_tokens
 from .fitting import fit_stages
 from .models.load import LoadedModel, load_model
 from .models.result import is_adapter, read_card, require_unaltered
+from .objectives import OBJECTIVES
 from .recipe import WHOLE, ZERO, DataSection, ModelReward, Recipe, Stage, dump_recipe, load_recipe, virtual_tokens_of
 from .rundir import launched, manifest, rank, verify_folder, world, write_json, write_text
 from .score.rewards import make_rewards
@@ -32,7 +34,7 @@ from .train.checkpoint import read_state
 from .train.scoring import locate_result, named_files, named_models
 from .train.stage import UNFINGERPRINTED, add_new_tokens, derive_stage, locate_start, resolve_method, stage_fingerprint
 from .train.work import kind_of, learns_from_answers
-from .train.zero import require_deepspeed
+from .train.zero import require_deepspeed, require_one_type
 
 FROM_ROWS = {"max_steps", "warmup_steps", "eval_steps"}  # settings that, left open, follow from the number of rows
 
@@ -44,7 +46,7 @@ def run_path(recipe: Recipe) -> Path:
 
 def require_files(recipe: Recipe) -> None:
     """Names a missing file, model or library, or a gate's unknown metric, before anything is loaded. Raises MissingFile or RecipeError."""
-    if recipe.launch.strategy in ZERO and max(world(), recipe.launch.nodes * (recipe.launch.nproc_per_node or 1)) > 1:
+    if _by_deepspeed(recipe):
         require_deepspeed(recipe.launch.strategy)
     check_gates(recipe.evaluate.gates, None)  # by name; which of them the task can have is known when its rows are
     named = {"task.output_schema": recipe.task.output_schema, "evaluate.general": recipe.evaluate.general}
@@ -81,6 +83,7 @@ def prepare(session: Session) -> None:
     session.stages = fit_stages(session)
     for stage in session.stages:
         _require_room(session, stage)
+        _require_one_type(session, stage)
         _require_same_result(session, stage)
         _require_rewards(session, stage)
         _require_held_out(session, stage)
@@ -238,6 +241,18 @@ def _require_room(session: Session, stage: Stage) -> None:
             where=f"stages.{stage.name}",
             mend=f"set data.max_length to at most {session.loaded.context - learned - _rows_of(stage).room}, and data.too_long",
         )
+
+
+def _by_deepspeed(recipe: Recipe) -> bool:
+    return recipe.launch.strategy in ZERO and max(world(), recipe.launch.nodes * (recipe.launch.nproc_per_node or 1)) > 1
+
+
+def _require_one_type(session: Session, stage: Stage) -> None:
+    """DeepSpeed trains weights of one type: a base that trains, with its heads. Raises RecipeError."""
+    if _by_deepspeed(session.recipe) and stage.method.type in WHOLE:
+        heads = {torch.float32} if OBJECTIVES[stage.objective.type](stage.objective).needs & {"scores", "values"} else set()
+        held = {p.dtype for p in session.loaded.model.parameters() if p.is_floating_point()}
+        require_one_type(stage, {session.loaded.dtype} | heads, held)
 
 
 def _require_same_result(session: Session, stage: Stage) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -189,3 +190,25 @@ def test_a_choice_by_held_out_rows_is_refused_where_the_share_holds_none_out(tin
     made["data"] = {"train": str(write_rows(tmp_path / "pairs.jsonl", pairs)), "validation": 0.2}
     with pytest.raises(RecipeError, match=f"{asked} needs held-out rows, and none were held out"):
         tunesmith.train(made, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "method", "refused"), [("bfloat16", "full", True), ("bfloat16", "lora", False), ("float32", "full", False)]
+)
+def test_a_later_stages_types_that_deepspeed_does_not_train_together_are_named_before_the_first_one_trains(
+    tiny, tmp_path, dtype, method, refused
+):
+    pairs = [
+        {"chosen": row["messages"], "rejected": [row["messages"][0], {"role": "assistant", "content": "no"}]} for row in conversations(12)
+    ]
+    last = stage("reward", objective="reward", method=method, data={"train": str(write_rows(tmp_path / "pairs.jsonl", pairs))})
+    made = recipe(
+        tmp_path,
+        tiny,
+        stages=[stage(), last],
+        evaluate=NO_EVALUATION,
+        launch={"strategy": "zero2", "nproc_per_node": 2},
+    )
+    made["model"]["dtype"] = dtype
+    with pytest.raises(RecipeError, match="one type in 16 bits") if refused else nullcontext():
+        tunesmith.plan(made)

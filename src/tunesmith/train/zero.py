@@ -43,6 +43,18 @@ def require_deepspeed(strategy: str) -> None:
         )
 
 
+def require_one_type(stage: Stage, trained: set[torch.dtype], held: set[torch.dtype]) -> torch.dtype:
+    """The type of the weights that train. held: of all weights. Raises RecipeError where they are of several, as DeepSpeed trains none."""
+    dtypes = trained | held if torch.bfloat16 in trained else trained  # it casts all other numbers of such a model
+    if len(dtypes) > 1:
+        raise RecipeError(
+            f"DeepSpeed trains models of one type in 16 bits, and this stage's is of {' and '.join(sorted(map(str, dtypes)))}",
+            where=f"stages.{stage.name}",
+            mend="launch.strategy: fsdp, model.dtype: float32, or an adapter, which is fp32 on a base of any type",
+        )
+    return next(iter(trained))
+
+
 class ZeroOptimiser:
     """What the loop asks of an `Optimiser`, by DeepSpeed. Every method that reads or writes tensors is to be called by all processes.
 
@@ -57,15 +69,8 @@ class ZeroOptimiser:
         named = [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self.level, self.updates = level, 0
-        dtypes = {parameter.dtype for parameter in self.parameters}
-        if torch.bfloat16 in dtypes:  # it casts all other numbers of such a model
-            dtypes |= {parameter.dtype for parameter in policy.parameters() if parameter.is_floating_point()}
-        if len(dtypes) > 1:
-            raise RecipeError(
-                f"DeepSpeed trains models of one type in 16 bits, and this stage's is of {' and '.join(sorted(map(str, dtypes)))}",
-                where=f"stages.{stage.name}",
-                mend="launch.strategy: fsdp, model.dtype: float32, or an adapter, which is fp32 on a base of any type",
-            )
+        held = {parameter.dtype for parameter in policy.parameters() if parameter.is_floating_point()}
+        dtype = require_one_type(stage, {parameter.dtype for parameter in self.parameters}, held)
         for parameter in policy.parameters():
             parameter.data = parameter.data.contiguous()  # PiSSA's are not, and DeepSpeed sends their bytes
         scales = scales or {}
@@ -80,7 +85,7 @@ class ZeroOptimiser:
         )
         self._scales = [scale for _, scale in groups]
         bucket = min(BUCKET, sum(map(Tensor.numel, self.parameters)))
-        self._engine = _engine(policy, self._adamw, level, stage.max_grad_norm, dtypes.pop(), bucket)
+        self._engine = _engine(policy, self._adamw, level, stage.max_grad_norm, dtype, bucket)
         self._remember()
         self._reached = [torch.zeros((), dtype=torch.bool) for _ in named]
         self._watches = [p.register_hook(_reaching(reached)) for p, reached in zip(self.parameters, self._reached, strict=True)]
