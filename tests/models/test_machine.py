@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tunesmith.errors import StorageFailed
 from tunesmith.models import machine
 from tunesmith.models.load import has_fast
 from tunesmith.models.machine import Machine, measure_machine
@@ -96,7 +97,23 @@ def test_the_measured_speeds_are_those_of_a_computer(tmp_path, monkeypatch):
     found = asdict(measure_machine(torch.float32))
     assert 1e-9 <= found.pop("call_seconds") < 1e-2
     assert all(1e6 < speed < 1e15 for speed in found.values()), found
-    assert not list(tmp_path.glob(".storage-trial"))
+    assert {file.name for file in tmp_path.iterdir()} <= {"machine.json"}
+
+
+def test_two_runs_measure_one_storage_at_once(tmp_path, monkeypatch):
+    def flush(descriptor):
+        for file in tmp_path.iterdir():  # as the other run takes away what it wrote
+            file.unlink()
+
+    monkeypatch.setattr(machine, "STORED", 1000)
+    monkeypatch.setattr(os, "fsync", flush)
+    assert machine._storage(tmp_path) > 0
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageFailed, match="cannot"):
+        machine._storage(tmp_path / "file" / "cache")
 
 
 def test_a_speed_is_taken_by_the_clock_whatever_the_threads_do_meanwhile():

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rundir import write_json
+from ..rundir import storage_failures, write_json
 from .load import cache_folder
 
 SECONDS = 10.0  # of the whole measurement
@@ -60,7 +61,7 @@ class Machine:
 def measure_machine(dtype: torch.dtype, *, announce: Callable[[str], None] = lambda text: None) -> Machine:
     """The machine's speeds in this dtype and with the present threads, kept unless this process had to wait for a processor meanwhile.
 
-    announce: told before it is measured anew, and why it is not kept.
+    announce: told before it is measured anew, and why it is not kept. Raises StorageFailed where the cache folder cannot be written.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path, name = cache_folder() / "machine.json", machine_name(dtype, device)
@@ -72,7 +73,6 @@ def measure_machine(dtype: torch.dtype, *, announce: Callable[[str], None] = lam
         if (share := (_waited() - waited) / (time.perf_counter() - began)) > BESIDE:
             announce(f"{min(share, 1):.0%} of that time no processor was free: the plan holds beside such work, the next measures again")
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, known)
     return Machine(**known[name])
 
@@ -166,18 +166,18 @@ def _usual(run: Callable[[], Any], device: torch.device, seconds: float) -> floa
 
 
 def _storage(folder: Path) -> float:
-    """Bytes a second written, flushed and hashed, as a checkpoint is; of three times the best."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, content, best = folder / ".storage-trial", bytes(STORED), 0.0
-    try:
-        for _ in range(3):
+    """Bytes a second written, flushed and hashed, as a checkpoint is; of three times the best. The file has no name that another run,
+    which measures too, could take. Raises StorageFailed."""
+    with storage_failures(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    content, best = bytes(STORED), 0.0
+    for _ in range(3):
+        with storage_failures(folder, STORED), tempfile.TemporaryFile(dir=folder) as file:
             began = time.perf_counter()
-            with open(path, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            hashlib.sha256(path.read_bytes())
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            hashlib.sha256(file.read())
             best = max(best, STORED / (time.perf_counter() - began))
-    finally:
-        path.unlink(missing_ok=True)
     return best
