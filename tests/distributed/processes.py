@@ -22,7 +22,8 @@ from tunesmith.train.devices import of_first, process_group
 from tunesmith.train.signals import StopRequest
 from tunesmith.train.stage import run_stage
 
-SECONDS = 120  # after which a process that has not ended hangs
+SECONDS = 120  # in which processes that work take more of a processor than
+WORKING = 0.002  # of one: else they hang, however little of a busy machine they are given
 
 
 class Ended(NamedTuple):
@@ -40,19 +41,28 @@ def together(count: int, work: Callable[[], Any], folder: Path) -> list[Ended]:
         port = free.getsockname()[1]
     children = [_fork(number, count, port, work, folder / f"{number}.json") for number in range(count)]
     statuses: dict[int, int] = {}
-    deadline = time.monotonic() + SECONDS
+    looked, spent = time.monotonic(), 0.0
     while len(statuses) < count:
-        if time.monotonic() > deadline:
-            for child in children:
-                os.kill(child, signal.SIGKILL)
-            raise AssertionError(f"{count - len(statuses)} of {count} processes hang")
-        for child in set(children) - statuses.keys():
+        running = set(children) - statuses.keys()
+        if time.monotonic() > looked + SECONDS:
+            before, spent, looked = spent, sum(map(_processor_seconds, running)), time.monotonic()
+            if 0 <= spent - before < WORKING * SECONDS:
+                for child in running:
+                    os.kill(child, signal.SIGKILL)
+                raise AssertionError(f"{len(running)} of {count} processes hang")
+        for child in running:
             found, status = os.waitpid(child, os.WNOHANG)
             if found:
                 statuses[child] = os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
     said = [folder / f"{number}.json" for number in range(count)]
     return [Ended(statuses[c], json.loads(f.read_text()) if f.is_file() else None) for c, f in zip(children, said, strict=True)]
+
+
+def _processor_seconds(process: int) -> float:
+    """What a process and its threads have spent so far."""
+    of_all = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(of_all[11]) + int(of_all[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _fork(number: int, count: int, port: int, work: Callable[[], Any], answer: Path) -> int:
