@@ -36,6 +36,9 @@ from .train.zero import BUCKET
 
 SAMPLED_WINDOWS = 20  # updates looked at to know how many tokens are shared
 KEPT_FREE = 0.1  # of the room, where settings are chosen to fit: a prediction is no measurement
+# DeepSpeed's own, under zero3: numbers that stay gathered at most, and that are fetched beforehand.
+LIVE, PREFETCHED = 1_000_000_000, 50_000_000
+LOADED_LEAVES = 0.9  # times the weights that were loaded whole: what is held of them once they are sharded; 135M, two processes on a CPU
 FITTED = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
 
 
@@ -202,6 +205,9 @@ def stage_footprint(session: Session, shape: Shape, stage: Stage) -> Footprint:
     if launch.strategy in ZERO and (launch.processes or 1) > 1:
         share = cost.trainable // launch.processes  # fp32 masters beside the weights, and fp32 gradients, which are sent from a buffer
         parts |= {"optimiser": share * (MASTER_BYTES + MOMENTS[stage.optim]), "gradients": 4 * (share + min(BUCKET, cost.trainable))}
+        if launch.strategy == "zero3":  # its share, what is gathered, and what is fetched beforehand
+            parts["weights"] += shape.weights // launch.processes + (min(LIVE, shape.parameters) + PREFETCHED) * shape.itemsize
+            parts["weights"] += int(LOADED_LEAVES * shape.weights)
     elif launch.strategy != "ddp" and cost.whole:  # the base is loaded whole before it is sharded; what trains is not
         parts |= {name: parts[name] // (launch.processes or 1) for name in ("gradients", "optimiser")}
     if learns_from_answers(stage):
