@@ -123,6 +123,9 @@ def test_the_page_says_of_each_claim_whether_it_holds_with_the_figures(methods, 
     assert "LoRA needs little memory: holds (0.50 of full tuning's peak)" in page
     assert "LoRA costs nothing once it is merged: not reproduced (1.20 of the base's time a token; live 1.50)" in page
     assert "| lora (0.001) |" in page
+    done["costs ia3"] = costs(20_000, 2e9, base=13.0, live=13.0, merged=13.0)  # the base is the same
+    methods.write_page(tmp_path / "methods", done, methods.METHODS, grids, dict.fromkeys(grids) | {"lora": 1e-4})
+    assert "merged: not shown, since the base's own time swung by 30% (1.20 of" in (tmp_path / "methods-measured.md").read_text()
     assert "0.600 ± 0.100 [0.550, 0.650] (3 seeds, n = 165)" in page
     assert "| 1.50 |" in page  # perplexity 12 over the base's 8
     assert "On the quickstart's task; 2 cores; 4 cores." in page  # where the costs were measured

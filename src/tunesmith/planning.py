@@ -18,6 +18,7 @@ from .fitting import (
     memory_room,
     nearest_that_fits,
     probe_work,
+    processes_there,
     prompt_tokens,
     sampled,
     stage_footprint,
@@ -72,9 +73,8 @@ def make_plan(session: Session, *, evaluates: bool = True) -> dict[str, Any]:
     notes = [note for note in [slow_arithmetic(session.loaded.dtype)] if note]
     if peak > room:
         notes.append(f"the evaluation may need {peak / 1e9:.1f} GB, this machine has {room / 1e9:.1f}: lower evaluate.batch_size")
-    launch = session.recipe.launch
-    if (launch.processes or 1) > 1 and launch.strategy != "ddp":
-        notes.append(f"launch.strategy {launch.strategy}: the time in which processes send each other their shares is not in the plan")
+    if processes_there(session.recipe) > 1:
+        notes.append(f"launch.strategy {session.recipe.launch.strategy}: what processes send each other takes time that is not in the plan")
     machine = measure_machine(session.loaded.dtype, announce=lambda text: session.report({"event": "note", "note": text}))
     phases, tokens = _spent(session), 0.0
     for stage in session.stages:

@@ -21,12 +21,12 @@ from .data.render import TrainOn
 from .data.template import load_template
 from .errors import CheckpointError, MissingFile, OtherSettings, RecipeError, TunesmithError
 from .evaluate import TemplateEncoder, check_gates, derive_max_new_tokens
-from .fitting import fit_stages
+from .fitting import fit_stages, processes_there
 from .models.load import LoadedModel, load_model
 from .models.result import is_adapter, read_card, require_unaltered
 from .objectives import OBJECTIVES
 from .recipe import WHOLE, ZERO, DataSection, ModelReward, Recipe, Stage, dump_recipe, load_recipe, virtual_tokens_of
-from .rundir import launched, manifest, rank, verify_folder, world, write_json, write_text
+from .rundir import manifest, rank, verify_folder, write_json, write_text
 from .score.rewards import make_rewards
 from .session import Session
 from .tasks import encodable_tasks, make_tasks
@@ -111,8 +111,8 @@ def _with_processes(session: Session) -> Recipe:
     count = launch.processes
     if count is None and session.run.resumed and before.is_file():
         count = load_recipe(before).launch.processes
-    there = world() if launched() else (launch.nproc_per_node or 1) * launch.nodes
-    return session.recipe.model_copy(update={"launch": launch.model_copy(update={"processes": count or there})})
+    launch = launch.model_copy(update={"processes": count or processes_there(session.recipe)})
+    return session.recipe.model_copy(update={"launch": launch})
 
 
 def _require_rewards(session: Session, stage: Stage) -> None:
@@ -244,7 +244,7 @@ def _require_room(session: Session, stage: Stage) -> None:
 
 
 def _by_deepspeed(recipe: Recipe) -> bool:
-    return recipe.launch.strategy in ZERO and max(world(), recipe.launch.nodes * (recipe.launch.nproc_per_node or 1)) > 1
+    return recipe.launch.strategy in ZERO and processes_there(recipe) > 1
 
 
 def _require_one_type(session: Session, stage: Stage) -> None:

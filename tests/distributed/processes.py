@@ -22,8 +22,9 @@ from tunesmith.train.devices import of_first, process_group
 from tunesmith.train.signals import StopRequest
 from tunesmith.train.stage import run_stage
 
-SECONDS = 120  # in which processes that work take more of a processor than
-WORKING = 0.002  # of one: else they hang, however little of a busy machine they are given
+SECONDS = 120  # in which processes that work take more than
+WORKING = 0.01  # of a processor, of a busy machine too; those that only wait for each other took up to 0.005
+PATIENCE = 10  # times those seconds, at most
 
 
 class Ended(NamedTuple):
@@ -41,12 +42,13 @@ def together(count: int, work: Callable[[], Any], folder: Path) -> list[Ended]:
         port = free.getsockname()[1]
     children = [_fork(number, count, port, work, folder / f"{number}.json") for number in range(count)]
     statuses: dict[int, int] = {}
-    looked, spent = time.monotonic(), 0.0
+    began = looked = time.monotonic()
+    spent = 0.0
     while len(statuses) < count:
         running = set(children) - statuses.keys()
         if time.monotonic() > looked + SECONDS:
             before, spent, looked = spent, sum(map(_processor_seconds, running)), time.monotonic()
-            if 0 <= spent - before < WORKING * SECONDS:
+            if 0 <= spent - before < WORKING * SECONDS or looked > began + PATIENCE * SECONDS:
                 for child in running:
                     os.kill(child, signal.SIGKILL)
                 raise AssertionError(f"{len(running)} of {count} processes hang")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from contextlib import nullcontext
 
 import pytest
 from tests.cli_tools import write_project
+from tests.distributed import processes
 from tests.distributed.processes import stage_of, together, train, trained, values
 from tests.distributed.work import WORK, furthest, stage_for
-from tests.toys import model_folder
+from tests.toys import make_rows, model_folder, tiny_model
 
 import tunesmith
 from tunesmith import fitting, pipeline, preparation
 from tunesmith.data.batching import DatasetSource, Share, deal
 from tunesmith.rundir import rank
+from tunesmith.train import stage as stage_module
+from tunesmith.train.devices import gather
 
 ROWS = WORK["sft"][1]
 
@@ -29,6 +33,35 @@ def test_two_processes_have_the_loss_curve_and_the_weights_of_one(kind, tmp_path
     assert [line["tokens"] for line in two.lines] == [line["tokens"] for line in one.lines]
     assert two.evaluated == pytest.approx(one.evaluated, rel=1e-5)
     assert furthest(one.path, two.path) < 1e-4
+
+
+def test_processes_that_wait_for_each_other_for_good_are_said_to_hang(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "SECONDS", 4)
+    with pytest.raises(AssertionError, match="2 of 2 processes hang"):
+        together(2, lambda: gather(None) if rank() else time.sleep(1000), tmp_path)
+
+
+@pytest.mark.parametrize("what", ["dtype", "adapter to start from", "setting, row"])
+def test_processes_that_do_not_begin_alike_are_refused_and_what_differs_is_named(what, tmp_path, monkeypatch):
+    def other(family):
+        model = tiny_model(family)
+        return model.bfloat16() if what == "dtype" and rank() else model
+
+    def build(*given):
+        model = plain(*given)
+        if what == "adapter to start from" and rank():
+            next(p for name, p in model.named_parameters() if "lora_A" in name).data.neg_()
+        return model
+
+    def part():
+        stage_of(stage_for("sft"), tmp_path / "run", make_rows(9 if what == "setting, row" and rank() else 10), processes=2)
+
+    plain = stage_module.build_model
+    monkeypatch.setattr(processes, "tiny_model", other)
+    monkeypatch.setattr(stage_module, "build_model", build)
+    ended = together(2, part, tmp_path / "said")
+    said = f"process 1 does not begin as process 0 does: it has another {what}"
+    assert [said in str(one.value) for one in ended] == [True, True], ended
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

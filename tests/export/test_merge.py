@@ -17,7 +17,7 @@ from tunesmith.errors import AdapterError, CheckpointError, MissingFile, OutputI
 from tunesmith.export import _parity
 from tunesmith.models.load import load_model
 from tunesmith.models.opening import open_result
-from tunesmith.recipe import ModelSection
+from tunesmith.recipe import ModelSection, load_recipe
 from tunesmith.rundir import verify_folder
 
 LORA = {"type": "lora", "r": 4}
@@ -110,7 +110,7 @@ def test_the_certificate_is_written_with_the_model(train, tmp_path):
 def test_the_divergence_is_the_kl_of_the_two_models(train, tiny, tmp_path):
     """By hand, from whole logits: the base against the tuned model."""
     run = train(LORA)
-    rows = _parity.compared_rows(run, None)[:3]
+    rows = _parity.compared_rows(run, None, load_recipe(run / "recipe.yaml"))[:3]
     model = load_model(ModelSection(name=str(tiny), dtype="float32")).model
     before = _parity.hidden_states(model, rows)
     before.keep_head(model.get_output_embeddings())
@@ -257,3 +257,15 @@ def test_a_folder_of_something_else_is_never_replaced(train, tmp_path):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(MissingFile, match="no run directory"):
         tunesmith.export(tmp_path)
+
+
+@pytest.mark.parametrize(("too_long", "lengths"), [("cut", {40}), ("drop", set())])
+def test_models_are_compared_on_rows_as_they_were_trained(train, too_long, lengths, monkeypatch):
+    """Rows beyond the limit lie whole in the store, and one of them may be longer than the model's context."""
+    run = train(LORA)
+    given = load_recipe(run / "recipe.yaml")
+    section = given.data.model_copy(update={"max_length": 40, "too_long": too_long})
+    whole, fitted = (_parity.compared_rows(run, None, given.model_copy(update={"data": data})) for data in (given.data, section))
+    assert min(map(len, whole)) > 40
+    assert {len(ids) for ids in fitted} == lengths
+    assert all((ids == other[:40]).all() for ids, other in zip(fitted, whole, strict=False))

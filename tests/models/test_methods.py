@@ -200,9 +200,21 @@ def test_a_file_that_does_not_read_back_as_what_was_trained_is_an_error(tmp_path
     monkeypatch.setattr(saving, "save_file", losing)
     with pytest.raises(AdapterError, match="does not read back"):
         save_result(model, origin, tmp_path / "out", {})
-    monkeypatch.setattr(saving, "save_file", lambda tensors, *a, **k: plain({n: t + 1 for n, t in tensors.items()}, *a, **k))
+    alter = {
+        "values": lambda n, t: (n, t + 1),
+        "names": lambda n, t: (f"other.{n}", t),
+        "one": lambda n, t: (n.replace("layers.0", "x"), t),
+    }
+    for how in alter.values():
+        monkeypatch.setattr(
+            saving, "save_file", lambda tensors, *a, how=how, **k: plain(dict(how(*one) for one in tensors.items()), *a, **k)
+        )
+        with pytest.raises(AdapterError, match="does not read back"):
+            save_result(model, origin, tmp_path / "out", {})
+    monkeypatch.setattr(saving, "save_file", plain)
+    empty = {name: tensor[:0] for name, tensor in saving.trainable_state(model).items()}
     with pytest.raises(AdapterError, match="does not read back"):
-        save_result(model, origin, tmp_path / "out", {})
+        save_result(model, origin, tmp_path / "out", {}, state=empty)
 
 
 def test_a_full_models_file_that_does_not_read_back_is_an_error(tmp_path, monkeypatch):

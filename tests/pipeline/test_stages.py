@@ -198,6 +198,7 @@ def test_a_choice_by_held_out_rows_is_refused_where_the_share_holds_none_out(tin
 def test_a_later_stages_types_that_deepspeed_does_not_train_together_are_named_before_the_first_one_trains(
     tiny, tmp_path, dtype, method, refused
 ):
+    pytest.importorskip("deepspeed")
     pairs = [
         {"chosen": row["messages"], "rejected": [row["messages"][0], {"role": "assistant", "content": "no"}]} for row in conversations(12)
     ]

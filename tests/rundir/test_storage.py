@@ -27,6 +27,7 @@ from tunesmith.rundir import (
     write_json,
     write_text,
 )
+from tunesmith.rundir._writer import follow, lead
 
 
 def names(folder: Path) -> list[str]:
@@ -186,6 +187,15 @@ def test_a_full_disk_that_a_library_reports_in_its_own_type_is_a_storage_failure
         fill_and_raise(tmp_path / "f", bytes(3000), error)
     assert "free more than 3.0 kB" in failure.value.mend
     assert names(tmp_path) == []
+
+
+def test_a_full_disk_is_named_in_a_process_that_writes_its_part_into_anothers_folder(tmp_path):
+    follow(tmp_path)
+    try:
+        with pytest.raises(StorageFailed, match="No space left"), atomic_folder(tmp_path / "f"):
+            raise ValueError("Error while serializing: I/O error: No space left on device (os error 28)")
+    finally:
+        lead(tmp_path)
 
 
 def test_a_link_is_not_sealed_into_a_folder(tmp_path):

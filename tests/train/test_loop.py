@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -337,6 +338,38 @@ def test_a_signal_during_an_evaluation_is_answered_before_its_next_batch_and_the
     with RunDirectory.open(tmp_path / "run", resume=True) as run:
         train(make_job(Policy(tiny_model("llama")), stage, run, ROWS, validation=ROWS))
         assert [event["step"] for event in run.events() if event.get("event") == "evaluated"] == [2, 4, 6]
+
+
+class Killed(Exception):
+    """Where a process is killed."""
+
+
+def test_an_evaluation_is_logged_once_though_its_steps_checkpoint_came_before_it_and_a_kill_after(tmp_path, monkeypatch):
+    stage = make_stage(max_steps=6, eval_steps=2, save_steps=6)
+
+    def part(resume: bool, stop_after: int | None = None, kill_in: str | None = None) -> list[int]:
+        stop = StopRequest()
+        with RunDirectory.open(tmp_path / "run", resume=resume) as run:
+            job = make_job(Policy(tiny_model("llama")), stage, run, ROWS, validation=ROWS, stop=stop)
+            plain = loop._update
+
+            def update(job: loop.Job, progress: checkpoint.Progress) -> None:
+                if kill_in == "update":
+                    raise Killed
+                plain(job, progress)
+                if progress.step == stop_after:
+                    stop._handle(signal.SIGTERM, None)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(loop, "_update", update)
+                with pytest.raises((Killed, Interrupted)) if stop_after or kill_in else nullcontext():
+                    train(job)
+            return [event["step"] for event in run.events() if event.get("event") == "evaluated"]
+
+    assert part(False, stop_after=2) == []
+    assert part(True, kill_in="update") == [2]
+    assert part(True, kill_in="update") == [2]
+    assert part(True) == [2, 4, 6]
 
 
 def test_what_the_source_knows_of_an_update_is_logged_before_what_the_objective_measures_of_its_part(tmp_path):

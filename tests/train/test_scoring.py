@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from tunesmith.models.methods import attach
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import LoraMethod
 from tunesmith.score.rewards import Scores
+from tunesmith.train import scoring
 from tunesmith.train.scoring import (
     Answer,
     Prompt,
@@ -54,6 +56,20 @@ def program(*scores: float):
 def objective_of(kind: str = "grpo", **settings):
     given = {"rewards": [EXACT]} if kind == "grpo" else {}
     return make_stage(objective={"type": kind, **given, **settings}).objective
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_scores_all_answers_to_a_prompt_or_none(process, monkeypatch):
+    asked_with = []
+    first, second = answer("a", 0), answer("b", 1)
+    answers = [first, replace(first), replace(first), second]  # of three to the first prompt, half of all would leave one
+    monkeypatch.setenv("RANK", str(process))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(scoring, "gather", lambda own: [own])
+    monkeypatch.setattr(StageScorer, "_scores", lambda self, own: asked_with.extend(own) or Scores(np.zeros(len(own)), {}, 0, {}))
+    StageScorer(None)(answers)
+    assert [one.generation.text for one in asked_with] == (["a", "a", "a"] if process == 0 else ["b"])
 
 
 def test_an_answers_tokens_are_the_prompts_and_its_own():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -70,9 +71,12 @@ class Window:
     stop: Mapping[str, Any] | None = None
 
 
+@lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
-    """The order of an epoch's rows, [rows] int64."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(rows)
+    """The order of an epoch's rows, [rows] int64; that of the last two is kept."""
+    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(rows)
+    order.setflags(write=False)  # it is everyone's
+    return order
 
 
 class DatasetSource:

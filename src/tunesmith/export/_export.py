@@ -206,7 +206,7 @@ def _name_the_base(run: Path, folder: Path, card: dict[str, Any]) -> None:
 def _merge(job: _Job, dtype: torch.dtype, report: Report) -> Exported:
     """Merged weights; of a whole model its own, cast."""
     folder = job.result
-    rows = compared_rows(job.run, job.stage)
+    rows = compared_rows(job.run, job.stage, job.recipe)
     report({"event": "exporting", "what": "merge" if is_adapter(folder) else "cast"})
     loaded, live = _live(job.recipe, folder, job.trust_remote_code)
     before = hidden_states(live, rows)

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.items import Rows
 from ..data.store import TokenStore
 from ..errors import AdapterError, CheckpointError, MissingFile
 from ..models.dora import norms_kept
 from ..models.head import logit_shape, shape_logits
 from ..models.layout import backbone_of
+from ..recipe import Recipe
 
 PROMPTS = 200  # rows compared
 MAX_KL = 1e-3  # nats a position, on average
@@ -59,17 +61,21 @@ class States:
         return torch.log_softmax(shape_logits(raw, *self.shape), -1)
 
 
-def compared_rows(run: Path, stage: str | None) -> list[np.ndarray]:
-    """Token ids of up to PROMPTS training rows, evenly taken. Raises MissingFile where the run holds none."""
-    folders = [run / "data" / part / "tokens" / "train" for part in ([stage] if stage else [])] + [run / "data" / "tokens" / "train"]
-    for folder in folders:
+def compared_rows(run: Path, stage: str | None, recipe: Recipe) -> list[np.ndarray]:
+    """Token ids of up to PROMPTS training rows, evenly taken, as they were trained: cut, or left out, where they are too long. Raises
+    MissingFile where the run holds none."""
+    own = {one.name: one.data for one in recipe.stages if one.data is not None}
+    places = [(run / "data" / stage, own[stage])] if stage in own else []
+    for folder, section in [*places, (run / "data", recipe.data)]:
         try:
-            store = TokenStore(folder)
+            store = TokenStore(folder / "tokens" / "train")
         except (OSError, CheckpointError):
             continue
-        chosen = np.unique(np.linspace(0, len(store) - 1, min(PROMPTS, len(store))).round().astype(int))
-        return [np.array(store[int(i)][0], dtype=np.int64) for i in chosen]
-    raise MissingFile("the run holds no rows to compare the merged model on", where=str(folders[-1]), mend="export from the run itself")
+        limit = section.max_length or int(store.lengths.max(initial=0))
+        fitting = np.flatnonzero((store.lengths <= limit) | (section.too_long == "cut"))
+        chosen = np.unique(np.linspace(0, len(fitting) - 1, min(PROMPTS, len(fitting))).round().astype(int))
+        return [np.array(ids, dtype=np.int64) for ids, _ in Rows(store, fitting[chosen].tolist(), limit)]
+    raise MissingFile("the run holds no rows to compare the merged model on", where=str(run / "data"), mend="export from the run itself")
 
 
 def hidden_states(model: nn.Module, rows: Sequence[np.ndarray]) -> States:

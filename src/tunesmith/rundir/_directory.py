@@ -201,6 +201,8 @@ class RunDirectory:
         """Remove all but the `keep` newest valid checkpoints and `best`; nothing is removed while none is valid."""
         if keep < 1:
             raise ValueError(f"keep is {keep}; at least one checkpoint stays")
+        if not is_writer(self.path):
+            return
         everything = self.checkpoints(stage)
         valid: list[Path] = []
         for path in everything:

@@ -176,7 +176,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     In a process that does not write there, what the block fills goes.
     """
     if not is_writer(final):
-        with tempfile.TemporaryDirectory() as nowhere:
+        with tempfile.TemporaryDirectory() as nowhere, _disk_failures_of_libraries(final, Path(nowhere)):
             yield Path(nowhere)
         return
     make_folder(final.parent)

@@ -16,15 +16,19 @@ import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data.batching import Batch
 from ..data.forest import build_forest
 from ..errors import InvariantViolated
-from ..models.adapters import active_adapter
+from ..models.adapters import POLICY, active_adapter, adapter_parameters
+from ..models.load import LoadedModel
 from ..models.policy import Policy
 from ..objectives import Objective
+from ..recipe import Stage
+from ..rundir import world
+from .devices import gather
 
 LEAK = {
     torch.float32: 1e-4,
@@ -44,6 +48,8 @@ START = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # nats
 OWN_LOGPROBS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}  # nats a token
 OWN_GRADIENT = {torch.float32: 0.01, torch.bfloat16: 0.5, torch.float16: 0.2}  # relative
 FRESH = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.02}  # nats a token
+STARTS = ("base", "dtype", "adapter to start from", "setting, row, tokenizer or template")  # what processes may begin with otherwise
+SAME_START = 1e-3  # of an adapter's norm: how far apart two processes' may lie; decompositions round, and a turned sign shows
 SELDOM = 1 / 32  # of a rounding: an update of 0 that was computed as 1e-7 turns few of a layer's outputs to the next number
 PROBE_B = 0.002
 PROBE_TOKENS = 24
@@ -79,6 +85,28 @@ def one_start_of_text(rows: Sequence[tuple[np.ndarray, np.ndarray]], names: Sequ
             where="model.chat_template",
             mend="take the BOS out of the rows or out of the template",
         )
+
+
+def starts_alike(stage: Stage, fingerprint: str, loaded: LoadedModel, model: nn.Module) -> None:
+    """All processes begin with one base, adapter, dtype, rows and settings: gradients of different models would be added up in silence.
+
+    model: not yet sharded. Raises InvariantViolated in all of them, naming one that differs from the first, and in what.
+    """
+    if world() == 1:
+        return
+    draw, along, squares = torch.Generator().manual_seed(0), 0.0, 0.0
+    for tensor in adapter_parameters(model, POLICY).values() if isinstance(model, PeftModel) else ():
+        flat = tensor.detach().float().cpu().flatten()
+        along, squares = along + float(flat @ torch.randn(len(flat), generator=draw)), squares + float(flat @ flat)
+    first, *others = gather([loaded.identity.sha256, str(loaded.dtype), along, fingerprint])
+    for number, other in enumerate(others, 1):
+        same = [other[0] == first[0], other[1] == first[1], abs(other[2] - first[2]) <= SAME_START * squares**0.5, other[3] == first[3]]
+        if not all(same):
+            raise InvariantViolated(
+                f"process {number} does not begin as process 0 does: it has another {STARTS[same.index(False)]}",
+                where=f"stage {stage.name}",
+                mend="give all machines the same files, versions and kind of processor, or name model.dtype",
+            )
 
 
 def starts_where_it_compares(policy: Policy, batches: Sequence[Batch]) -> None:

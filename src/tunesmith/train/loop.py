@@ -22,7 +22,7 @@ from ..models.policy import Policy
 from ..objectives import Objective
 from ..recipe import Stage
 from ..rundir import RunDirectory, verify_folder, world
-from .checkpoint import Progress, load_checkpoint, load_weights, other_random_numbers, save_checkpoint
+from .checkpoint import Progress, load_checkpoint, load_weights, other_random_numbers, read_state, save_checkpoint
 from .devices import added, gather, of_first, sum_in_place, summed
 from .invariants import starts_where_it_compares
 from .memory import Holes, peak_memory_bytes
@@ -75,12 +75,14 @@ def train(job: Job) -> Progress:
     """
     progress = _resume(job)
     job.stop.defer(True, lambda name: job.report({"event": "stopping", "stage": job.stage.name, "signal": name}))
-    holes = Holes()
+    holes, begun = Holes(), progress.step
     while True:
         _stop_if_asked(job, progress)
         if _evaluation_is_due(job, progress):
             _evaluate(job, progress)
             holes.give_back()
+            if progress.step == begun:  # its checkpoint knows nothing of it: after a kill it would be made and logged again
+                _save(job, progress)
             _stop_if_asked(job, progress)
         finished = progress.step >= job.stage.max_steps or progress.stopped_early
         if progress.step and (finished or progress.step % job.stage.save_steps == 0):
@@ -273,14 +275,19 @@ def _evaluate(job: Job, progress: Progress) -> None:
 
 
 def _save(job: Job, progress: Progress, *, anew: bool = False) -> None:
-    """Writes the step's checkpoint unless there is one; `anew`: also then, since what it should hold has changed."""
-    if anew or of_first(partial(_newest, job))[0] != progress.step:
+    """Writes the step's checkpoint unless there is one that knows of its evaluation; `anew`: also then, what it should hold has changed."""
+    if anew or not of_first(partial(_is_written, job, progress)):
         save_checkpoint(job.run, job.stage.name, progress, job.optimiser, job.fingerprint, job.source.state())
         _log(job, {"event": "checkpoint", "step": progress.step})
     best = None
     if job.stage.load_best_model_at_end and progress.best_step is not None:
         best = _folder(job, progress.best_step)
     job.run.prune_checkpoints(job.stage.name, job.stage.save_total_limit, best)
+
+
+def _is_written(job: Job, progress: Progress) -> bool:
+    newest, _ = _newest(job)
+    return newest == progress.step and read_state(_folder(job, newest))[1].evaluated_step == progress.evaluated_step
 
 
 def _log(job: Job, event: dict[str, Any]) -> None:

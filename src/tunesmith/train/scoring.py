@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,8 +89,10 @@ class StageScorer:
                 model.policy.make_plain()
 
     def __call__(self, answers: Sequence[Answer]) -> Scores:
-        """Scores answers; one that any reward cannot score has none in all. Each process scores its share, and all get all the scores."""
-        own = mine(answers)
+        """Scores answers; one that any reward cannot score has none in all. Each process scores the answers to its share of the prompts,
+        which stand together, and all get all the scores."""
+        groups = [list(group) for _, group in groupby(answers, key=lambda answer: id(answer.prompt))]
+        own = [answer for group in mine(groups) for answer in group]
         return _joined([part for part in gather(plain(self._scores(own)) if own else None) if part])
 
     def _scores(self, answers: Sequence[Answer]) -> Scores:

@@ -52,6 +52,7 @@ from .invariants import (
     no_leak,
     one_start_of_text,
     something_trains,
+    starts_alike,
 )
 from .loop import Job, train
 from .loss_scale import LossScale
@@ -207,6 +208,7 @@ def run_stage(stage: Stage, inputs: StageInputs, run: RunDirectory, *, stop: Sto
     same_loops_everywhere()
     model = build_model(loaded, stage, inputs.start, seed, inputs.new_tokens)
     fingerprint = stage_fingerprint(stage, loaded, data, inputs.template, inputs.start, seed, run.path, inputs.processes)
+    starts_alike(stage, fingerprint, loaded, model)
     stops = stop_tokens(inputs.template, loaded.tokenizer) if inputs.template else []
     _check_rows(stage, inputs, loaded)
 

@@ -79,7 +79,7 @@ def save_result(
     else:
         with quiet():
             model.save_pretrained(folder, state_dict=gathered and dict(gathered))  # it takes them out of the dict
-    _reopen(folder, state)
+    _reopen(folder, state, renamed=not isinstance(model, PeftModel))
     if isinstance(model, PeftModel):
         save_network(model, POLICY, folder)
     save_heads(heads or nn.ModuleDict(), folder)
@@ -92,10 +92,11 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 
-def _reopen(folder: Path, state: dict[str, torch.Tensor]) -> None:
+def _reopen(folder: Path, state: dict[str, torch.Tensor], *, renamed: bool) -> None:
     """Reads the written weights back, a file at a time; of tensors that are one in memory (tied), one name is enough.
 
-    Where transformers writes a layout of its own (experts apart that are one tensor in memory), what has other names is counted only.
+    renamed: whether transformers may have written a layout of its own (experts apart that are one tensor in memory), so that what has
+    other names is counted only.
     """
     missing, other = {tensor.data_ptr(): tensor.numel() for tensor in state.values()}, 0
     for file in folder.glob("*.safetensors"):
@@ -104,7 +105,7 @@ def _reopen(folder: Path, state: dict[str, torch.Tensor]) -> None:
                 other += tensor.numel()
             elif torch.equal(tensor, state[name].cpu()):
                 missing.pop(state[name].data_ptr(), None)
-    if sum(missing.values()) != other:
+    if sum(missing.values()) != other or (other and not renamed) or not all(tensor.numel() for tensor in state.values()):
         raise AdapterError("the written file does not read back as the weights in memory", where=str(folder), mend="check the disk")
 
 
