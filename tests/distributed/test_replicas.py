@@ -36,7 +36,7 @@ def test_two_processes_have_the_loss_curve_and_the_weights_of_one(kind, tmp_path
 
 
 def test_processes_that_wait_for_each_other_for_good_are_said_to_hang(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "SECONDS", 4)
+    monkeypatch.setattr(processes, "SECONDS", 2)
     with pytest.raises(AssertionError, match="2 of 2 processes hang"):
         together(2, lambda: gather(None) if rank() else time.sleep(1000), tmp_path)
 

@@ -201,7 +201,7 @@ def test_a_file_that_does_not_read_back_as_what_was_trained_is_an_error(tmp_path
     with pytest.raises(AdapterError, match="does not read back"):
         save_result(model, origin, tmp_path / "out", {})
     for how in (lambda n, t: (n, t + 1), lambda n, t: (f"other.{n}", t), lambda n, t: (n.replace("layers.0", "x"), t)):
-        monkeypatch.setattr(saving, "save_file", lambda tensors, *a, how=how, **k: plain(dict(how(*one) for one in tensors.items())))
+        monkeypatch.setattr(saving, "save_file", lambda tensors, *a, how=how, **k: plain(dict(how(*one) for one in tensors.items()), *a))
         with pytest.raises(AdapterError, match="does not read back"):
             save_result(model, origin, tmp_path / "out", {})
     monkeypatch.setattr(saving, "save_file", plain)
