@@ -98,9 +98,10 @@ def starts_alike(stage: Stage, fingerprint: str, loaded: LoadedModel, model: nn.
     for tensor in adapter_parameters(model, POLICY).values() if isinstance(model, PeftModel) else ():
         flat = tensor.detach().float().cpu().flatten()
         along, squares = along + float(flat @ torch.randn(len(flat), generator=draw)), squares + float(flat @ flat)
-    first, *others = gather([loaded.identity.sha256, str(loaded.dtype), along, fingerprint])
+    first, *others = gather([loaded.identity.sha256, str(loaded.dtype), along, fingerprint, squares])
+    apart = SAME_START * first[4] ** 0.5  # one limit for all: all refuse, or none
     for number, other in enumerate(others, 1):
-        same = [other[0] == first[0], other[1] == first[1], abs(other[2] - first[2]) <= SAME_START * squares**0.5, other[3] == first[3]]
+        same = [other[0] == first[0], other[1] == first[1], abs(other[2] - first[2]) <= apart, other[3] == first[3]]
         if not all(same):
             raise InvariantViolated(
                 f"process {number} does not begin as process 0 does: it has another {STARTS[same.index(False)]}",
