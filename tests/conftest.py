@@ -11,12 +11,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+os.register_at_fork(after_in_child=gc.freeze)  # a child that collects looks through what is its own, and copies no page of ours for it
+
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """A cache of the tests' own, but for the user's converted models: there the machine is measured in passing, while other tests run."""
+    """A cache of the tests' own, but for the user's converted models. There the machine is measured in passing, while other tests run, and
+    before any test: a new process would take ten seconds for it."""
+    import torch
+
     from tunesmith.models import machine
-    from tunesmith.models.load import cache_folder
+    from tunesmith.models.load import cache_folder, has_fast
 
     models, folder = cache_folder() / "models", tmp_path_factory.mktemp("cache")
     models.mkdir(parents=True, exist_ok=True)
@@ -24,6 +29,10 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_CACHE", str(folder))
         patch.setattr(machine, "SECONDS", 0.5)
+        patch.setattr(machine, "BESIDE", float("inf"))
+        for dtype in (torch.float32, torch.bfloat16):
+            if has_fast(dtype):
+                machine.measure_machine(dtype)
         yield folder
 
 
@@ -62,6 +71,17 @@ def tiny_folder(tmp_path_factory):
     from tests.toys import model_folder
 
     return model_folder(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    """This process has trained once: those that are forked from it find loaded and compiled what a first stage loads and compiles."""
+    from tests.toys import loaded, make_rows, make_stage, tiny_model, train_stage
+
+    from tunesmith.recipe import LoraMethod
+
+    stage = make_stage(method=LoraMethod(r=4), max_steps=1)
+    train_stage(loaded(tiny_model("llama")), stage, tmp_path_factory.mktemp("warm") / "run", make_rows(4), validation=make_rows(2))
 
 
 def pytest_collection_finish():

@@ -270,7 +270,9 @@ def test_init_writes_a_recipe_that_loads_and_overwrites_nothing(project, tmp_pat
     refused = call("init", folder / "train.jsonl", "--out", tmp_path / "new")
     assert refused.status == 2
     assert "--force" in refused.err
-    assert call("init", folder / "train.jsonl", "--out", tmp_path / "new", "--force").status == 0
+    again = call("init", folder / "train.jsonl", "--out", tmp_path / "new", "--force")
+    assert again.status == 0
+    assert again.out.startswith("It holds ")  # as its second line says
     named = call("init", folder / "train.jsonl", "--out", tmp_path / "new" / "mine.yaml")
     assert named.status == 2
     assert f"mend: --out {tmp_path / 'new'}\n" in named.err
@@ -282,13 +284,28 @@ def test_data_check_tells_what_is_wrong_with_a_file(tmp_path):
     train, test = write_rows(tmp_path / "train.jsonl", rows), write_rows(tmp_path / "test.jsonl", [row(1), row(50)])
     done = call("data", "check", train, "--test", test)
     assert done.status == 0
-    assert f"{train}:12: " in done.out
+    assert f"rejected: {train}:12: " in done.out
+    assert f"{test}: 2 of 2 rows are " in done.out
     assert "dropped, duplicate: 1" in done.out
     assert "a run without data.test_overlap: drop is refused" in done.out
     result = json.loads(call("data", "check", train, "--test", test, "--json").out)
-    assert result["rows_in"] == 12
+    assert (result["rows_in"], result["test_rows_in"]) == (12, 2)
     assert [bad["line"] for bad in result["rejected"]] == [12]
     assert "test_overlap" in {finding["check"] for finding in result["findings"]}
+
+
+def test_data_check_names_a_reason_once_with_the_rows_that_have_it_and_those_of_the_test_file(tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", [*map(row, range(200)), *['{"messages": 3}'] * 30])
+    test = write_rows(tmp_path / "test.jsonl", [*map(row, range(300, 310)), "{"])
+    done = call("data", "check", train, "--test", test)
+    (line,) = [line for line in done.out.splitlines() if line.startswith(f"rejected: {train}:201, 202, 203, ")]
+    assert " 220 and 10 more: " in line
+    assert f"rejected: {test}:11: broken JSON" in done.out
+    refused = call("data", "check", write_rows(tmp_path / "bad.jsonl", ['{"messages": 3}'] * 30))
+    assert refused.err.count("bad.jsonl:") == 2  # where it is, and the reason
+    assert "bad.jsonl:1, 2, 3, " in refused.err
+    fine = call("data", "check", write_rows(tmp_path / "fine.jsonl", [row(1), row(2)]))
+    assert fine.out.endswith("nothing was found wrong\n")
 
 
 def test_data_check_reads_a_csv_of_its_own_columns_once_they_are_named(tmp_path):

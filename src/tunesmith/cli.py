@@ -193,8 +193,14 @@ def init(
     _verb(
         as_json,
         lambda display: {"written": [str(path) for path in work(file, test, out=out or ".", force=force)]},
-        lambda done: f"wrote {', '.join(done['written'])}\nnext: tunesmith plan {done['written'][0]}",
+        _init_words,
     )
+
+
+def _init_words(done: dict[str, Any]) -> str:
+    """What was written, and how the file was read, as the recipe's second line says it."""
+    holds = Path(done["written"][0]).read_text().splitlines()[1].removeprefix("# ")
+    return f"{holds}\nwrote {', '.join(done['written'])}\nnext: tunesmith plan {done['written'][0]}"
 
 
 @app.command(epilog="Example: tunesmith launch recipes/quickstart.yaml --print slurm > job.sbatch")
@@ -278,9 +284,10 @@ def data_check(
 ) -> None:
     """Read and check a data file: format, bad rows, duplicates, near duplicates, test rows among the training rows."""
     from .inspection import check_data_file
+    from .progress import check_words
 
     mapped = _mapping(columns or "")
-    _verb(as_json, lambda display: check_data_file(path, test, columns=mapped, format=form), _check_words)
+    _verb(as_json, lambda display: check_data_file(path, test, columns=mapped, format=form), check_words)
 
 
 def _mapping(words: str) -> dict[str, str]:
@@ -339,14 +346,6 @@ def _plan_words(result: dict[str, Any]) -> str:
     lines += [f"{finding['check']}: {finding['evidence']}" for finding in result["findings"]]
     notes = result["notes"] + result["plan"]["notes"]
     lines.append(plan_words({**result["plan"], "ledger": result["ledger"], "notes": notes, "warnings": result["warnings"]}))
-    return "\n".join(lines)
-
-
-def _check_words(result: dict[str, Any]) -> str:
-    lines = [*result["notes"]]
-    lines += [f"{row['path']}:{row['line']}: {row['reason']}" for row in result["rejected"]]
-    lines += [f"dropped, {reason}: {count}" for reason, count in result["dropped"].items()]
-    lines += [f"{finding['check']}: {finding['evidence']}\n  mend: {finding['mend']}" for finding in result["findings"]]
     return "\n".join(lines)
 
 

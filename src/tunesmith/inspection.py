@@ -52,8 +52,8 @@ def check_data_file(
 ) -> dict[str, Any]:
     """Reads and checks a data file, alone and against a test file. Lengths in tokens need a model and are in `plan`.
 
-    columns, format: as data.columns and data.format of a recipe. Returns {"format", "rows_in", "rejected", "dropped", "findings", "notes"}.
-    Raises MissingFile or DataRefused, and RecipeError for a column or format that is not there.
+    columns, format: as data.columns and data.format of a recipe. Returns {"format", "rows_in", "test_rows_in", "rejected", "dropped",
+    "findings", "notes"}; test_rows_in is None without a test file, and what is rejected of both names its file. Raises MissingFile or DataRefused, and RecipeError for a column or format that is not there.
     """
     if format not in get_args(Format):
         near = difflib.get_close_matches(format, get_args(Format), n=1)
@@ -63,13 +63,14 @@ def check_data_file(
         train=str(train), test=str(test) if test else None, columns=columns or {}, format=cast(Format, format), test_overlap="drop"
     )
     read = read_records(section.train, section)
-    tests = read_records(section.test, section, default_split="test").records if section.test else []
-    checked = check_data(read.records, tests, section)
+    tests = read_records(section.test, section, default_split="test") if section.test else None
+    checked = check_data(read.records, tests.records if tests else [], section)
     return {
         "format": read.format,
         "rows_in": read.rows_in,
-        "rejected": [row.to_json() for row in read.rejected],
+        "test_rows_in": tests.rows_in if tests else None,
+        "rejected": [row.to_json() for row in [*read.rejected, *(tests.rejected if tests else ())]],
         "dropped": checked.dropped,
         "findings": [finding.to_json() for finding in checked.findings],
-        "notes": read.notes,
+        "notes": list(dict.fromkeys([*read.notes, *(tests.notes if tests else ())])),
     }

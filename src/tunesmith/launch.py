@@ -48,11 +48,18 @@ def require_processes(launch: LaunchSection) -> None:
 
 
 def start(launch: LaunchSection, words: Sequence[str]) -> int:
-    """Runs `tunesmith WORDS` in the recipe's number of processes on this machine; gives the exit status of the first that failed, or 0."""
+    """Runs `tunesmith WORDS` in the recipe's number of processes on this machine; gives the exit status of the first that failed, or 0.
+
+    Raises RecipeError where DeepSpeed is asked for and not installed: once, and not in each of the processes.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    from .train.zero import require_deepspeed
+
+    if launch.strategy in ZERO:
+        require_deepspeed(launch.strategy)
     os.environ.setdefault(PATIENCE, str(WARNING_SECONDS))
     try:
         run(parse_args(["--standalone", f"--nproc_per_node={launch.nproc_per_node}", "-m", "tunesmith", *words]))

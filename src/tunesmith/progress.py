@@ -149,6 +149,17 @@ def plan_words(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def check_words(result: dict[str, Any]) -> str:
+    """What `data check` found, in lines; rows that are rejected for one reason stand on one."""
+    from .data.read import rejections
+
+    lines = [*result["notes"]]
+    lines += [f"rejected: {line}" for line in rejections([(row["path"], row["line"], row["reason"]) for row in result["rejected"]])]
+    lines += [f"dropped, {reason}: {count}" for reason, count in result["dropped"].items()]
+    lines += [f"{finding['check']}: {finding['evidence']}\n  mend: {finding['mend']}" for finding in result["findings"]]
+    return "\n".join([*lines, *(() if result["rejected"] or result["findings"] else ("nothing was found wrong",))])
+
+
 def cost_words(cost: float) -> str:
     """A cost in the price's unit, with two digits, of which nought would say that it is free."""
     return f"{cost:,.2f}" if cost >= 0.01 or cost == 0 else "less than 0.01"

@@ -139,9 +139,10 @@ def test_deepspeed_is_asked_for_before_anything_is_read_and_only_where_there_are
     require_files(load_recipe(recipe, several))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     require_files(load_recipe(recipe, alone))
-    with pytest.raises(RecipeError, match=r"zero3 needs DeepSpeed, which is not installed") as refused:
-        require_files(load_recipe(recipe, several))
-    assert "pip install 'tunesmith[deepspeed]'" in str(refused.value)
+    for asked in (require_files, lambda recipe: start(recipe.launch, ["--version"])):
+        with pytest.raises(RecipeError, match=r"zero3 needs DeepSpeed, which is not installed") as refused:
+            asked(load_recipe(recipe, several))
+        assert "pip install 'tunesmith[deepspeed]'" in str(refused.value)
 
 
 @pytest.mark.parametrize(

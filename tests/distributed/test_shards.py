@@ -41,11 +41,9 @@ def sharded_run(kind, path, **settings):
 
 
 @pytest.mark.parametrize("kind", ["sft", "full", "dpo", "ppo"])
-def test_two_processes_with_half_the_base_each_have_the_loss_curve_and_the_weights_of_one(kind, tmp_path):
-    rows = WORK[kind][1]
-    one = train(1, stage_for(kind), tmp_path / "1", rows, validation=rows)
+def test_two_processes_with_half_the_base_each_have_the_loss_curve_and_the_weights_of_one(alone, kind, tmp_path):
     seen = values(together(2, lambda: sharded_run(kind, tmp_path / "2"), tmp_path / "said"))
-    two = trained(tmp_path / "2")
+    one, two = alone(kind), trained(tmp_path / "2")
     assert two.losses == pytest.approx(one.losses, rel=1e-5, abs=1e-6)
     assert two.norms == pytest.approx(one.norms, rel=1e-4)
     assert two.evaluated == pytest.approx(one.evaluated, rel=1e-5)
@@ -57,9 +55,9 @@ def test_two_processes_with_half_the_base_each_have_the_loss_curve_and_the_weigh
         assert seen[0]["lora"] == [None, "under a strategy that shards, one product of both would hold the base whole once more"]
 
 
-def test_a_sharded_run_goes_on_unsharded_on_one_process_and_sharded_on_two_to_the_same_weights(tmp_path):
+def test_a_sharded_run_goes_on_unsharded_on_one_process_and_sharded_on_two_to_the_same_weights(alone, tmp_path):
     stage, rows = stage_for("full"), WORK["full"][1]
-    unbroken = train(1, stage, tmp_path / "unbroken", rows)
+    unbroken = alone("full")
     for count, step in ((2, 2), (1, 4), (2, 5)):
 
         def part(step=step):

@@ -57,11 +57,9 @@ def zero_run(kind, path, strategy, **settings):
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 @pytest.mark.parametrize("kind", ["sft", "full", "dpo", "ppo"])
-def test_two_processes_under_zero_have_the_loss_curve_and_the_weights_of_one(kind, strategy, tmp_path):
-    rows = WORK[kind][1]
+def test_two_processes_under_zero_have_the_loss_curve_and_the_weights_of_one(alone, kind, strategy, tmp_path):
     seen = values(together(2, lambda: zero_run(kind, tmp_path / "2", strategy), tmp_path / "said"))
-    one = train(1, stage_for(kind), tmp_path / "1", rows, validation=rows)
-    two = trained(tmp_path / "2")
+    one, two = alone(kind), trained(tmp_path / "2")
     assert two.losses == pytest.approx(one.losses, rel=1e-5, abs=1e-6)
     assert two.norms == pytest.approx(one.norms, rel=1e-4)
     assert two.evaluated == pytest.approx(one.evaluated, rel=1e-5)
@@ -74,7 +72,7 @@ def test_two_processes_under_zero_have_the_loss_curve_and_the_weights_of_one(kin
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
-def test_a_run_under_zero_goes_on_on_one_process_and_on_two_to_the_same_weights(strategy, tmp_path):
+def test_a_run_under_zero_goes_on_on_one_process_and_on_two_to_the_same_weights(alone, strategy, tmp_path):
     stage, rows = stage_for("full"), WORK["full"][1]
     for count, step in ((2, 2), (1, 4), (2, 5)):
 
@@ -86,7 +84,7 @@ def test_a_run_under_zero_goes_on_on_one_process_and_on_two_to_the_same_weights(
         files = {file.name for file in (tmp_path / f"run/stages/sft/checkpoints/step-{step}").iterdir()}
         assert ("state.1.safetensors" in files) == (count == 2)
         assert not any(file.suffix in (".pt", ".bin", ".pkl") for file in (tmp_path / "run").rglob("*"))
-    unbroken = train(1, stage, tmp_path / "unbroken", rows)
+    unbroken = alone("full")
     assert trained(tmp_path / "run").losses == pytest.approx(unbroken.losses, rel=1e-5)
     assert furthest(tmp_path / "run", unbroken.path) < 1e-4
 
@@ -152,15 +150,15 @@ def test_a_stage_that_has_ended_leaves_nothing_of_itself_and_the_next_one_begins
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 @pytest.mark.parametrize("kind, rows", [("sft", 14), ("full", 14)])
-def test_all_batches_of_an_update_count(kind, rows, strategy, tmp_path):
+def test_all_batches_of_an_update_count(alone, kind, rows, strategy, tmp_path):
     """Three of a process in an update, and in the last of an epoch fewer."""
-    stage, rows = stage_for(kind, gradient_accumulation_steps=3), make_rows(rows)
+    settings, rows = {"gradient_accumulation_steps": 3}, make_rows(rows)
 
     def part():
-        stage_of(stage, tmp_path / "2", rows, validation=rows, processes=2, strategy=strategy)
+        stage_of(stage_for(kind, **settings), tmp_path / "2", rows, validation=rows, processes=2, strategy=strategy)
 
     values(together(2, part, tmp_path / "said"))
-    one, two = train(1, stage, tmp_path / "1", rows, validation=rows), trained(tmp_path / "2")
+    one, two = alone(kind, settings, rows=rows), trained(tmp_path / "2")
     assert two.losses == pytest.approx(one.losses, rel=1e-5)
     assert two.norms == pytest.approx(one.norms, rel=1e-4)
     assert furthest(one.path, two.path) < 1e-4
@@ -178,14 +176,14 @@ def test_all_batches_of_an_update_count(kind, rows, strategy, tmp_path):
         ("dpo", {"objective": "reward", "method": FullMethod()}),
     ],
 )
-def test_processes_with_fewer_batches_than_others_and_the_best_weights_at_the_end(kind, settings, strategy, tmp_path):
-    stage, rows = stage_for(kind, **settings), WORK[kind][1]
+def test_processes_with_fewer_batches_than_others_and_the_best_weights_at_the_end(alone, kind, settings, strategy, tmp_path):
+    rows = WORK[kind][1]
 
     def part():
-        stage_of(stage, tmp_path / "2", rows, validation=rows, processes=2, strategy=strategy)
+        stage_of(stage_for(kind, **settings), tmp_path / "2", rows, validation=rows, processes=2, strategy=strategy)
 
     values(together(2, part, tmp_path / "said"))
-    one, two = train(1, stage, tmp_path / "1", rows, validation=rows), trained(tmp_path / "2")
+    one, two = alone(kind, settings), trained(tmp_path / "2")
     assert two.losses == pytest.approx(one.losses, rel=1e-4, abs=1e-5)
     assert furthest(one.path, two.path) < 1e-3
 

@@ -64,6 +64,6 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def stages(base, tmp_path_factory) -> Stages:
+def stages(warm, base, tmp_path_factory) -> Stages:
     """Every objective and method at work on it."""
     return Stages(base, tmp_path_factory.mktemp("stages"))

@@ -27,6 +27,7 @@ def measured(tmp_path, monkeypatch) -> list[torch.dtype]:
     """The dtypes that were measured; each has the same speeds."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
     monkeypatch.setattr(machine, "SECONDS", 10.0)
+    monkeypatch.setattr(machine, "BESIDE", 0.1)
     monkeypatch.setattr(machine, "_waited", lambda: 0.0)
     calls: list[torch.dtype] = []
     monkeypatch.setattr(machine, "_measure", lambda dtype, device, folder: calls.append(dtype) or SPEEDS)

@@ -68,11 +68,13 @@ def fresh(folder: Path, name: str, seed: int = 0, **how) -> Policy:
     return Policy(model, **how)
 
 
-def trains(folder: Path, name: str, tmp_path: Path, dtype: str) -> list[float]:
+@cache
+def trains(folder: Path, name: str, dtype: str) -> list[float]:
     """Losses of four updates from the same rows, of which the last is the lowest."""
-    train_stage(base(folder, name, dtype), stage(name, per_device_train_batch_size=len(ROWS)), tmp_path / dtype, ROWS)
-    found = losses(tmp_path / dtype)
-    changed = [event["fraction_changed"] for event in read_events(tmp_path / dtype) if "fraction_changed" in event]
+    run = folder.parent / "trained" / name / dtype
+    train_stage(base(folder, name, dtype), stage(name, per_device_train_batch_size=len(ROWS)), run, ROWS)
+    found = losses(run)
+    changed = [event["fraction_changed"] for event in read_events(run) if "fraction_changed" in event]
     assert len(found) == 4
     assert all(map(np.isfinite, found))
     assert changed[-1] > 0.5
@@ -81,16 +83,16 @@ def trains(folder: Path, name: str, tmp_path: Path, dtype: str) -> list[float]:
 
 
 def check_fp32(folder, name, tmp_path):
-    trains(folder, name, tmp_path, "float32")
+    trains(folder, name, "float32")
 
 
 def check_bf16(folder, name, tmp_path):
-    narrow, wide = trains(folder, name, tmp_path, "bfloat16"), trains(folder, name, tmp_path, "float32")
+    narrow, wide = trains(folder, name, "bfloat16"), trains(folder, name, "float32")
     assert np.mean(narrow) == pytest.approx(np.mean(wide), rel=LOSS_APART["bf16"])
 
 
 def check_fp16(folder, name, tmp_path):
-    narrow, wide = trains(folder, name, tmp_path, "float16"), trains(folder, name, tmp_path, "float32")
+    narrow, wide = trains(folder, name, "float16"), trains(folder, name, "float32")
     assert np.mean(narrow) == pytest.approx(np.mean(wide), rel=LOSS_APART["fp16"])
 
 

@@ -115,7 +115,7 @@ def propose_recipe(path: str, test: str | None = None, *, folder: str | Path = "
     if train.kind == "json":
         schema = derive_schema([found for answer in train.answers if (found := json_object(answer)) is not None])
         files[f"{name}.schema.json"] = json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
-    rejected = f", {len(train.read.rejected)} more are unusable" if train.read.rejected else ""
+    rejected = f", {len(train.read.rejected)} more are unusable (tunesmith data check names them)" if train.read.rejected else ""
     lines = [
         f"# A recipe for {_scalar(Path(path).name)}, written by `tunesmith init`.",
         f"# It holds {len(train.read.records)} rows, read as {train.read.format}{rejected}.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -299,22 +299,36 @@ def _require_kind(form: str, kinds: Sequence[Kind], source: str) -> None:
     raise DataRefused(f"the rows are {form}, and the stage's objective wants {' or '.join(wanted)}", where=source, mend=mend)
 
 
-NAMED = 20  # rejected rows that a refusal names
+NAMED = 20  # reasons, and rows of a reason, that are named to people
+
+
+def rejections(rows: Sequence[tuple[str, int, str]]) -> list[str]:
+    """A line for each reason for which rows (path, line, reason) were rejected, naming them; the most frequent reason first.
+
+    >>> rejections([("a.jsonl", 1, "it is empty"), ("a.jsonl", 2, "broken JSON"), ("a.jsonl", 4, "it is empty")])
+    ['a.jsonl:1, 4: it is empty', 'a.jsonl:2: broken JSON']
+    """
+    lines: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for path, line, reason in rows:
+        lines[path, reason].append(line)
+    named = []
+    for (path, reason), found in sorted(lines.items(), key=lambda entry: -len(entry[1]))[:NAMED]:
+        more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+        named.append(f"{path}:{', '.join(map(str, found[:NAMED]))}{more}: {reason}")
+    return named + ([f"{len(lines) - NAMED} more reasons"] if len(lines) > NAMED else [])
 
 
 def _refuse_bad_shares(reading: _Reading, section: DataSection, source: str) -> None:
     rejected, rows_in = len(reading.rejected), reading.rows_in
-    first = "".join(f"\n  {entry}" for entry in reading.rejected[:NAMED])
+    first = "".join(f"\n  {line}" for line in rejections([(row.path, row.line, row.reason) for row in reading.rejected]))
     if not reading.records:
-        what = (
-            f"no row is usable; {rejected} of {rows_in} were rejected, the first of them:{first}" if rejected else "the file holds no rows"
-        )
+        what = f"no row is usable; {rejected} of {rows_in} were rejected:{first}" if rejected else "the file holds no rows"
         raise DataRefused(
             what, where=source, mend=_mend_unusable(reading, source) if rejected else "put rows into it, or name another file"
         )
     if rejected > section.max_rejected * rows_in:
         raise DataRefused(
-            f"{rejected} of {rows_in} rows were rejected, and data.max_rejected is {section.max_rejected:g}; the first of them:{first}",
+            f"{rejected} of {rows_in} rows were rejected, and data.max_rejected is {section.max_rejected:g}:{first}",
             where=source,
             mend=TO_UTF8 if _mostly_not_utf8(reading) else "mend the rows, or raise data.max_rejected to train without them",
         )
