@@ -77,7 +77,6 @@ def tiny_folder(tmp_path_factory):
 def warm(tmp_path_factory):
     """This process has trained once: those that are forked from it find loaded and compiled what a first stage loads and compiles."""
     from tests.toys import loaded, make_rows, make_stage, tiny_model, train_stage
-
     from tunesmith.recipe import LoraMethod
 
     stage = make_stage(method=LoraMethod(r=4), max_steps=1)

@@ -53,7 +53,8 @@ def check_data_file(
     """Reads and checks a data file, alone and against a test file. Lengths in tokens need a model and are in `plan`.
 
     columns, format: as data.columns and data.format of a recipe. Returns {"format", "rows_in", "test_rows_in", "rejected", "dropped",
-    "findings", "notes"}; test_rows_in is None without a test file, and what is rejected of both names its file. Raises MissingFile or DataRefused, and RecipeError for a column or format that is not there.
+    "findings", "notes"}; test_rows_in is None without a test file, and each rejected row names its file. Raises MissingFile or
+    DataRefused, and RecipeError for a column or format that is not there.
     """
     if format not in get_args(Format):
         near = difflib.get_close_matches(format, get_args(Format), n=1)

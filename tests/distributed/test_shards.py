@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.distributed import processes
-from tests.distributed.processes import stage_of, together, train, trained, values
+from tests.distributed.processes import stage_of, together, trained, values
 from tests.distributed.work import WORK, furthest, stage_for
 from tests.toys import tiny_model
 from torch.distributed.tensor import DeviceMesh, DTensor, Shard, distribute_tensor
