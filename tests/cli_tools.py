@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import yaml
 
 from tunesmith.cli import main
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could steer a terminal
 TEXTS = {"defect": "the lamp is broken", "delivery": "where is my parcel", "refund": "i want my money back"}
 
 

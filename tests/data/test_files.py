@@ -153,9 +153,8 @@ def test_too_many_rejected_rows_refuse_the_data_with_the_first_twenty_and_the_co
     path = jsonl(tmp_path, [GOOD] * 36 + ["{"] * 24)
     with pytest.raises(DataRefused, match=r"24 of 60 rows were rejected, and data.max_rejected is 0.2") as caught:
         read_records(path, section(), quarantine=quarantine)
-    assert [line for line in str(caught.value).splitlines() if "broken JSON" in line] == [
-        f"  {path}:{line}: {entry['reason']}" for line, entry in zip(range(37, 57), quarantine, strict=False)
-    ]
+    first = ", ".join(map(str, range(37, 57)))
+    assert str(caught.value).splitlines()[1] == f"  {path}:{first} and 4 more: {quarantine[0]['reason']}"
     assert len(quarantine) == 24
     assert len(read_records(path, section(max_rejected=0.4)).records) == 36
 

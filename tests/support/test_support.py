@@ -46,7 +46,7 @@ def base(folder: Path, name: str, dtype: str = "float32") -> LoadedModel:
 
 
 def stage(name: str, **changed):
-    return make_stage(method=METHODS[name], max_steps=4, save_steps=1, rows=len(ROWS), **changed)
+    return make_stage(**{"method": METHODS[name], "max_steps": 4, "save_steps": 1, "rows": len(ROWS)} | changed)
 
 
 def losses(run: Path) -> list[float]:
@@ -156,7 +156,7 @@ def part(folder: Path, name: str, path: Path, **given) -> None:
         opened = RunDirectory.open(path, resume=True) if rank() == 0 else None
         resumed = of_first(lambda: opened.resumed)
         with opened or RunDirectory.follow(path, resumed=resumed) as run:
-            run_stage(stage(name, per_device_train_batch_size=2), inputs, run, stop=stop, report=lambda event: None)
+            run_stage(stage(name, per_device_train_batch_size=2, save_steps=4), inputs, run, stop=stop, report=lambda event: None)
 
 
 @cache

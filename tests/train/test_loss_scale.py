@@ -78,6 +78,24 @@ def test_a_resumed_run_ends_bit_for_bit_as_the_unbroken_one_scale_included(tmp_p
     assert all(torch.equal(tensor, again.state()[name]) for name, tensor in whole.state().items())
 
 
+def test_an_overflow_right_after_a_checkpoint_is_logged_once_where_the_run_is_broken_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_scale, "START", 2.0**24)
+    fitting = trained(tmp_path / "fitting").scale
+    monkeypatch.setattr(loss_scale, "START", fitting)
+    monkeypatch.setattr(loss_scale, "GROWTH", 1)  # so that it is soon too large, at nearly every update
+
+    def stop(event) -> None:
+        if event.get("step") == 5 and "loss" in event:  # the fourth update left a checkpoint
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "run", report=stop)
+    trained(tmp_path / "run")
+    logged = [(event["step"], event["loss_scale"]) for event in events_of(tmp_path / "run", "overflowed")]
+    assert 5 in {step for step, _ in logged}
+    assert len(logged) == len(set(logged))
+
+
 class NoNumber(SFT):
     """Its loss is not a number."""
 

@@ -221,7 +221,7 @@ def _learn(job: Job, progress: Progress, window: Window, rate: float) -> tuple[W
             _require_finite({"gradient norm": norm}, "no update was made from it", *where)
             return result, norm
         optimiser.loss_scale.overflowed(f"stage {where[0]}, step {where[1]}")
-        _log(job, {"event": "overflowed", "step": progress.step, "loss_scale": optimiser.scale})
+        _log(job, {"event": "overflowed", "step": progress.step + 1, "loss_scale": optimiser.scale})
 
 
 def _size(window: Window) -> dict[str, float]:
