@@ -12,7 +12,7 @@ import warnings
 
 import pytest
 
-from tests.cli_tools import CONTROL, call, row, write_project, write_rows
+from tests.cli_tools import CONTROL, call, environment, row, write_project, write_rows
 from tests.fresh import in_new_process
 from tunesmith.cli import app
 from tunesmith.recipe import load_recipe
@@ -249,6 +249,16 @@ def test_the_version_is_that_of_the_package():
     for module in ("tunesmith", "tunesmith.cli"):
         named = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
         assert named.stdout == f"tunesmith {version('tunesmith')}\n"
+
+
+@pytest.mark.parametrize("wanted, given", [(None, "passive"), ("active", "active")])
+def test_threads_that_wait_for_each_other_sleep_from_before_torch_is_read(wanted, given):
+    said = "import os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    code = f"from tunesmith import cli\ndef verb(): {said}\ncli.app = verb\ncli.main()"
+    around = {name: value for name, value in environment().items() if name != "OMP_WAIT_POLICY"}
+    around |= {"OMP_WAIT_POLICY": wanted} if wanted else {}
+    done = subprocess.run([sys.executable, "-c", code], env=around, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [given, "False"]
 
 
 def test_schema_prints_the_schema():

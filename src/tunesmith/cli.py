@@ -355,6 +355,7 @@ def main() -> None:
     try:
         with _signals_end_the_verb():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own bars stand for the libraries'
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait sleep: spinning, they keep the others waiting too
             app()
     except TunesmithError as error:
         _print_error(error)
